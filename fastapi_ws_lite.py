@@ -1,0 +1,2332 @@
+# SPDX-License-Identifier: MIT
+"""Two-way calls and live events on a FastAPI app, over one WebSocket, in one file.
+
+    class Calculator(RpcMethodsBase):                 # its public methods can be called by clients
+        async def add(self, a: int, b: int) -> int:
+            return a + b
+
+    app = FastAPI()
+    endpoint = PubSubEndpoint(Calculator())           # or RpcEndpoint, where no events are wanted
+    endpoint.register_route(app, "/ws")
+
+    async with PubSubClient("ws://localhost:8000/ws") as client:
+        response = await client.other.add(a=1, b=2)   # response.result == 3
+        await client.subscribe("news", print)         # awaited: confirmed by the server
+        endpoint.publish(["news"], data={"any": "JSON"})              # in the server's code
+
+The wire is UTF-8 JSON, in one of two dialects: JSON-RPC 2.0 (https://www.jsonrpc.org/specification)
+with additions that a plain peer can ignore, or the wire of fastapi_websocket_rpc. The subprotocol
+ws-lite.1 selects the first and lets messages travel together in one frame; without it, the server
+takes the dialect of the first message that it understands.
+
+Guaranteed: Every request is answered once, with a result or a coded error. Nothing that a method
+does or a peer sends, short of breaking the WebSocket protocol, ends the connection. Requests run
+concurrently. Events keep one order everywhere; a slow subscriber costs no memory and delays nobody.
+A client reconnects and subscribes again by itself.
+
+Not promised: Whether a call ran when its connection dropped; calls are not repeated. Events of the
+time when a subscriber was away; one that falls behind by more than the history is disconnected.
+
+Errors: RpcError is the root, and what a method raises to speak to its caller. Below it are
+MethodNotFound, InvalidParams, InternalError, Forbidden, Overloaded, MessageTooLarge, Cancelled,
+RequestTimeout (also a TimeoutError) and ChannelClosed (also a ConnectionError), with Refused.
+"""
+
+import asyncio
+import contextlib
+import fnmatch
+import functools
+import inspect
+import itertools
+import json
+import logging
+import math
+import random
+import re
+import typing
+import uuid
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final, Generic, Literal, NamedTuple, Protocol, Self, TypeAlias
+from typing import TypedDict, TypeVar, Unpack
+from urllib.parse import unquote, urlsplit
+
+import anyio.to_thread
+from fastapi import APIRouter, FastAPI, WebSocket
+from fastapi.params import Depends
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import ArgsKwargs, from_json, to_json
+from starlette.types import ASGIApp, Message
+from starlette.websockets import WebSocketState
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ALL_TOPICS", "Event", "EventNotifier", "RpcChannel", "RpcMethodsBase", "RpcResponse",
+    "Subscription",
+    # the server, and the client with what carries it
+    "PubSubEndpoint", "RpcEndpoint",
+    "ASGITransport", "NetworkTransport", "PubSubClient", "RpcClient", "SessionTransport", "Socket",
+    "Transport",
+    # errors
+    "Cancelled", "ChannelClosed", "Forbidden", "InternalError", "InvalidParams", "MessageTooLarge",
+    "MethodNotFound", "Overloaded", "Refused", "RequestTimeout", "RpcError",
+]
+
+logger = logging.getLogger(__name__)
+
+# ------------------------------------------------------------------------------------- constants
+
+SUBPROTOCOL: Final = "ws-lite.1"
+ALL_TOPICS: Final = "__EventNotifier_ALL_TOPICS__"  # the same text as in fastapi_websocket_pubsub
+
+DEFAULT_RESPONSE_TIMEOUT_SECONDS: Final = 60.0
+MAX_MESSAGE_BYTES: Final = 16 * 2**20  # what uvicorn accepts unless told otherwise (--ws-max-size)
+OLD_WIRE_CLIENT_BYTES: Final = 2**20  # those clients keep the default of the websockets library
+MAX_CONCURRENT_REQUESTS: Final = 1024  # per connection; each one is a task
+METHOD_THREADS: Final = 40  # for plain def methods; as many as FastAPI has for plain def routes
+
+FRAME_BYTES: Final = 64 * 2**10  # of messages that travel together; more brings no more speed
+LIVE_BYTES: Final = 64 * 2**10  # with more than this unsent, a subscriber is fed from the log
+OUTBOX_BYTES: Final = 2**20  # with more than this unsent, nothing more is read from that peer
+OUTBOX_LIMIT_BYTES: Final = 16 * 2**20  # with more than this unsent, calls wait, or are refused
+
+HISTORY_EVENTS: Final = 4096
+HISTORY_BYTES: Final = 16 * 2**20
+QUEUE_EVENTS: Final = 10_000  # that wait for callbacks, or to be published by other threads
+QUEUE_BYTES: Final = 16 * 2**20
+MAX_TOPIC_CHARACTERS: Final = 1024
+MAX_PATTERN_STARS: Final = 16  # each is one more pass over the topic
+MAX_SUBSCRIPTIONS: Final = 10_000  # per connection
+MAX_PATTERNS: Final = 100  # per connection; each costs time at every publish, as topics do not
+
+SEND_SECONDS: Final = 10.0  # a peer that takes nothing for so long is let go,
+SEND_BYTES_PER_SECOND: Final = 64 * 2**10  # with more time for a large message
+CLOSE_SECONDS: Final = 2.0  # for a close to take place; then the connection is left as it is
+GRACE_SECONDS: Final = 1.0  # for what was cancelled to end; then it is left behind, and logged
+GREETING_SECONDS: Final = 10.0  # for the server's first answer on a new connection
+TICK_SECONDS: Final = 0.005  # deadlines closer together than this share one timer
+LONGEST_TIMEOUT_SECONDS: Final = 1e6  # what every event loop's timers can do
+
+BACKOFF_FIRST_SECONDS: Final = 0.1
+BACKOFF_MAX_SECONDS: Final = 30.0
+READY_SECONDS: Final = 1.0  # a connection that was ready for so long resets the backoff
+RESTART_SPREAD_SECONDS: Final = 2.0  # so that a fleet does not come back all at once
+FINAL_STATUS: Final = frozenset({401, 403, 404})
+POLICY_VIOLATION: Final = 1008  # these codes: RFC 6455, 7.4.1, and IANA's registry
+RESTART_CODES: Final = frozenset({1001, 1012})
+TOO_SLOW: Final = 1013
+
+# ---------------------------------------------------------------------------------------- errors
+
+
+class RpcError(Exception):
+    """The root of all errors here; raised in a method, it is what the caller sees.
+
+    ``code`` is an integer, of your own or one of JSON-RPC's; ``data`` any JSON value, or None.
+    """
+
+    def __init__(self, code: int, message: str, data: Any = None) -> None:
+        Exception.__init__(self, code, message, data)
+        self.code, self.message, self.data = code, message, data
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class _CodedError(RpcError):
+    CODE: ClassVar[int]
+    MESSAGE: ClassVar[str]
+
+    def __init__(self, message: str | None = None, data: Any = None) -> None:
+        super().__init__(self.CODE, self.MESSAGE if message is None else message, data)
+        self.args = (self.message, data)  # what copy and pickle call the class with
+
+
+class MethodNotFound(_CodedError):
+    """The peer has no such method."""
+    CODE, MESSAGE = -32601, "Method not found"
+
+
+class InvalidParams(_CodedError):
+    """The arguments do not fit the method; ``data`` lists what is wrong with which."""
+    CODE, MESSAGE = -32602, "Invalid params"
+
+
+class InternalError(_CodedError):
+    """The method failed; why is in the log of the side it ran on."""
+    CODE, MESSAGE = -32603, "Internal error"
+
+
+class RequestTimeout(_CodedError, TimeoutError):
+    """There was no answer in time."""
+    CODE, MESSAGE = -32000, "Request timed out"
+
+
+class Forbidden(_CodedError):
+    """The caller may not do this; ``data`` names what was refused."""
+    CODE, MESSAGE = -32001, "Forbidden"
+
+
+class Overloaded(_CodedError):
+    """Too much at once; trying again later may succeed."""
+    CODE, MESSAGE = -32002, "Overloaded"
+
+
+class MessageTooLarge(_CodedError):
+    """The message is larger than its receiver takes; nothing of it was sent."""
+    CODE, MESSAGE = -32003, "Message too large"
+
+
+class Cancelled(_CodedError):
+    """The call was cancelled (this code is the Language Server Protocol's)."""
+    CODE, MESSAGE = -32800, "Request cancelled"
+
+
+class ChannelClosed(RpcError, ConnectionError):
+    """The connection is gone; ``code`` and ``reason`` are those of its close (RFC 6455, 7.4)."""
+
+    def __init__(self, code: int = 1006, reason: str = "") -> None:
+        super().__init__(code, f"the connection is closed: {code} {reason}".rstrip())
+        self.reason = reason
+        self.args = (code, reason)
+
+
+class Refused(ChannelClosed):
+    """The server does not want this client: by an HTTP ``status``, or by a close code."""
+
+    def __init__(self, status: int | None = None, code: int = 1006, reason: str = "") -> None:
+        super().__init__(code, reason)
+        self.status = status
+        self.message = f"the server refused the connection: {status or code} {reason}".rstrip()
+        self.args = (status, code, reason)
+
+
+_ERRORS: Final[Mapping[int, type[_CodedError]]] = {e.CODE: e for e in (
+    MethodNotFound, InvalidParams, InternalError, RequestTimeout, Forbidden, Overloaded,
+    MessageTooLarge, Cancelled)}
+_PARSE_ERROR: Final = RpcError(-32700, "Parse error")
+_INVALID_REQUEST: Final = RpcError(-32600, "Invalid Request")
+
+
+def _error_from_wire(error: Any) -> RpcError:
+    fields = error if type(error) is dict else {"message": f"the peer's error is {error!r:.99}"}
+    code, message, data = fields.get("code"), str(fields.get("message", "")), fields.get("data")
+    if type(code) is not int:
+        return InternalError(message, data)
+    return _ERRORS[code](message, data) if code in _ERRORS else RpcError(code, message, data)
+
+
+# ------------------------------------------------------------------------- messages and dialects
+# A dialect translates: a decoded JSON value to messages, and the parts of a message, the variable
+# ones being JSON text already, to its text. It is a value; which one a connection speaks is chosen
+# once.
+
+_NO_ID: Final = object()  # of a notification, which is not answered; an id of null is
+
+
+def _encode(value: object) -> str:
+    """JSON text, of models and dataclasses too. Raises ValueError for what JSON cannot say."""
+    raw = to_json(value, bytes_mode="base64")
+    if b"NaN" in raw or b"Infinity" in raw:  # in a string they are harmless: ask the parser
+        from_json(raw, allow_inf_nan=False)
+    return raw.decode()
+
+
+def _decode(frame: str | bytes) -> Any:
+    """The value of a JSON text. Raises ValueError, or RecursionError."""
+    try:
+        return from_json(frame, allow_inf_nan=False)
+    except ValueError as error:
+        if "recursion" not in str(error):
+            raise
+        return json.loads(frame, parse_constant=int)  # from_json reads 200 levels, to_json writes 255
+
+
+def _size(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
+@functools.lru_cache(1024)
+def _quoted(name: str) -> str:
+    return _encode(name)
+
+
+@dataclass(frozen=True, slots=True)
+class RpcResponse:
+    """What a call returns; ``result`` is a JSON value."""
+    result: Any
+
+
+_Outcome: TypeAlias = RpcResponse | RpcError
+
+
+class _Request:
+    """A request of the peer and, while it runs, its state. Its reply can be given once."""
+
+    __slots__ = ("channel", "deadline", "id", "method", "params", "reply", "task", "threaded",
+                 "timeout")
+
+    def __init__(self, id: object, method: str, params: Any, timeout: float | None = None) -> None:
+        self.id, self.method, self.params, self.timeout = id, method, params, timeout
+        self.channel: RpcChannel
+        self.reply: Callable[[str], None] | None = None  # None once given, or if none is wanted
+        self.deadline: float | None = None  # in the loop's time; None again when it has ended
+        self.task: asyncio.Task[None] | None = None
+        self.threaded = False
+
+
+class _Response(NamedTuple):
+    id: int | None
+    outcome: _Outcome
+
+
+class _Invalid(NamedTuple):
+    id: Any = None
+    error: RpcError = _INVALID_REQUEST
+
+
+_Message: TypeAlias = _Request | _Response | _Invalid
+
+
+def _error_object(error: RpcError) -> str:
+    data = {} if error.data is None else {"data": error.data}
+    return _encode({"code": error.code, "message": error.message, **data})
+
+
+class _JsonRpc:
+    def request(self, id: int | None, method: str, params: str | None, timeout: float | None) -> str:
+        text = f'{{"jsonrpc":"2.0","method":{_quoted(method)}'
+        if params is not None:
+            text += f',"params":{params}'
+        if timeout is not None:
+            text += f',"timeout":{timeout:.3f}'
+        return text + ("}" if id is None else f',"id":{id}}}')
+
+    def result(self, id: Any, result: str, kind: str) -> str:
+        return f'{{"jsonrpc":"2.0","result":{result},"id":{_encode(id)}}}'
+
+    def error(self, id: Any, error: RpcError) -> str:
+        return f'{{"jsonrpc":"2.0","error":{_error_object(error)},"id":{_encode(id)}}}'
+
+    def event(self, entry: "_Entry") -> str:
+        return entry.text
+
+    def read(self, message: Any) -> tuple[_Message, ...]:
+        if type(message) is not dict or message.get("jsonrpc") != "2.0":
+            return (_Invalid(),)
+        id = message.get("id", _NO_ID)
+        sound = id is None or id is _NO_ID or type(id) in (int, str, float)
+        if "method" in message:
+            method, params = message["method"], message.get("params")
+            timeout = message.get("timeout")
+            if (sound and type(method) is str and (params is None or type(params) in (dict, list))
+                    and (timeout is None or type(timeout) in (int, float))):
+                return (_Request(id, method, params, timeout),)
+        elif "error" in message or "result" in message:
+            own = id if type(id) in (int, float) else None  # not True, which equals 1
+            if message.get("error") is not None:
+                return (_Response(own, _error_from_wire(message["error"])),)
+            return (_Response(own, RpcResponse(message.get("result"))),)
+        return (_Invalid(id if sound and id is not _NO_ID else None),)
+
+
+class _OldWire:
+    """That of fastapi_websocket_rpc 0.1: only named arguments, no timeouts, no cancelling."""
+
+    def request(self, id: int | None, method: str, params: str | None, timeout: float | None) -> str:
+        if params is not None and params[0] != "{":
+            raise TypeError("the wire of fastapi_websocket_rpc takes arguments by name only")
+        call_id = "null" if id is None else f'"{id}"'
+        return (f'{{"request":{{"method":{_quoted(method)},"arguments":{params or "{}"},'
+                f'"call_id":{call_id}}},"response":null}}')
+
+    def result(self, id: Any, result: str, kind: str) -> str:
+        return (f'{{"request":null,"response":{{"result":{result},"result_type":{_quoted(kind)},'
+                f'"call_id":{_encode(id)}}}}}')
+
+    def error(self, id: Any, error: RpcError) -> str:
+        return (f'{{"request":null,"response":{{"result":null,"result_type":null,'
+                f'"call_id":{_encode(id)},"error":{_error_object(error)}}}}}')
+
+    def event(self, entry: "_Entry") -> str:
+        return entry.old_text
+
+    def read(self, message: Any) -> tuple[_Message, ...]:
+        found: list[_Message] = []
+        if type(message) is dict and type(request := message.get("request")) is dict:
+            id, method, params = (request.get(k) for k in ("call_id", "method", "arguments"))
+            id = id if type(id) is str else None
+            sound = type(method) is str and type(params or {}) is dict
+            found.append(_Request(id, str(method), params) if sound else _Invalid(id))
+        if type(message) is dict and type(response := message.get("response")) is dict:
+            id, error, result = (response.get(k) for k in ("call_id", "error", "result"))
+            own = int(id) if type(id) is str and id.isascii() and id.isdecimal() else None
+            found.append(_Response(own, RpcResponse(result) if error is None
+                                   else _error_from_wire(error)))
+        return tuple(found) or (_Invalid(),)
+
+
+_Dialect: TypeAlias = _JsonRpc | _OldWire
+_JSONRPC: Final = _JsonRpc()
+_WS_LITE: Final = _JsonRpc()  # the same, but an array is no batch: its messages travel together
+_OLD_WIRE: Final = _OldWire()
+
+
+def _dialect_of(message: Any) -> _Dialect | None:
+    """What a first message is written in; None where it is neither."""
+    if type(message) is list:
+        return _JSONRPC if _JSONRPC in map(_dialect_of, message) else None
+    if type(message) is not dict or "jsonrpc" in message:
+        return _JSONRPC if type(message) is dict else None
+    return _OLD_WIRE if {"request", "response"} & message.keys() else None
+
+
+class _Batch:
+    """The answers to a JSON-RPC batch, sent as one array when the last one is there."""
+
+    def __init__(self, send: Callable[[str], None], max_size: int) -> None:
+        self._send, self._max_size = send, max_size
+        self._ids: list[Any] = []
+        self._answers: dict[int, str] = {}
+
+    def expect(self, id: Any) -> Callable[[str], None]:
+        """A place for one answer; all are taken before the first is filled."""
+        self._ids.append(id)
+        return functools.partial(self._fill, len(self._ids) - 1)
+
+    def _fill(self, place: int, text: str) -> None:
+        self._answers[place] = text
+        if len(self._answers) < len(self._ids):
+            return
+        total = sum(_size(text) + 1 for text in self._answers.values()) + 1
+        for place in sorted(self._answers, key=lambda place: -len(self._answers[place])):
+            if total > self._max_size:  # the largest give way
+                total -= _size(self._answers[place])
+                self._answers[place] = _JSONRPC.error(self._ids[place], MessageTooLarge())
+                total += _size(self._answers[place])
+        self._send(f"[{','.join(self._answers[place] for place in sorted(self._answers))}]")
+
+
+# --------------------------------------------------------------------------------------- methods
+# A table of methods is made once, from a class or by decorators. A name off the wire is looked up
+# in it, and never reaches getattr.
+
+_T = TypeVar("_T")
+_current: ContextVar[_Request | None] = ContextVar("fastapi_ws_lite_request", default=None)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class RpcMethodsBase:
+    """Derive from this: every public method of the class can be called by the peer.
+
+    ``async def`` runs on the event loop, plain ``def`` in a worker thread. Arguments are validated
+    from the type hints, by pydantic. One instance serves all connections; what belongs to one of
+    them goes into ``self.channel.context``.
+    """
+
+    @property
+    def channel(self) -> "RpcChannel":
+        """The connection that is being served. Raises RuntimeError outside of a call."""
+        if (request := _current.get()) is None:
+            raise RuntimeError("self.channel is known only in a method that a peer has called")
+        return request.channel
+
+
+class _Method:
+    """A function that a peer may call."""
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        plain = inspect.unwrap(function)
+        if inspect.isasyncgenfunction(plain) or inspect.isgeneratorfunction(plain):
+            raise TypeError(f"{name} is a generator, which a peer cannot call; name it _{name}")
+        try:
+            self._hints = typing.get_type_hints(function, include_extras=True)
+        except NameError as error:
+            raise TypeError(f"{name}: an annotation cannot be resolved: {error}") from error
+        self.function, self.threaded = function, not inspect.iscoroutinefunction(plain)
+        self._channel = next((k for k, hint in self._hints.items() if hint is RpcChannel), None)
+
+    @functools.cached_property
+    def _adapter(self) -> TypeAdapter[Any]:
+        def arguments(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            return args, kwargs
+
+        shown = inspect.signature(self.function)
+        parameters = [p for p in shown.parameters.values() if p.name != self._channel]
+        vars(arguments)["__signature__"] = shown.replace(parameters=parameters)
+        arguments.__annotations__ = self._hints
+        config = ConfigDict(val_json_bytes="base64", arbitrary_types_allowed=True)
+        stand_in: Any = arguments
+        return TypeAdapter(stand_in, config=config)
+
+    @functools.cached_property
+    def _takes_bytes(self) -> bool:
+        return "'bytes'" in repr(self._adapter.core_schema)
+
+    def bind(self, channel: "RpcChannel", params: Any) -> Callable[[], Any]:
+        """The function with its arguments. Raises InvalidParams."""
+        validator = self._adapter.validator
+        args, named = (tuple(params), {}) if type(params) is list else ((), params or {})
+        try:
+            if self._takes_bytes and params:  # they are base64 only when validated from JSON
+                args, named = validator.validate_json(_encode(params))
+            else:
+                args, named = validator.validate_python(ArgsKwargs(args, named))
+        except ValidationError as error:
+            raise _invalid_params(error) from error
+        if self._channel is not None:
+            named[self._channel] = channel
+        return functools.partial(self.function, *args, **named)
+
+
+def _invalid_params(error: ValidationError) -> InvalidParams:
+    """What is wrong with which argument; without its value, or the name of a class of ours."""
+    problems: list[dict[str, Any]] = [
+        {"loc": e["loc"], "type": e["type"],
+         "msg": "Input should be an object" if "class_name" in e.get("ctx", {}) else e["msg"]}
+        for e in error.errors(include_url=False, include_input=False)]
+    summary = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in problems[:3])
+    return InvalidParams(f"Invalid params: {summary}", problems)
+
+
+def _methods_of(instance: RpcMethodsBase | None) -> dict[str, _Method]:
+    """The public functions of an instance's class and of those it inherits from."""
+    if instance is not None and not isinstance(instance, RpcMethodsBase):
+        raise TypeError(f"methods is {instance!r}, not an instance of a class of RpcMethodsBase")
+    found: dict[str, Any] = {}
+    for cls in reversed(type(instance).__mro__[:-1]):
+        if cls is not RpcMethodsBase:
+            found.update(vars(cls))
+    return {name: _Method(name, getattr(instance, name)) for name, value in found.items()
+            if name[0] != "_" and inspect.isfunction(getattr(value, "__func__", value))}
+
+
+# --------------------------------------------------------------------- pending calls and streams
+# The calls of one side that wait for an answer. An entry is made before its request is sent, and
+# is gone before its future is set, whatever the outcome. Futures are set to a value, never to an
+# exception, so that none goes unretrieved.
+
+
+class _Calls(dict[int, tuple["asyncio.Future[_Outcome]", float | None]]):
+    def settle(self, id: int | None, outcome: _Outcome) -> None:
+        future, _ = self.pop(id, (None, None)) if id is not None else (None, None)
+        if future is not None and not future.done():
+            future.set_result(outcome)
+
+    def expired(self, now: float) -> list[int]:
+        return [id for id, (_, deadline) in self.items() if (deadline or math.inf) <= now]
+
+    def deadlines(self) -> Iterator[float]:
+        return (deadline for _, deadline in self.values() if deadline is not None)
+
+
+# -------------------------------------------------------------------------------- topics and log
+# An event is kept once, in a log, in order. Connections hold no events, only a place in the log:
+# a slow one costs no memory, and publishing waits for nobody.
+
+_Sink = TypeVar("_Sink")
+
+
+class Event(NamedTuple):
+    """A published value. ``position`` names its place in the log; None where there is none."""
+    topic: str
+    data: Any
+    position: str | None
+
+
+def _check_topics(topics: str | Iterable[str], *, pattern: bool = False) -> tuple[str, ...]:
+    """The topics, each once. Raises InvalidParams."""
+    names = (topics,) if isinstance(topics, str) else tuple(dict.fromkeys(topics))
+    for name in names:
+        if not isinstance(name, str) or len(name) > MAX_TOPIC_CHARACTERS:
+            raise InvalidParams(f"a topic is a string of at most {MAX_TOPIC_CHARACTERS} characters,"
+                                f" not {name!r:.50}")
+        if pattern and name.count("*") > MAX_PATTERN_STARS:
+            raise InvalidParams(f"a pattern has at most {MAX_PATTERN_STARS} stars: {name!r:.50}")
+    return names
+
+
+class _Pattern(dict[_Sink, None]):
+    """Sinks, and what they want as fnmatch.fnmatchcase has it; linear, as its groups are atomic."""
+
+    def __init__(self, pattern: str) -> None:
+        self.matches = re.compile(fnmatch.translate(pattern)).match
+
+
+class _Topics(Generic[_Sink]):
+    """Who wants which topic. What a publish costs: the sinks it finds, and one match a pattern."""
+
+    def __init__(self) -> None:
+        self.exact: dict[str, dict[_Sink, None]] = {}
+        self.patterns: dict[str, _Pattern[_Sink]] = {}
+
+    def add(self, sink: _Sink, topic: str, pattern: bool) -> None:
+        if not pattern:
+            self.exact.setdefault(topic, {})[sink] = None
+        else:
+            if topic not in self.patterns:
+                self.patterns[topic] = _Pattern(topic)
+            self.patterns[topic][sink] = None
+
+    def having(self, topic: str, pattern: bool) -> Mapping[_Sink, None]:
+        return (self.patterns if pattern else self.exact).get(topic, {})
+
+    def discard(self, sink: _Sink, topic: str, pattern: bool) -> None:
+        table: dict[str, Any] = self.patterns if pattern else self.exact
+        if sink in table.get(topic, ()):
+            del table[topic][sink]
+            if not table[topic]:
+                del table[topic]
+
+    def match(self, topic: str) -> Mapping[_Sink, None]:
+        """The sinks for a topic, each once."""
+        found = self.exact.get(topic, {})
+        if self.patterns or ALL_TOPICS in self.exact:
+            found = found | self.exact.get(ALL_TOPICS, {})
+            for sinks in self.patterns.values():
+                if sinks.matches(topic):
+                    found |= sinks
+        return found
+
+
+class _Entry:
+    """An event in the log. Its data is the end of its text in JSON-RPC, and kept only there."""
+
+    __slots__ = ("_data_at", "_old", "index", "origin", "position", "size", "text", "topic")
+
+    def __init__(self, index: int, position: str, topic: str, data: str, origin: str | None) -> None:
+        self.index, self.position, self.topic, self.origin = index, position, topic, origin
+        head = (f'{{"jsonrpc":"2.0","method":"notify","params":{{"topic":{_quoted(topic)},'
+                f'"position":"{position}","data":')
+        self.text, self._data_at = f"{head}{data}}}}}", len(head)
+        self.size = _size(self.text)
+        self._old: str | None = None
+
+    @property
+    def data(self) -> str:
+        return self.text[self._data_at:-2]
+
+    @property
+    def old_text(self) -> str:
+        if self._old is None:
+            arguments = f'{{"subscription":{{"topic":{_quoted(self.topic)}}},"data":{self.data}}}'
+            self._old = _OLD_WIRE.request(None, "notify", arguments, None)
+        return self._old
+
+
+class _Log(dict[int, _Entry]):
+    """The last events by index, from ``first`` to ``end`` - 1; bounded in number and bytes.
+
+    Its id tells its positions from those of another log, or of an earlier process.
+    """
+
+    def __init__(self, max_events: int, max_bytes: int) -> None:
+        self._max_events, self._max_bytes, self._id = max_events, max_bytes, uuid.uuid4().hex[:12]
+        self.first = self.end = 1
+        self.size = 0
+
+    @property
+    def position(self) -> str:
+        """That of the newest event, or of the beginning."""
+        return f"{self.end - 1}-{self._id}"
+
+    def append(self, topic: str, data: str, origin: str | None) -> _Entry:
+        index, self.end = self.end, self.end + 1
+        entry = self[index] = _Entry(index, self.position, topic, data, origin)
+        self.size += entry.size
+        while len(self) > self._max_events or self.size > self._max_bytes:
+            self.size -= self.pop(self.first).size
+            self.first += 1
+        return entry
+
+
+# --------------------------------------------------------------------------------------- channel
+# A channel is one connection. Its tasks: the owner's (a route's handler, or a client's), which
+# reads; one writer; one for each request that runs; some for hooks. The owner starts them and, on
+# every way out, ends them: none outlives it but a method or hook that ignores its cancellation.
+#
+# State changes only between awaits, on one thread. The outbox is filled by anyone and emptied by
+# the writer, so there is never more than one send under way. `_end` is the one way to the end: it
+# runs once, without an await, wherever the end is noticed, settles every call, cancels every
+# request, and interrupts reader and writer. What is put into the outbox later is dropped.
+#
+# At the awaits: the reader waits for a frame, or for room in the outbox. A caller waits for its
+# future and, if it is cancelled there, tells the peer. A method may wait for anything; when it is
+# cancelled or late its answer is given for it, at once, and what it does later changes nothing.
+# `close` only waits for the end, so that cancelling it cancels nothing else.
+
+
+def _wake(waiters: list["asyncio.Future[None]"]) -> None:
+    for waiter in waiters:
+        if not waiter.done():
+            waiter.set_result(None)
+    waiters.clear()
+
+
+async def _next_wake(waiters: list["asyncio.Future[None]"]) -> None:
+    waiter = asyncio.get_running_loop().create_future()
+    waiters.append(waiter)
+    try:
+        await waiter
+    finally:
+        if waiter in waiters:
+            waiters.remove(waiter)
+
+
+class Socket(Protocol):
+    """An open connection, as a transport makes it. One task receives, one other sends."""
+
+    @property
+    def subprotocol(self) -> str | None:
+        """The one that was negotiated."""
+
+    async def send(self, text: str) -> None:
+        """Send a text message; wait while the connection takes no more."""
+
+    async def recv(self) -> str | bytes:
+        """Receive a message. Raises ChannelClosed when there will be no more."""
+
+    async def close(self, code: int, reason: str) -> None:
+        """Close the connection, soon, whatever the peer does."""
+
+
+@dataclass(slots=True)
+class _Settings:
+    """What the channels of one endpoint or client have in common."""
+    timeout: float | None
+    max_message_size: int
+    max_concurrent_requests: int
+    threads: anyio.CapacityLimiter | None = None
+
+
+class _Unset:
+    """The type of a timeout that is not given; None means no timeout."""
+
+
+_UNSET: Final = _Unset()
+_Timeout: TypeAlias = float | None | _Unset
+_Arguments: TypeAlias = Mapping[str, Any] | Sequence[Any] | None
+_Inline: TypeAlias = Callable[["RpcChannel", Any], object]  # runs in the reader: it must not wait
+_Table: TypeAlias = dict[str, _Method | _Inline]
+
+
+class _Other:
+    """Calls the methods of the peer as if they were its own."""
+
+    def __init__(self, call: Callable[..., Any], timeout: _Timeout = _UNSET) -> None:
+        self._call, self._timeout = call, timeout
+
+    def __call__(self, *, timeout: float | None) -> "_Other":
+        return _Other(self._call, timeout)
+
+    def __getattr__(self, name: str) -> Callable[..., Coroutine[Any, Any, RpcResponse]]:
+        if name.startswith("__"):  # what copy, pickle and inspect look for
+            raise AttributeError(name)
+
+        def method(*args: Any, **kwargs: Any) -> Any:
+            if args and kwargs:
+                raise TypeError(f"{name}: JSON-RPC takes arguments by position or by name, not both")
+            return self._call(name, args or kwargs or None, timeout=self._timeout)
+
+        return method
+
+
+class RpcChannel:
+    """One connection, on either side. Not thread-safe: for use on its event loop."""
+
+    def __init__(self, socket: Socket, methods: _Table, settings: _Settings,
+                 dialect: _Dialect | None, context: dict[str, Any]) -> None:
+        self.id, self.context = uuid.uuid4().hex, context
+        self._socket, self._methods, self._settings = socket, methods, settings
+        self._peer_takes = settings.max_message_size
+        self._dialect = dialect
+        self._held: list[tuple[int | None, str, str | None, float | None]] = []
+        self._loop = asyncio.get_running_loop()
+        self._outbox: deque[str] = deque()
+        self._outbox_size = 0
+        self._idle: asyncio.Future[None] | None = None  # what the writer waits for
+        self._room: list[asyncio.Future[None]] = []
+        self._calls, self._ids = _Calls(), itertools.count(1)
+        self._running: set[_Request] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._spared: set[asyncio.Task[Any] | None] = set()  # called close, and go on after it
+        self._reader: asyncio.Task[Any] | None = None
+        self._interrupted = False
+        self._closing: tuple[int, str] | None = None
+        self._closed: ChannelClosed | None = None
+        self._end_waiters: list[asyncio.Future[None]] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = math.inf
+        self._send_deadline: float | None = None
+        self._feed: _Feed | None = None
+        self._share = 0  # of the frame, in bytes, that the message being handled has
+
+    @property
+    def _speaks(self) -> _Dialect:
+        return self._dialect or _JSONRPC  # until it is known, in which only errors are said
+
+    # calling the peer
+
+    @property
+    def other(self) -> Any:
+        """The peer's methods: ``await channel.other.add(a=1, b=2)`` is a `call`.
+
+        ``channel.other(timeout=2).add(...)`` sets the timeout, in seconds.
+        """
+        return _Other(self.call)
+
+    async def call(self, method: str, args: _Arguments = None, *,
+                   timeout: _Timeout = _UNSET) -> RpcResponse:
+        """Call a method of the peer and wait for its response. Cancelling it cancels the method.
+
+        ``args`` are by name (a mapping) or by position (a sequence). ``timeout`` is in seconds;
+        None is no limit, the default this side's ``default_response_timeout``; within a method, it
+        is never more than its own caller waits.
+
+        Raises the RpcError that the peer answered; RequestTimeout; ChannelClosed if the connection
+        ends, and then whether the method ran is not known; MessageTooLarge, TypeError or ValueError
+        for arguments that cannot be sent.
+        """
+        while self._outbox_size > OUTBOX_LIMIT_BYTES:
+            await _next_wake(self._room)
+        return await self._outcome(*self._start(method, args, timeout))
+
+    def notify(self, method: str, args: _Arguments = None) -> None:
+        """Call a method of the peer and do not wait: there is no answer, not even an error.
+
+        Raises what `call` raises before it sends, and Overloaded while 16 MiB wait to be sent.
+        """
+        if self._outbox_size > OUTBOX_LIMIT_BYTES:
+            raise Overloaded(f"{self._outbox_size} bytes wait to be sent to this peer")
+        self._send_request(None, method, _params(args), None)
+
+    def _start(self, method: str, args: _Arguments,
+               timeout: _Timeout) -> tuple[int, "asyncio.Future[_Outcome]"]:
+        """Send a request. Not a coroutine, so that what is called first is sent first."""
+        params = _params(args)
+        seconds = self._settings.timeout if isinstance(timeout, _Unset) else timeout
+        request, now = _current.get(), self._loop.time()
+        limits = [None if seconds is None else now + min(seconds, LONGEST_TIMEOUT_SECONDS),
+                  None if request is None else request.deadline]
+        deadline = min((limit for limit in limits if limit is not None), default=None)
+        id, future = next(self._ids), self._loop.create_future()
+        self._calls[id] = (future, deadline)
+        try:
+            self._send_request(id, method, params, None if deadline is None else deadline - now)
+        except BaseException:
+            del self._calls[id]
+            raise
+        self._watch(deadline)
+        return id, future
+
+    async def _outcome(self, id: int, future: "asyncio.Future[_Outcome]") -> RpcResponse:
+        try:
+            outcome = await future
+        finally:
+            if self._calls.pop(id, None):  # still there: the caller was cancelled
+                self._send_cancel(id)
+        if isinstance(outcome, RpcError):
+            raise outcome
+        return outcome
+
+    def _send_request(self, id: int | None, method: str, params: str | None,
+                      timeout: float | None) -> None:
+        if self._closed is not None:
+            raise ChannelClosed(self._closed.code, self._closed.reason)
+        if self._dialect is None:
+            self._held.append((id, method, params, timeout))
+            self._outbox_size += len(params or "")
+            return
+        text = self._dialect.request(id, method, params, timeout)
+        if _size(text) > self._peer_takes:
+            raise MessageTooLarge(f"{method}: {_size(text)} bytes, the limit is {self._peer_takes}")
+        self._put(text)
+
+    def _send_cancel(self, id: int) -> None:
+        if isinstance(self._dialect, _JsonRpc):
+            self._put(self._dialect.request(None, "$/cancelRequest", f'{{"id":{id}}}', None))
+
+    # its end
+
+    async def close(self, code: int = 1000, reason: str = "") -> None:
+        """Send what waits to be sent, close the connection, and return when it is closed.
+
+        That takes seconds at most, whatever the peer does. Cancelling it cancels nothing else. A
+        method or hook may call it, and goes on afterwards.
+        """
+        self._spared.add(asyncio.current_task())
+        if self._closing is None and self._closed is None:
+            self._closing = (code, reason)
+            self._stir()
+            self._loop.call_later(CLOSE_SECONDS, self._end, ChannelClosed(code, reason))
+        await self.wait_closed()
+
+    async def wait_closed(self) -> ChannelClosed:
+        """Wait for the end of the connection; returns its code and reason."""
+        while self._closed is None:
+            await _next_wake(self._end_waiters)
+        return self._closed
+
+    def _end(self, closed: ChannelClosed) -> None:
+        if self._closed is not None:
+            return
+        self._closed, self._outbox_size = closed, 0
+        self._outbox.clear()
+        self._held.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+        for request in self._running:
+            request.reply = None
+            if request.task and not request.threaded and request.task not in self._spared:
+                request.task.cancel()
+        for task in self._tasks - self._spared - {asyncio.current_task()}:
+            task.cancel()
+        for id in list(self._calls):
+            self._calls.settle(id, ChannelClosed(closed.code, closed.reason))
+        _wake(self._room)
+        _wake(self._end_waiters)
+        if self._reader is not None and self._reader is not asyncio.current_task():
+            self._interrupted = True
+            self._reader.cancel()
+
+    async def _run(self, opened: Coroutine[Any, Any, None]) -> ChannelClosed:
+        """The owner's task: serve to the end, beside ``opened``, whose failure is the end."""
+        self._reader = owner = asyncio.current_task()
+        self._spawn(self._write())
+        self._spawn(self._open(opened))
+        closed = ChannelClosed(1001, "cancelled")
+        try:
+            closed = await self._read()
+        except asyncio.CancelledError:
+            if not self._interrupted or owner is None or owner.uncancel() > 0:
+                raise  # it was not `_end` that cancelled
+        finally:
+            self._reader = None
+            self._end(closed)
+            await self._leave()
+        return await self.wait_closed()
+
+    async def _leave(self) -> None:
+        tasks = self._tasks | {r.task for r in self._running if r.task and not r.threaded}
+        if waiting := tasks - self._spared:
+            _, left = await asyncio.wait(waiting, timeout=GRACE_SECONDS)
+            for task in left:
+                logger.warning("%r goes on, although its connection is closed", task.get_coro())
+        closed = await self.wait_closed()
+        code = 1000 if closed.code in (1005, 1006, 1015) else closed.code  # these are never sent
+        with contextlib.suppress(Exception):  # it may be closed already, from either side
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self._socket.close(code, closed.reason[:100])
+
+    async def _open(self, opened: Coroutine[Any, Any, None]) -> None:
+        try:
+            await opened
+        except RpcError as error:
+            code = POLICY_VIOLATION if isinstance(error, Forbidden) else 1011
+            await self.close(code, error.message[:100])
+        except Exception:  # a hook's
+            logger.exception("a connection is closed because its hook failed")
+            await self.close(1011)
+
+    def _spawn(self, work: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    # receiving
+
+    async def _read(self) -> ChannelClosed:
+        try:
+            while True:
+                self._receive(await self._socket.recv())
+                while self._outbox_size > OUTBOX_BYTES:
+                    await _next_wake(self._room)
+        except ChannelClosed as closed:
+            return closed
+
+    def _receive(self, frame: str | bytes) -> None:
+        try:
+            if len(frame) > self._settings.max_message_size:
+                raise MessageTooLarge(f"the limit is {self._settings.max_message_size} bytes")
+            message = _decode(frame)
+        except (ValueError, RecursionError, MessageTooLarge) as error:
+            logger.debug("channel %s: a frame of %d bytes: %s", self.id, len(frame), error)
+            problem = error if isinstance(error, RpcError) else _PARSE_ERROR
+            self._put(self._speaks.error(None, problem))
+            return
+        if self._dialect is None:
+            self._adopt(_dialect_of(message))
+        if type(message) is not list or not message or self._speaks is _OLD_WIRE:
+            self._share = len(frame)
+            for item in self._speaks.read(message):
+                self._handle(item, self._put)
+        else:
+            self._share = len(frame) // len(message)
+            items = [item for each in message for item in self._speaks.read(each)]
+            self._handle_array(items)
+
+    def _handle_array(self, items: list[_Message]) -> None:
+        batch = None if self._dialect is _WS_LITE else _Batch(self._put, self._peer_takes)
+        replies = [self._put if batch is None else None if isinstance(item, _Response)
+                   or item.id is _NO_ID else batch.expect(item.id) for item in items]
+        for item, reply in zip(items, replies, strict=True):
+            self._handle(item, reply)
+
+    def _adopt(self, dialect: _Dialect | None) -> None:
+        """Speak as the peer does, and say what was held until now."""
+        self._dialect = dialect
+        if dialect is _OLD_WIRE:
+            self._peer_takes = min(self._peer_takes, OLD_WIRE_CLIENT_BYTES)
+        if dialect is not None:
+            held, self._held = self._held, []
+            for id, method, params, timeout in held:
+                self._outbox_size -= len(params or "")
+                try:
+                    self._send_request(id, method, params, timeout)
+                except (RpcError, TypeError) as error:
+                    self._calls.settle(id, InvalidParams(str(error)))
+
+    def _handle(self, item: _Message, reply: Callable[[str], None] | None) -> None:
+        if isinstance(item, _Request):
+            item.channel, item.reply = self, None if item.id is _NO_ID else reply
+            self._serve(item)
+        elif isinstance(item, _Response):
+            self._calls.settle(item.id, item.outcome)
+        elif reply is not None:
+            reply(self._speaks.error(item.id, item.error))
+
+    # the peer's requests
+
+    def _serve(self, request: _Request) -> None:
+        method = self._methods.get(request.method)
+        if method is None:
+            self._fail(request, MethodNotFound())
+        elif not isinstance(method, _Method):
+            self._respond(request, method(self, request.params))
+        elif len(self._running) >= self._settings.max_concurrent_requests:
+            self._fail(request, Overloaded(f"{len(self._running)} requests are running"))
+        else:
+            if request.timeout is not None:
+                seconds = min(request.timeout, LONGEST_TIMEOUT_SECONDS)
+                request.deadline = self._loop.time() + seconds
+                self._watch(request.deadline)
+            self._running.add(request)
+            request.threaded = method.threaded
+            request.task = self._loop.create_task(self._perform(request, method))
+
+    async def _perform(self, request: _Request, method: _Method) -> None:
+        _current.set(request)
+        try:
+            call = method.bind(self, request.params)
+            if method.threaded:
+                value = await anyio.to_thread.run_sync(call, limiter=self._settings.threads)
+            else:
+                value = call()
+            if inspect.isawaitable(value):
+                value = await value
+            self._respond(request, value)
+        except asyncio.CancelledError:
+            self._fail(request, Cancelled())
+            raise
+        except Exception as error:  # whatever a method raises is between it and its caller
+            if not isinstance(error, RpcError) or isinstance(error, ChannelClosed):
+                logger.exception("%s failed", request.method)
+                error = InternalError()
+            self._fail(request, error)
+        finally:
+            self._running.discard(request)
+            request.deadline = None  # what it leaves behind does not inherit it
+
+    def _respond(self, request: _Request, value: Any) -> None:
+        if request.reply is None:
+            return
+        kind = type(value).__name__ if type(value).__module__ == "builtins" else "object"
+        try:
+            text = self._speaks.result(request.id, _encode(value), kind)
+        except ValueError:
+            logger.exception("the result of %s is not JSON", request.method)
+            self._fail(request, InternalError())
+            return
+        if _size(text) > self._peer_takes:
+            self._fail(request, MessageTooLarge(f"the result has {_size(text)} bytes"))
+        else:
+            request.reply(text)
+            request.reply = None
+
+    def _fail(self, request: _Request, error: RpcError) -> None:
+        if request.reply is None:
+            return
+        try:
+            text = self._speaks.error(request.id, error)
+        except ValueError:
+            logger.exception("the error that %s raised is not JSON", request.method)
+            text = self._speaks.error(request.id, InternalError())
+        if _size(text) > self._peer_takes:
+            text = self._speaks.error(request.id, MessageTooLarge("the error is too large"))
+        request.reply(text)
+        request.reply = None
+
+    def _stop(self, request: _Request, error: RpcError) -> None:
+        """Answer for a request at once and ask its method to end; a thread cannot be asked."""
+        self._fail(request, error)
+        request.deadline = None
+        if request.task is not None and not request.threaded:
+            request.task.cancel()
+
+    # deadlines: those of calls, requests and sends share one timer, set to the earliest
+
+    def _watch(self, deadline: float | None) -> None:
+        if deadline is not None and deadline < self._timer_at:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer_at = deadline + TICK_SECONDS
+            self._timer = self._loop.call_at(self._timer_at, self._tick)
+
+    def _tick(self) -> None:
+        self._timer, self._timer_at, now = None, math.inf, self._loop.time()
+        if (self._send_deadline or math.inf) <= now:
+            self._end(ChannelClosed(TOO_SLOW, "takes nothing"))
+            return
+        for id in self._calls.expired(now):
+            self._calls.settle(id, RequestTimeout())
+            self._send_cancel(id)
+        for request in [r for r in self._running if (r.deadline or math.inf) <= now]:
+            self._stop(request, RequestTimeout())
+        left = [r.deadline for r in self._running if r.deadline is not None]
+        left += [] if self._send_deadline is None else [self._send_deadline]
+        self._watch(min(itertools.chain(left, self._calls.deadlines()), default=None))
+
+    # sending
+
+    def _put(self, text: str) -> None:
+        """Queue a message; what one turn of the loop queues can leave as one frame."""
+        if self._closed is None:
+            self._outbox.append(text)
+            self._outbox_size += len(text)
+            self._stir()
+
+    def _stir(self) -> None:
+        if self._idle is not None and not self._idle.done():
+            self._idle.set_result(None)
+
+    async def _write(self) -> None:
+        try:
+            while self._outbox or self._closing is None:
+                if not self._outbox:
+                    self._idle = self._loop.create_future()
+                    await self._idle
+                    continue
+                frame = self._next_frame()
+                limit = SEND_SECONDS + len(frame) / SEND_BYTES_PER_SECOND
+                self._send_deadline = self._loop.time() + limit
+                self._watch(self._send_deadline)
+                await self._socket.send(frame)
+                self._send_deadline = None
+                if self._feed is not None and self._feed.lagging:
+                    self._feed.refill()
+                if self._outbox_size <= OUTBOX_BYTES:
+                    _wake(self._room)
+            await self._socket.close(*self._closing)
+            self._end(ChannelClosed(*self._closing))
+        except Exception as error:  # each server and library has another for a broken connection
+            logger.debug("channel %s cannot send: %r", self.id, error)
+            self._end(ChannelClosed(1006, "cannot send"))
+
+    def _next_frame(self) -> str:
+        count, size = 1, len(self._outbox[0])
+        if self._dialect is _WS_LITE:
+            for text in itertools.islice(self._outbox, 1, None):
+                if size + len(text) + count + 2 > FRAME_BYTES:
+                    break
+                count, size = count + 1, size + len(text)
+        self._outbox_size -= size
+        texts = [self._outbox.popleft() for _ in range(count)]
+        return texts[0] if count == 1 else f"[{','.join(texts)}]"
+
+
+def _params(args: _Arguments) -> str | None:
+    params = None if args is None else _encode(args)
+    if params is not None and params[0] not in "{[":
+        raise TypeError(f"arguments are a mapping or a sequence, not {type(args).__name__}")
+    return params
+
+
+def _cancel_request(channel: RpcChannel, params: Any) -> None:
+    id = params.get("id", _NO_ID) if isinstance(params, dict) else _NO_ID
+    for request in [r for r in channel._running if r.id == id]:
+        channel._stop(request, Cancelled())
+
+
+async def _ping() -> str:
+    return "pong"
+
+
+async def _get_channel_id(channel: RpcChannel) -> str:
+    return channel.id
+
+
+# ----------------------------------------------------------------------------- events in process
+# An inbox hands events to the callbacks of one side: one at a time, in order, from one queue, by a
+# task that lives only while there are events. An iterator has a queue of its own, so that one that
+# nobody reads delays nobody else. What does not fit into a queue is lost, and said so in the log.
+
+_Callback: TypeAlias = Callable[..., Any]
+
+
+class _Queue(deque[tuple[Event, Sequence["Subscription"], int]]):
+    """Events that wait, for whom, and their size; bounded in number and bytes."""
+
+    size = 0
+
+    def put(self, event: Event, size: int, whom: Sequence["Subscription"] = ()) -> bool:
+        if self and (len(self) >= QUEUE_EVENTS or self.size + size > QUEUE_BYTES):
+            logger.warning("lost: an event of %r, as %d others wait", event.topic, len(self))
+            return False
+        self.append((event, whom, size))
+        self.size += size
+        return True
+
+    def take(self) -> tuple[Event, Sequence["Subscription"]]:
+        event, whom, size = self.popleft()
+        self.size -= size
+        return event, whom
+
+
+def _caller(callback: _Callback) -> Callable[[Event], Any]:
+    """Calls back with (data), (data, topic) or (event), as its parameters are named."""
+    try:
+        shown = inspect.signature(callback).parameters.values()
+    except ValueError:  # some builtins do not tell
+        shown = {}.values()
+    named = {p.name for p in shown if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    needed = {p.name for p in shown
+              if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    if any(p.kind is p.VAR_KEYWORD for p in shown):
+        named |= {"data", "topic"}
+    given = named & {"data", "topic"}
+    if needed == {"event"}:
+        return callback
+    if "topic" in given and needed <= given:
+        return lambda event: callback(**{name: getattr(event, name) for name in given})
+    if len(needed) > 1:
+        raise TypeError(f"a callback takes (data), (data, topic) or (event), not {shown}")
+    return lambda event: callback(event.data)
+
+
+class Subscription:
+    """What subscribe returns. Awaited, it is confirmed; made without a callback, iterate over it.
+
+    Both raise Forbidden or InvalidParams if the server refuses, and ChannelClosed if the client is
+    closed before. Leaving ``async for``, by break too, cancels the subscription.
+    """
+
+    def __init__(self, inbox: "_Inbox", topics: tuple[str, ...], pattern: bool,
+                 callback: _Callback | None, confirmed: bool) -> None:
+        self.topics, self.pattern = topics, pattern
+        self._inbox, self._call = inbox, None if callback is None else _caller(callback)
+        self._queue = _Queue()
+        self._waiters: list[asyncio.Future[None]] = []
+        self._confirmed, self._ended = confirmed, False
+        self._error: RpcError | None = None
+
+    def cancel(self) -> None:
+        """Receive no more, from now on."""
+        self._inbox.remove(self, self.topics)
+
+    def __await__(self) -> Generator[Any, None, Self]:
+        return self._wait().__await__()
+
+    async def _wait(self) -> Self:
+        while not (self._confirmed or self._ended):
+            await _next_wake(self._waiters)
+        if self._error is not None:
+            raise self._error
+        return self
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        try:
+            while self._queue or not self._ended:
+                if self._queue:
+                    yield self._queue.take()[0]
+                else:
+                    await _next_wake(self._waiters)
+            if self._error is not None and not isinstance(self._error, ChannelClosed):
+                raise self._error
+        finally:
+            self.cancel()
+
+    def _settle(self, *, ended: bool = False, error: RpcError | None = None) -> None:
+        self._confirmed = self._confirmed or not ended
+        self._ended, self._error = self._ended or ended, self._error or error
+        _wake(self._waiters)
+
+
+class _Inbox:
+    """The subscriptions of one side. ``changed`` is called after each change of them."""
+
+    def __init__(self, changed: Callable[[], None], *, confirmed: bool) -> None:
+        self.topics: _Topics[Subscription] = _Topics()
+        self.task: asyncio.Task[None] | None = None
+        self._changed, self._confirmed, self._queue = changed, confirmed, _Queue()
+
+    def subscribe(self, topics: str | Iterable[str], callback: _Callback | None,
+                  pattern: bool) -> Subscription:
+        names = _check_topics(topics, pattern=pattern)
+        subscription = Subscription(self, names, pattern, callback, self._confirmed)
+        for name in names:
+            self.topics.add(subscription, name, pattern)
+        self._changed()
+        return subscription
+
+    def unsubscribe(self, topics: str | Iterable[str], pattern: bool) -> None:
+        for topic in _check_topics(topics):
+            for subscription in list(self.topics.having(topic, pattern)):
+                self.remove(subscription, (topic,))
+
+    def remove(self, subscription: Subscription, topics: Sequence[str],
+               error: RpcError | None = None) -> None:
+        for topic in topics:
+            self.topics.discard(subscription, topic, subscription.pattern)
+        subscription.topics = tuple(t for t in subscription.topics if t not in topics)
+        if not subscription.topics:
+            subscription._settle(ended=True, error=error)
+        self._changed()
+
+    def put(self, event: Event, size: int) -> None:
+        called = []
+        for subscription in self.topics.match(event.topic):
+            if subscription._call is not None:
+                called.append(subscription)
+            elif subscription._queue.put(event, size):
+                _wake(subscription._waiters)
+        if called and self._queue.put(event, size, called) and self.task is None:
+            self.task = asyncio.get_running_loop().create_task(self._run())
+
+    async def _run(self) -> None:
+        try:
+            while self._queue:
+                event, subscriptions = self._queue.take()
+                for subscription in subscriptions:
+                    if subscription._call is not None and not subscription._ended:
+                        await _run_hooks_logged((subscription._call,), event)
+        finally:
+            self.task = None
+
+
+class _Receipt(Awaitable[_T]):
+    """May be awaited or not: a failure that nobody waits for is logged, once.
+
+    Cancelling one who waits cancels nothing else.
+    """
+
+    def __init__(self, task: "asyncio.Future[_T]") -> None:
+        self._task, self._awaited = task, False
+        task.add_done_callback(self._done)
+
+    def __await__(self) -> Generator[Any, None, _T]:
+        self._awaited = True
+        return asyncio.shield(self._task).__await__()
+
+    def _done(self, task: "asyncio.Future[_T]") -> None:
+        if not task.cancelled() and (error := task.exception()) and not self._awaited:
+            logger.error("failed, and nobody waited for it: %s", error)
+
+
+class _Done(Awaitable[None]):
+    def __await__(self) -> Generator[Any, None, None]:
+        yield from ()
+
+
+_DONE: Final = _Done()
+
+
+class EventNotifier:
+    """Publish and subscribe within a process: an endpoint has one, and it can be used alone.
+
+    It serves one event loop at a time. Only `publish` may be called from other threads, and before
+    there is a loop. ``history`` (events) and ``history_bytes`` bound the log, from which slow
+    subscribers are fed; ``max_message_size`` is that of one event, in bytes.
+    """
+
+    def __init__(self, *, history: int = HISTORY_EVENTS, history_bytes: int = HISTORY_BYTES,
+                 max_message_size: int = MAX_MESSAGE_BYTES) -> None:
+        self._history, self._max_size = (history, history_bytes), max_message_size
+        self._feeds: _Topics[_Feed] = _Topics()
+        self._inbox = _Inbox(lambda: None, confirmed=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._incoming: deque[tuple[tuple[str, ...], str, str | None]] = deque()
+        self._published = self._delivered = self._slow_closed = 0
+
+    @functools.cached_property
+    def _log(self) -> _Log:
+        return _Log(*self._history)  # made at first use: forked workers must not share its id
+
+    def subscribe(self, topics: str | Iterable[str], callback: _Callback | None = None, *,
+                  pattern: bool = False) -> Subscription:
+        """Subscribe to topics or, with ``pattern``, to those that fnmatch.fnmatchcase matches.
+
+        The callback takes (data), (data, topic) or (event) and may be ``async def``; a plain one
+        runs on the event loop too. Without one: ``async for event in notifier.subscribe(...)``.
+        """
+        return self._inbox.subscribe(topics, callback, pattern)
+
+    def unsubscribe(self, topics: str | Iterable[str], *, pattern: bool = False) -> None:
+        """Cancel all that `subscribe` made for these topics."""
+        self._inbox.unsubscribe(topics, pattern)
+
+    def publish(self, topics: str | Iterable[str], data: Any = None, *,
+                notifier_id: str | None = None) -> Awaitable[None]:
+        """Publish an event to each topic; from any thread, and with ``await`` or without.
+
+        ``notifier_id`` is the id of a subscriber that does not get it. Raises ValueError for data
+        that is not JSON, MessageTooLarge, InvalidParams for a topic, and Overloaded while 10,000
+        events of other threads wait; then nothing was published.
+        """
+        names, text = _check_topics(topics), _encode(data)
+        if _size(text) + MAX_TOPIC_CHARACTERS > self._max_size:
+            raise MessageTooLarge(f"{_size(text)} bytes of data, the limit for a message "
+                                  f"is {self._max_size}")
+        try:
+            here = self._loop in (None, asyncio.get_running_loop()) or self._loop.is_closed()
+        except RuntimeError:  # a thread that runs no loop
+            here = False
+        if here:
+            self._attach()
+            self._append(names, text, notifier_id)
+        elif len(self._incoming) >= QUEUE_EVENTS:
+            raise Overloaded(f"{len(self._incoming)} events wait to be published")
+        else:
+            self._incoming.append((names, text, notifier_id))
+            if self._loop is not None and not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(self._take_incoming)
+        return _DONE
+
+    def _attach(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._take_incoming()
+
+    def _take_incoming(self) -> None:
+        while self._incoming:
+            self._append(*self._incoming.popleft())
+
+    def _append(self, topics: tuple[str, ...], data: str, origin: str | None) -> None:
+        for topic in topics:
+            entry = self._log.append(topic, data, origin)
+            self._published += 1
+            for feed in self._feeds.match(topic):
+                feed.offer(entry)
+            if self._inbox.topics.match(topic):
+                self._inbox.put(Event(topic, _decode(data), entry.position), entry.size)
+
+
+class _Feed:
+    """A connection's place in the log: live while it keeps up, else fed as its outbox drains."""
+
+    def __init__(self, channel: RpcChannel, notifier: EventNotifier) -> None:
+        self._channel, self._notifier, self.subscriber_id = channel, notifier, channel.id
+        self.lagging, self._cursor = False, 0
+        self.max_size = channel._peer_takes
+        self.topics: dict[tuple[str, bool], _Pattern[None] | None] = {}
+        self.lock = asyncio.Lock()  # so that what is asked for later takes effect later
+
+    def add(self, names: Iterable[str], pattern: bool) -> None:
+        for name in names:
+            self._notifier._feeds.add(self, name, pattern)
+            self.topics[name, pattern] = _Pattern(name) if pattern else None
+
+    def remove(self, names: Iterable[str], pattern: bool) -> None:
+        for name in names:
+            self._notifier._feeds.discard(self, name, pattern)
+            self.topics.pop((name, pattern), None)
+
+    def clear(self) -> None:
+        for name, pattern in list(self.topics):
+            self.remove((name,), pattern)
+
+    def _wants(self, topic: str) -> bool:
+        return ((topic, False) in self.topics or (ALL_TOPICS, False) in self.topics
+                or any(p.matches(topic) for p in self.topics.values() if p is not None))
+
+    def offer(self, entry: _Entry) -> None:
+        if not self.lagging and self._channel._outbox_size > LIVE_BYTES:
+            self.lagging, self._cursor = True, entry.index
+        if not self.lagging:
+            self._send(entry)
+
+    def _send(self, entry: _Entry) -> None:
+        if entry.origin is not None and entry.origin == self.subscriber_id:
+            return
+        if entry.size > self.max_size:
+            logger.warning("an event of %r is too large for %s", entry.topic, self._channel.id)
+            return
+        self._notifier._delivered += 1
+        self._channel._put(self._channel._speaks.event(entry))
+
+    def refill(self) -> None:
+        """Send what there is room for; at the end of the log, be live again."""
+        log, channel = self._notifier._log, self._channel
+        if self._cursor < log.first:
+            self._notifier._slow_closed += 1
+            self.clear()
+            channel._spawn(channel.close(TOO_SLOW, "too slow"))
+        while log.first <= self._cursor < log.end and channel._outbox_size <= LIVE_BYTES:
+            entry = log[self._cursor]
+            self._cursor += 1
+            if self._wants(entry.topic):
+                self._send(entry)
+        self.lagging = log.first <= self._cursor < log.end
+
+
+# ------------------------------------------------------------------------------------- endpoints
+# An endpoint is what its connections share: methods, settings, notifier. It serves one event loop
+# at a time. Hooks run outside of everything, so that they may call, publish and close.
+
+_Hook: TypeAlias = Callable[..., Any]
+_Hooks: TypeAlias = _Hook | Sequence[_Hook]
+_Authorize: TypeAlias = Callable[[RpcChannel, str, tuple[str, ...]], Any]
+
+
+def _hooks(hooks: _Hooks) -> tuple[_Hook, ...]:
+    return (hooks,) if callable(hooks) else tuple(hooks)
+
+
+async def _run_hooks(hooks: Sequence[_Hook], *args: Any) -> None:
+    for hook in hooks:
+        result = hook(*args)
+        if inspect.isawaitable(result):
+            await result
+
+
+async def _run_hooks_logged(hooks: Sequence[_Hook], *args: Any) -> None:
+    for hook in hooks:
+        try:
+            await _run_hooks((hook,), *args)
+        except Exception:  # its failure is nobody else's
+            logger.exception("%r failed", hook)
+
+
+class _Options(TypedDict, total=False):
+    """What both sides of a connection can be given; the meaning is at `_Side`."""
+    on_connect: _Hooks
+    on_disconnect: _Hooks
+    default_response_timeout: float | None
+    max_message_size: int
+    max_concurrent_requests: int
+
+
+class _Side:
+    """What an endpoint and a client have in common."""
+
+    _own: ClassVar[Mapping[str, str]] = {}  # methods of ours: name on the wire, name here
+
+    def __init__(self, methods: RpcMethodsBase | None = None, *, on_connect: _Hooks = (),
+                 on_disconnect: _Hooks = (), max_message_size: int = MAX_MESSAGE_BYTES,
+                 default_response_timeout: float | None = DEFAULT_RESPONSE_TIMEOUT_SECONDS,
+                 max_concurrent_requests: int = MAX_CONCURRENT_REQUESTS) -> None:
+        self._settings = _Settings(default_response_timeout, max_message_size,
+                                   max_concurrent_requests)
+        self._on_connect, self._on_disconnect = _hooks(on_connect), _hooks(on_disconnect)
+        self._table: _Table = {"$/cancelRequest": _cancel_request}
+        self._add({"_ping_": _ping, "_get_channel_id_": _get_channel_id})
+        self._add({name: getattr(self, own) for name, own in self._own.items()})
+        self._add({name: m.function for name, m in _methods_of(methods).items()})
+
+    def _add(self, functions: Mapping[str, Callable[..., Any]]) -> None:
+        if taken := functions.keys() & self._table.keys():
+            raise ValueError(f"there is a method {', '.join(sorted(taken))} already")
+        self._table.update({name: _Method(name, f) for name, f in functions.items()})
+
+    def method(self, function: _Function) -> _Function:
+        """Expose a function under its name; a decorator. Raises ValueError if the name is taken.
+
+        It gets the connection in a parameter whose type is RpcChannel, if it has one.
+        """
+        self._add({function.__name__: function})
+        return function
+
+
+class RpcEndpoint(_Side):
+    """Serves methods on a WebSocket route, and can call those of its clients.
+
+    Args:
+        methods: an instance of a class derived from RpcMethodsBase.
+        on_connect, on_disconnect: hooks, called with the channel; one or several, ``def`` or
+            ``async def``. If one of on_connect raises, the connection is closed: with 1008 for
+            Forbidden, else 1011.
+        allowed_origins: values of the Origin header that may connect; None for all. A program,
+            which sends none, always may.
+        default_response_timeout: seconds for calls to clients; None for no limit.
+        max_message_size: bytes, of messages in either direction; the server has a limit too.
+        max_concurrent_requests: of one connection; more are answered Overloaded.
+    """
+
+    def __init__(self, methods: RpcMethodsBase | None = None, *,
+                 allowed_origins: Iterable[str] | None = None,
+                 **options: Unpack[_Options]) -> None:
+        super().__init__(methods, **options)
+        self.channels: dict[str, RpcChannel] = {}
+        self._origins = None if allowed_origins is None else frozenset(allowed_origins)
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def register_route(self, app_or_router: FastAPI | APIRouter, path: str, *,
+                       dependencies: Sequence[Depends] | None = None) -> None:
+        """Add a WebSocket route; the ``dependencies`` run before a connection is accepted."""
+
+        @app_or_router.websocket(path, dependencies=dependencies)
+        async def route(websocket: WebSocket) -> None:
+            await self.main_loop(websocket)
+
+    async def main_loop(self, websocket: WebSocket, **context: Any) -> None:
+        """Accept a connection, in a route of one's own, and serve it to its end.
+
+        The keyword arguments become ``channel.context``. A connection that was accepted already is
+        served without the subprotocol, with a warning. Cancelling it closes the connection.
+        """
+        self._attach()
+        if websocket.application_state is WebSocketState.CONNECTING:
+            subprotocol = await self._accept(websocket)
+        else:
+            subprotocol = None
+            logger.warning("leave accept() to main_loop(), which negotiates %s", SUBPROTOCOL)
+        if websocket.application_state is not WebSocketState.CONNECTED:
+            return
+        channel = RpcChannel(_ServerSocket(websocket, subprotocol), self._table, self._settings,
+                             _WS_LITE if subprotocol else None, context)
+        self.channels[channel.id] = channel
+        try:
+            await channel._run(_run_hooks(self._on_connect, channel))
+        finally:
+            del self.channels[channel.id]
+            if channel._feed is not None:
+                channel._feed.clear()
+            await _run_hooks_logged(self._on_disconnect, channel)
+
+    async def _accept(self, websocket: WebSocket) -> str | None:
+        origin = websocket.headers.get("origin", "")
+        if self._origins is not None and origin and origin not in self._origins:
+            logger.warning("refused a connection from the origin %r", origin)
+            await websocket.close(POLICY_VIOLATION)
+            return None
+        offered = SUBPROTOCOL in websocket.scope.get("subprotocols", ())
+        await websocket.accept(SUBPROTOCOL if offered else None)
+        return SUBPROTOCOL if offered else None
+
+    def _attach(self) -> None:
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            if self.channels:
+                raise RuntimeError("this endpoint serves another event loop already; with "
+                                   "starlette's TestClient, use it as a context manager")
+            self._loop = loop
+            self._settings.threads = anyio.CapacityLimiter(METHOD_THREADS)
+
+    def stats(self) -> dict[str, int]:
+        """Gauges and counters by name."""
+        channels = self.channels.values()
+        return {"channels": len(channels), "pending_calls": sum(len(c._calls) for c in channels)}
+
+    async def close(self, code: int = 1012, reason: str = "") -> None:
+        """Close all connections, staggered over two seconds at most.
+
+        By 1012 clients know that the server restarts, and come back spread over two seconds.
+        """
+        channels = list(self.channels.values())
+        async with asyncio.TaskGroup() as group:
+            for channel in channels:
+                group.create_task(channel.close(code, reason))
+                await asyncio.sleep(min(0.001, RESTART_SPREAD_SECONDS / len(channels)))
+
+
+class PubSubEndpoint(RpcEndpoint):
+    """An RpcEndpoint whose clients can also subscribe and publish.
+
+    Args, beside those of RpcEndpoint:
+        authorize: called with (channel, action, topics), where action is "subscribe" or "publish";
+            ``def`` or ``async def``. False, or a raised RpcError, refuses the whole call.
+        on_subscribe, on_unsubscribe: hooks, called with (channel, topics) after the fact.
+        history, history_bytes: what is kept for subscribers that fall behind; beyond it, they are
+            disconnected with 1013.
+    """
+
+    _own: ClassVar[Mapping[str, str]] = {"subscribe": "_subscribe", "unsubscribe": "_unsubscribe",
+                                         "publish": "_publish", "ping": "_pong"}
+
+    def __init__(self, methods: RpcMethodsBase | None = None, *,
+                 authorize: _Authorize | None = None,
+                 on_subscribe: _Hooks = (), on_unsubscribe: _Hooks = (),
+                 history: int = HISTORY_EVENTS, history_bytes: int = HISTORY_BYTES,
+                 allowed_origins: Iterable[str] | None = None,
+                 **options: Unpack[_Options]) -> None:
+        super().__init__(methods, allowed_origins=allowed_origins, **options)
+        self.notifier = EventNotifier(history=history, history_bytes=history_bytes,
+                                      max_message_size=self._settings.max_message_size)
+        self.publish, self.subscribe = self.notifier.publish, self.notifier.subscribe
+        self.unsubscribe = self.notifier.unsubscribe
+        self._authorize = authorize
+        self._on_subscribe, self._on_unsubscribe = _hooks(on_subscribe), _hooks(on_unsubscribe)
+
+    def _attach(self) -> None:
+        super()._attach()
+        self.notifier._attach()
+
+    def stats(self) -> dict[str, int]:
+        """Gauges and counters by name."""
+        notifier = self.notifier
+        feeds = [c._feed for c in self.channels.values() if c._feed is not None]
+        return super().stats() | {
+            "topics": len(notifier._feeds.exact) + len(notifier._feeds.patterns),
+            "subscriptions": sum(len(feed.topics) for feed in feeds),
+            "lagging": sum(feed.lagging for feed in feeds),
+            "log_events": len(notifier._log), "log_bytes": notifier._log.size,
+            "events_published": notifier._published, "events_delivered": notifier._delivered,
+            "slow_closed": notifier._slow_closed}
+
+    async def _check(self, channel: RpcChannel, action: str, topics: tuple[str, ...]) -> None:
+        """Raises Forbidden, whose data names the topics that are refused."""
+        if not await self._allows(channel, action, topics):
+            refused = [topic for topic in topics
+                       if len(topics) == 1 or not await self._allows(channel, action, (topic,))]
+            raise Forbidden(f"{action} is forbidden", {"topics": refused or topics})
+
+    async def _allows(self, channel: RpcChannel, action: str, topics: tuple[str, ...]) -> bool:
+        allowed = self._authorize is None or self._authorize(channel, action, topics)
+        return bool(await allowed if inspect.isawaitable(allowed) else allowed)
+
+    async def _subscribe(self, channel: RpcChannel, topics: list[str] | str | None = None,
+                         patterns: list[str] | str | None = None,
+                         subscriber_id: str | None = None, max_size: int | None = None) -> Any:
+        names, globs = _check_topics(topics or ()), _check_topics(patterns or (), pattern=True)
+        feed = channel._feed = channel._feed or _Feed(channel, self.notifier)
+        async with feed.lock:
+            await self._check(channel, "subscribe", names + globs)
+            asked = feed.topics.keys() | {(n, False) for n in names} | {(g, True) for g in globs}
+            if len(asked) > MAX_SUBSCRIPTIONS or sum(p for _, p in asked) > MAX_PATTERNS:
+                raise InvalidParams(f"a connection has at most {MAX_SUBSCRIPTIONS} subscriptions, "
+                                    f"{MAX_PATTERNS} of them patterns")
+            # from here on there is no await until the answer is queued: no event falls between
+            feed.subscriber_id = subscriber_id or feed.subscriber_id
+            feed.max_size = min(feed.max_size, max_size or feed.max_size)
+            feed.add(names, False)
+            feed.add(globs, True)
+            if self._on_subscribe:
+                channel._spawn(_run_hooks_logged(self._on_subscribe, channel, names + globs))
+            return channel._speaks is _OLD_WIRE or {"position": self.notifier._log.position,
+                                                    "recovered": None}
+
+    async def _unsubscribe(self, channel: RpcChannel, topics: list[str] | str | None = None,
+                           patterns: list[str] | str | None = None) -> bool:
+        names, globs = _check_topics(topics or ()), _check_topics(patterns or ())
+        if channel._feed is not None:
+            async with channel._feed.lock:
+                channel._feed.remove(names, False)
+                channel._feed.remove(globs, True)
+            if self._on_unsubscribe:
+                channel._spawn(_run_hooks_logged(self._on_unsubscribe, channel, names + globs))
+        return True
+
+    async def _publish(self, channel: RpcChannel, topics: list[str] | str, data: Any = None,
+                       sync: bool = True, notifier_id: str | None = None) -> bool:
+        await self._check(channel, "publish", _check_topics(topics))
+        own = channel.id if channel._feed is None else channel._feed.subscriber_id
+        await self.notifier.publish(topics, data, notifier_id=notifier_id or own)
+        return True
+
+    async def _pong(self) -> str:
+        return "pong"
+
+
+# ------------------------------------------------------------------------------------ transports
+# A transport opens connections for a client; a socket is one of them.
+
+_Headers: TypeAlias = Mapping[str, str] | Sequence[tuple[str, str]]
+
+
+class Transport(Protocol):
+    """Opens connections. Raises Refused, or ChannelClosed, OSError or TimeoutError: try again."""
+
+    async def open(self, uri: str, *, headers: Sequence[tuple[str, str]], subprotocols: list[str],
+                   max_size: int) -> Socket:
+        """Connect, offering the subprotocols, to accept messages of at most max_size bytes."""
+
+
+class _ServerSocket:
+    """The socket of a route."""
+
+    def __init__(self, websocket: WebSocket, subprotocol: str | None) -> None:
+        self._websocket, self.subprotocol = websocket, subprotocol
+
+    async def send(self, text: str) -> None:
+        await self._websocket.send({"type": "websocket.send", "text": text})
+
+    async def recv(self) -> str | bytes:
+        return _received(await self._websocket.receive())
+
+    async def close(self, code: int, reason: str) -> None:
+        await self._websocket.close(code, reason)
+
+
+def _received(message: Message) -> str | bytes:
+    """What an ASGI message carries. Raises ChannelClosed."""
+    if message["type"] in ("websocket.disconnect", "websocket.close"):
+        raise ChannelClosed(message.get("code") or 1005, message.get("reason") or "")
+    text: str | None = message.get("text")
+    return message["bytes"] if text is None else text
+
+
+class NetworkTransport:
+    """The default: a connection of the websockets library.
+
+    Takes the options of ``websockets.connect``, like ``ssl``, ``proxy``, ``unix`` and ``path``,
+    ``ping_interval`` and ``ping_timeout`` (20 s each). Compression is off unless asked for.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self._options = {"compression": None, "close_timeout": CLOSE_SECONDS / 2, **options}
+
+    async def open(self, uri: str, *, headers: Sequence[tuple[str, str]], subprotocols: list[str],
+                   max_size: int) -> Socket:
+        try:
+            from websockets import InvalidHandshake, InvalidStatus
+            from websockets.asyncio.client import connect
+        except ImportError as error:
+            raise ImportError("a client needs the websockets library: pip install websockets, "
+                              "or 'fastapi-ws-lite[standard]'") from error
+        try:
+            offered: Any = subprotocols
+            return _NetworkSocket(await connect(uri, additional_headers=headers, max_size=max_size,
+                                                subprotocols=offered, **self._options))
+        except InvalidStatus as error:
+            raise Refused(error.response.status_code) from error
+        except InvalidHandshake as error:
+            raise ChannelClosed(1006, str(error)) from error
+
+
+class _NetworkSocket:
+    def __init__(self, connection: Any) -> None:
+        self._connection, self.subprotocol = connection, connection.subprotocol
+
+    async def send(self, text: str) -> None:
+        await self._connection.send(text)
+
+    async def recv(self) -> str | bytes:
+        from websockets import ConnectionClosed
+        try:
+            data: bytes = await self._connection.recv(decode=False)
+        except ConnectionClosed as error:
+            raise ChannelClosed(self._connection.close_code or 1006,
+                                self._connection.close_reason or "") from error
+        return data
+
+    async def close(self, code: int, reason: str) -> None:
+        await self._connection.close(code, reason)
+
+
+class ASGITransport:
+    """Connects to an ASGI app in this process, without a network: for tests."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def open(self, uri: str, *, headers: Sequence[tuple[str, str]], subprotocols: list[str],
+                   max_size: int) -> Socket:
+        url = urlsplit(uri)
+        named = [("host", url.netloc), *headers]
+        socket = _ASGISocket(self._app, {
+            "type": "websocket", "asgi": {"version": "3.0", "spec_version": "2.4"},
+            "http_version": "1.1", "scheme": url.scheme, "path": unquote(url.path or "/"),
+            "raw_path": url.path.encode(), "query_string": url.query.encode(), "root_path": "",
+            "headers": [(name.lower().encode(), value.encode("latin-1")) for name, value in named],
+            "client": ("testclient", 50000), "server": (url.hostname, url.port or 80),
+            "subprotocols": subprotocols, "state": {},
+            "extensions": {"websocket.http.response": {}}})
+        await socket.connect()
+        return socket
+
+
+class _ASGISocket:
+    """Runs the app in a task; what it sends waits in a queue that makes it wait when it is full."""
+
+    def __init__(self, app: ASGIApp, scope: dict[str, Any]) -> None:
+        self.subprotocol: str | None = None
+        self._to_app: asyncio.Queue[Message] = asyncio.Queue()
+        self._from_app: deque[Message] = deque()
+        self._waiters: list[asyncio.Future[None]] = []
+        self._closed = False
+        self._task = asyncio.ensure_future(app(scope, self._to_app.get, self._app_sends))
+        self._task.add_done_callback(lambda _: _wake(self._waiters))
+
+    async def _app_sends(self, message: Message) -> None:
+        while len(self._from_app) >= 16 and not self._closed:
+            await _next_wake(self._waiters)
+        if self._closed:
+            raise OSError("the client has disconnected")
+        self._from_app.append(message)
+        _wake(self._waiters)
+
+    async def _receive(self) -> Message:
+        while not self._from_app:
+            if self._task.done():
+                self._task.result()  # raises what the app raised
+                return {"type": "websocket.close", "code": 1006}
+            await _next_wake(self._waiters)
+        _wake(self._waiters)
+        return self._from_app.popleft()
+
+    async def connect(self) -> None:
+        self._to_app.put_nowait({"type": "websocket.connect"})
+        try:
+            message = await self._receive()
+        except asyncio.CancelledError:
+            self._task.cancel()
+            raise
+        if message["type"] != "websocket.accept":
+            await self.close(1006, "")
+            raise Refused(message.get("status", 403))
+        self.subprotocol = message.get("subprotocol")
+
+    async def send(self, text: str) -> None:
+        self._to_app.put_nowait({"type": "websocket.receive", "text": text})
+
+    async def recv(self) -> str | bytes:
+        return _received(await self._receive())
+
+    async def close(self, code: int, reason: str) -> None:
+        self._closed = True
+        self._to_app.put_nowait({"type": "websocket.disconnect", "code": code, "reason": reason})
+        _wake(self._waiters)
+        await asyncio.wait([self._task], timeout=GRACE_SECONDS)
+        self._task.cancel()
+
+
+class SessionTransport:
+    """Takes a session that is open already: of httpx-ws (async), or of starlette's TestClient.
+
+    For one connection: a client that loses it is refused another. The session must have offered
+    the subprotocol ``ws-lite.1``, or the client speaks the old wire.
+    """
+
+    def __init__(self, session: Any) -> None:
+        self._session: Any = session
+        self._is_async = inspect.iscoroutinefunction(session.receive_text)
+        self._used = False
+        self.subprotocol = getattr(session, "accepted_subprotocol", None) or getattr(
+            session, "subprotocol", None)
+
+    async def open(self, uri: str, *, headers: Sequence[tuple[str, str]], subprotocols: list[str],
+                   max_size: int) -> Socket:
+        if self._used:
+            raise Refused(code=POLICY_VIOLATION, reason="a session is one connection, and it ended")
+        self._used = True
+        return self
+
+    async def _do(self, function: Callable[..., Any], *args: Any) -> Any:
+        if self._is_async:
+            return await function(*args)
+        call = functools.partial(function, *args)
+        return await anyio.to_thread.run_sync(call, abandon_on_cancel=True)
+
+    async def send(self, text: str) -> None:
+        await self._do(self._session.send_text, text)
+
+    async def recv(self) -> str | bytes:
+        try:
+            text: str = await self._do(self._session.receive_text)
+        except Exception as error:  # each library has its own
+            code, reason = getattr(error, "code", 1006), getattr(error, "reason", "")
+            raise ChannelClosed(code, reason or "") from error
+        return text
+
+    async def close(self, code: int, reason: str) -> None:
+        await self._do(self._session.close, code, reason)
+
+
+# --------------------------------------------------------------------------------------- clients
+# A client is one task, which connects, serves the connection, and waits before it connects again.
+# It alone writes the state. `close` cancels it; whoever is in a call waits on the state or on the
+# channel, so that cancelling a caller touches nothing else.
+
+
+class RpcClient(_Side):
+    """Calls the methods of a server and serves its calls, through reconnects.
+
+    Args:
+        server_uri: ws:// or wss://.
+        methods: an instance of a class derived from RpcMethodsBase, for the server to call.
+        headers: for the handshake; or a callable, ``def`` or ``async def``, that returns them
+            and is asked anew at every connection.
+        transport: what opens connections; NetworkTransport() by default.
+        wire: what a server without the subprotocol is spoken to in: "old", the wire of
+            fastapi_websocket_rpc, or "jsonrpc".
+        connect_timeout: seconds that ``async with`` waits for the connection; None for ever.
+        on_connect, on_disconnect, default_response_timeout, max_message_size,
+            max_concurrent_requests: as in RpcEndpoint.
+
+    Attributes:
+        state: "new", "connecting", "ready", "waiting" (to connect again) or "closed".
+        last_error: what ended the last connection or attempt; None at first.
+        channel: the connection, or None.
+    """
+
+    def __init__(self, server_uri: str = "ws://localhost", methods: RpcMethodsBase | None = None, *,
+                 headers: _Headers | Callable[[], _Headers | Awaitable[_Headers]] = (),
+                 transport: Transport | None = None, wire: Literal["old", "jsonrpc"] = "old",
+                 connect_timeout: float | None = None, **options: Unpack[_Options]) -> None:
+        super().__init__(methods, **options)
+        self.server_uri, self.state = server_uri, "new"
+        self.last_error: Exception | None = None
+        self.channel: RpcChannel | None = None
+        self._headers, self._transport = headers, transport or NetworkTransport()
+        self._fallback = _JSONRPC if wire == "jsonrpc" else _OLD_WIRE
+        self._connect_timeout = connect_timeout
+        self._task: asyncio.Task[None] | None = None
+        self._closer: asyncio.Task[None] | None = None
+        self._spared: set[asyncio.Task[Any] | None] = set()  # called close, and go on after it
+        self._waiters: list[asyncio.Future[None]] = []
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._failures, self._ready_at = 0, math.inf
+        self._was_ready = self._tried_fresh_headers = False
+
+    # its life
+
+    def start(self) -> None:
+        """Begin to connect, in the background. Raises RuntimeError if it was started before."""
+        if self._task is not None:
+            raise RuntimeError("a client is started once; make another one")
+        self._settings.threads = anyio.CapacityLimiter(METHOD_THREADS)
+        self._task = asyncio.create_task(self._run())
+
+    async def __aenter__(self) -> Self:
+        self.start()
+        try:
+            async with asyncio.timeout(self._connect_timeout):
+                await self.wait_until_ready()
+        except TimeoutError as error:
+            await self.close()
+            raise RequestTimeout(f"no connection to {self.server_uri} in {self._connect_timeout} s:"
+                                 f" {self.last_error!r}") from error
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.close()
+
+    async def wait_until_ready(self) -> None:
+        """Wait for a connection that works. Raises Refused, or ChannelClosed if it was closed."""
+        while self.state != "ready":
+            if self.state == "closed":
+                raise self._why_closed()
+            await _next_wake(self._waiters)
+
+    async def wait_until_done(self) -> None:
+        """Wait until the client is closed. Raises Refused if the server refused it."""
+        while self.state != "closed":
+            await _next_wake(self._waiters)
+        if not isinstance(error := self._why_closed(), ChannelClosed) or isinstance(error, Refused):
+            raise error
+
+    async def close(self) -> None:
+        """Close the connection and connect no more. Returns soon, in every state.
+
+        It may be called from a method, hook or callback of this client, which goes on afterwards.
+        Cancelling it cancels nothing else.
+        """
+        self._spared.add(asyncio.current_task())
+        if self._closer is None:
+            self._closer = asyncio.create_task(self._close())
+        await asyncio.wait([self._closer])
+
+    async def _close(self) -> None:
+        if self.channel is not None:
+            self.channel._spared |= self._spared
+            await self.channel.close()
+        if self._task is not None and self._task not in self._spared:
+            self._task.cancel()
+            await asyncio.wait([self._task], timeout=GRACE_SECONDS)
+        self._set_state("closed")
+
+    def _set_state(self, state: str) -> None:
+        if self.state not in (state, "closed"):
+            logger.debug("%s: %s, then %s", self.server_uri, self.state, state)
+            self.state = state
+            _wake(self._waiters)
+
+    def _why_closed(self) -> Exception:
+        if self._closer is None and self.last_error is not None:
+            return self.last_error
+        return ChannelClosed(1000, "the client is closed")
+
+    async def _run(self) -> None:
+        try:
+            while self._closer is None:
+                self._set_state("connecting")
+                self.last_error = error = await self._connect()
+                if asyncio.get_running_loop().time() - self._ready_at >= READY_SECONDS:
+                    self._failures = 0
+                self._ready_at = math.inf
+                delay = self._delay(error)
+                level = logging.INFO if self._closer else logging.WARNING
+                logger.log(level, "%s: %s: again in %.1f s", self.server_uri, error or
+                           type(error).__name__, delay)
+                self._set_state("waiting")
+                await asyncio.sleep(0 if self._closer else delay)
+        except Exception as error:  # Refused, or what trying again would not mend
+            self.last_error = error
+        finally:
+            self._set_state("closed")
+
+    def _delay(self, error: Exception) -> float:
+        """Seconds until the next attempt: full jitter. Raises Refused if there is to be none."""
+        status = error.status if isinstance(error, Refused) else None
+        code = error.code if isinstance(error, ChannelClosed) else None
+        if (status in FINAL_STATUS or code == POLICY_VIOLATION) and not self._was_ready:
+            if not callable(self._headers) or self._tried_fresh_headers:
+                raise Refused(status, code or 1006) from error
+            self._tried_fresh_headers = True
+        first = self._failures == 0
+        self._failures += 1
+        if first and code in RESTART_CODES:
+            return random.uniform(0, RESTART_SPREAD_SECONDS)
+        longest = BACKOFF_FIRST_SECONDS * 2 ** min(self._failures - 1, 20)
+        return random.uniform(0, min(BACKOFF_MAX_SECONDS, longest))
+
+    async def _connect(self) -> Exception:
+        """One connection, from its opening to its end; returns why it ended."""
+        try:
+            headers = self._headers() if callable(self._headers) else self._headers
+            headers = await headers if inspect.isawaitable(headers) else headers
+        except Exception as error:  # a token cannot be had now: later, perhaps
+            return error
+        pairs = list(headers.items() if isinstance(headers, Mapping) else headers)
+        try:
+            socket = await self._transport.open(
+                self.server_uri, headers=pairs, subprotocols=[SUBPROTOCOL],
+                max_size=self._settings.max_message_size)
+        except (ChannelClosed, OSError) as error:
+            return error
+        dialect = _WS_LITE if socket.subprotocol == SUBPROTOCOL else self._fallback
+        channel = RpcChannel(socket, self._table, self._settings, dialect, {})
+        self.channel = channel
+        try:
+            return await channel._run(self._opened(channel))
+        finally:
+            self._set_state("waiting")
+            self.channel = None
+            await _run_hooks_logged(self._on_disconnect, channel)
+
+    async def _opened(self, channel: RpcChannel) -> None:
+        async with asyncio.timeout(GREETING_SECONDS):
+            await self._greet(channel)
+        self._was_ready, self._ready_at = True, asyncio.get_running_loop().time()
+        self._set_state("ready")
+        await _run_hooks(self._on_connect, channel)
+
+    async def _greet(self, channel: RpcChannel) -> None:
+        """A first round trip: a server that accepts and then closes was never ready."""
+        with contextlib.suppress(MethodNotFound):  # of a server of another kind; it is an answer
+            await channel.call("_ping_")
+
+    # calling the server
+
+    @property
+    def other(self) -> Any:
+        """The server's methods: ``await client.other.add(a=1, b=2)`` is a `call`."""
+        return _Other(self.call)
+
+    async def call(self, method: str, args: _Arguments = None, *,
+                   timeout: _Timeout = _UNSET) -> RpcResponse:
+        """Call a method of the server, as `RpcChannel.call`; wait for a connection if need be."""
+        seconds = self._settings.timeout if isinstance(timeout, _Unset) else timeout
+        if self.state == "new":
+            raise RuntimeError("the client is not started: use 'async with', or start()")
+        if self.state != "ready" or self.channel is None:
+            began = asyncio.get_running_loop().time()
+            try:
+                async with asyncio.timeout(seconds):
+                    await self.wait_until_ready()
+            except TimeoutError as error:
+                raise RequestTimeout(f"not connected: {self.last_error!r}") from error
+            if seconds is not None:
+                seconds -= asyncio.get_running_loop().time() - began
+        if self.channel is None:
+            raise ChannelClosed(1006)
+        return await self.channel.call(method, args, timeout=seconds)
+
+    def notify(self, method: str, args: _Arguments = None) -> None:
+        """Call a method of the server and do not wait. Raises ChannelClosed if there is none."""
+        if self.channel is None:
+            raise ChannelClosed(1006, "there is no connection now")
+        self.channel.notify(method, args)
+
+
+class PubSubClient(RpcClient):
+    """An RpcClient that can also subscribe and publish; it subscribes again at each connection.
+
+    Callbacks run one at a time, in the order of the events, across all subscriptions.
+    """
+
+    def __init__(self, server_uri: str = "ws://localhost", methods: RpcMethodsBase | None = None, *,
+                 headers: _Headers | Callable[[], _Headers | Awaitable[_Headers]] = (),
+                 transport: Transport | None = None, wire: Literal["old", "jsonrpc"] = "old",
+                 connect_timeout: float | None = None, **options: Unpack[_Options]) -> None:
+        super().__init__(server_uri, methods, headers=headers, transport=transport, wire=wire,
+                         connect_timeout=connect_timeout, **options)
+        if "notify" in self._table:
+            raise ValueError("a client that subscribes has a method 'notify' of its own")
+        self._table["notify"] = self._on_event
+        self._id = uuid.uuid4().hex  # by which the server knows what it has published
+        self._inbox = _Inbox(self._tell, confirmed=False)
+        self._greeted: RpcChannel | None = None
+        self._told: set[tuple[str, bool]] = set()  # of this connection: what the server was asked
+        self._granted: set[tuple[str, bool]] = set()  # and what it has confirmed
+        self._asking: set[asyncio.Task[None]] = set()
+
+    def subscribe(self, topics: str | Iterable[str], callback: _Callback | None = None, *,
+                  pattern: bool = False) -> Subscription:
+        """Subscribe, now and at each connection; await what it returns to have it confirmed.
+
+        As `EventNotifier.subscribe`: the callback takes (data), (data, topic) or (event), and
+        without one, iterate over what is returned.
+        """
+        return self._inbox.subscribe(topics, callback, pattern)
+
+    def unsubscribe(self, topics: str | Iterable[str], *, pattern: bool = False) -> Awaitable[None]:
+        """Cancel all subscriptions to these topics; await it for the server's answer."""
+        self._inbox.unsubscribe(topics, pattern)
+        return _Receipt(asyncio.ensure_future(self._asked()))
+
+    def publish(self, topics: str | Iterable[str], data: Any = None, *,
+                include_self: bool = False) -> Awaitable[RpcResponse]:
+        """Publish an event to each topic; a subscription of this client gets it if include_self.
+
+        With ``await`` it is in the server's log, or raises Forbidden, MessageTooLarge, or what
+        `call` does. Without, a failure is logged.
+        """
+        args = {"topics": _check_topics(topics), "data": data,
+                "notifier_id": uuid.uuid4().hex if include_self else self._notifier_id()}
+        if self.channel is not None and self.state == "ready":
+            work = self.channel._outcome(*self.channel._start("publish", args, _UNSET))
+        else:
+            work = self.call("publish", args)
+        return _Receipt(self._keep(asyncio.ensure_future(work)))
+
+    def _notifier_id(self) -> str | None:
+        old = self.channel is not None and self.channel._speaks is _OLD_WIRE
+        return None if old else self._id
+
+    def _keep(self, task: "asyncio.Task[_T]") -> "asyncio.Task[_T]":
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _on_event(self, channel: RpcChannel, params: Any) -> None:
+        fields = params if type(params) is dict else {}
+        old = fields.get("subscription")
+        topic = old.get("topic") if type(old) is dict else fields.get("topic")
+        if type(topic) is str:
+            event = Event(topic, fields.get("data"), fields.get("position"))
+            self._inbox.put(event, channel._share)
+
+    async def _close(self) -> None:
+        await super()._close()
+        task = self._inbox.task
+        if task is not None and task not in self._spared:
+            task.cancel()
+            await asyncio.wait([task], timeout=GRACE_SECONDS)
+
+    def _set_state(self, state: str) -> None:
+        super()._set_state(state)
+        if state == "closed":
+            error = self._why_closed()
+            for subscriptions in [*self._inbox.topics.exact.values(),
+                                  *self._inbox.topics.patterns.values()]:
+                for subscription in subscriptions:
+                    subscription._settle(ended=True, error=typing.cast(RpcError, error))
+
+    # telling the server: what is wanted and what it was told are two sets, and one is made the
+    # other by requests for the difference
+
+    async def _greet(self, channel: RpcChannel) -> None:
+        self._told, self._granted, self._greeted = set(), set(), channel
+        self._tell()
+        if not self._asking:
+            await super()._greet(channel)
+        await self._asked()
+
+    async def _asked(self) -> None:
+        while self._asking:
+            await asyncio.wait(self._asking)
+
+    def _wanted(self, channel: RpcChannel) -> set[tuple[str, bool]]:
+        exact, patterns = self._inbox.topics.exact, self._inbox.topics.patterns
+        if channel._speaks is _OLD_WIRE and ALL_TOPICS in exact:
+            return {(ALL_TOPICS, False)}  # those servers send an event once for each match
+        return {(name, False) for name in exact} | {(name, True) for name in patterns}
+
+    def _tell(self) -> None:
+        """Ask the server for what is wanted and was not told, and to end the rest."""
+        channel = self.channel
+        if channel is None or self._greeted is not channel or channel._closed is not None:
+            return
+        wanted = self._wanted(channel)
+        if channel._speaks is _OLD_WIRE and (patterns := {key for key in wanted if key[1]}):
+            self._refuse(patterns, InvalidParams("fastapi_websocket_pubsub has no patterns"))
+            return  # which has told the rest
+        new, old, self._told = wanted - self._told, self._told - wanted, wanted
+        self._granted &= wanted
+        if new:
+            self._ask(channel, "subscribe", new)
+        if old:
+            self._ask(channel, "unsubscribe", old)
+        self._confirm()
+
+    def _ask(self, channel: RpcChannel, method: str, keys: set[tuple[str, bool]]) -> None:
+        args: dict[str, Any] = {"topics": [name for name, pattern in keys if not pattern]}
+        if channel._speaks is not _OLD_WIRE:
+            args["patterns"] = [name for name, pattern in keys if pattern]
+            if method == "subscribe":
+                args |= {"subscriber_id": self._id, "max_size": self._settings.max_message_size}
+        outcome = channel._outcome(*channel._start(method, args, _UNSET))
+        task = channel._spawn(self._answered(channel, method, keys, outcome))
+        self._asking.add(task)
+        task.add_done_callback(self._asking.discard)
+
+    async def _answered(self, channel: RpcChannel, method: str, keys: set[tuple[str, bool]],
+                        outcome: Awaitable[RpcResponse]) -> None:
+        try:
+            response = await outcome
+            if response.result is False:  # so do the servers of fastapi_websocket_pubsub refuse
+                raise Forbidden(f"{method} is refused", {"topics": [name for name, _ in keys]})
+        except (Forbidden, InvalidParams, MethodNotFound) as error:
+            named = error.data.get("topics") if isinstance(error.data, dict) else None
+            refused = {key for key in keys if named and key[0] in named} or keys
+            self._told -= keys  # none of them was granted; those not refused are asked for again
+            self._refuse(refused, error)
+        except ChannelClosed:
+            pass  # all is asked for again at the next connection
+        except RpcError as error:  # late, overloaded or failed: another connection may do better
+            logger.warning("%s failed: %s", method, error)
+            await channel.close(1011, f"{method} failed")
+        else:
+            self._granted |= keys & self._told
+            self._confirm()
+
+    def _refuse(self, keys: set[tuple[str, bool]], error: RpcError) -> None:
+        for name, pattern in keys:
+            for subscription in list(self._inbox.topics.having(name, pattern)):
+                logger.warning("the subscription to %s is refused: %s", subscription.topics, error)
+                self._inbox.remove(subscription, subscription.topics, error)
+
+    def _confirm(self) -> None:
+        """Confirm the subscriptions that the server has granted, as far as it was asked."""
+        for name, pattern in self._granted:
+            for subscription in self._inbox.topics.having(name, pattern):
+                keys = {(topic, pattern) for topic in subscription.topics}
+                if not subscription._confirmed and keys & self._told <= self._granted:
+                    subscription._settle()
