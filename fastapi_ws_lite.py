@@ -92,12 +92,13 @@ METHOD_THREADS: Final = 40  # for plain def methods; as many as FastAPI has for 
 FRAME_BYTES: Final = 64 * 2**10  # of messages that travel together; more brings no more speed
 LIVE_BYTES: Final = 64 * 2**10  # with more than this unsent, a subscriber is fed from the log
 OUTBOX_BYTES: Final = 2**20  # with more than this unsent, nothing more is read from that peer
-OUTBOX_LIMIT_BYTES: Final = 16 * 2**20  # with more than this unsent, calls wait, or are refused
+OUTBOX_LIMIT_BYTES: Final = 64 * 2**20  # with more than this unsent, calls raise Overloaded
 
 HISTORY_EVENTS: Final = 4096
 HISTORY_BYTES: Final = 16 * 2**20
 QUEUE_EVENTS: Final = 10_000  # that wait for callbacks, or to be published by other threads
 QUEUE_BYTES: Final = 16 * 2**20
+EVENT_FRAME_BYTES: Final = 128  # what is around topic and data, at most, in either dialect
 MAX_TOPIC_CHARACTERS: Final = 1024
 MAX_PATTERN_STARS: Final = 16  # each is one more pass over the topic
 MAX_SUBSCRIPTIONS: Final = 10_000  # per connection
@@ -243,7 +244,7 @@ def _decode(frame: str | bytes) -> Any:
     except ValueError as error:
         if "recursion" not in str(error):
             raise
-        return json.loads(frame, parse_constant=int)  # from_json reads 200 levels, to_json writes 255
+        return json.loads(frame, parse_constant=int)  # to_json writes 255 levels, that reads 200
 
 
 def _size(text: str) -> int:
@@ -267,11 +268,13 @@ _Outcome: TypeAlias = RpcResponse | RpcError
 class _Request:
     """A request of the peer and, while it runs, its state. Its reply can be given once."""
 
-    __slots__ = ("channel", "deadline", "id", "method", "params", "reply", "task", "threaded",
-                 "timeout")
+    __slots__ = ("channel", "deadline", "id", "method", "params", "problem", "reply", "task",
+                 "threaded", "timeout")
 
-    def __init__(self, id: object, method: str, params: Any, timeout: float | None = None) -> None:
+    def __init__(self, id: object, method: str = "", params: Any = None,
+                 timeout: float | None = None, problem: RpcError | None = None) -> None:
         self.id, self.method, self.params, self.timeout = id, method, params, timeout
+        self.problem = problem  # of a message that is not a request, but is to be answered
         self.channel: RpcChannel
         self.reply: Callable[[str], None] | None = None  # None once given, or if none is wanted
         self.deadline: float | None = None  # in the loop's time; None again when it has ended
@@ -284,12 +287,11 @@ class _Response(NamedTuple):
     outcome: _Outcome
 
 
-class _Invalid(NamedTuple):
-    id: Any = None
-    error: RpcError = _INVALID_REQUEST
+_Message: TypeAlias = _Request | _Response
 
 
-_Message: TypeAlias = _Request | _Response | _Invalid
+def _invalid(id: object = None) -> _Request:
+    return _Request(None if id is _NO_ID else id, problem=_INVALID_REQUEST)
 
 
 def _error_object(error: RpcError) -> str:
@@ -298,7 +300,8 @@ def _error_object(error: RpcError) -> str:
 
 
 class _JsonRpc:
-    def request(self, id: int | None, method: str, params: str | None, timeout: float | None) -> str:
+    def request(self, id: int | None, method: str, params: str | None,
+                timeout: float | None) -> str:
         text = f'{{"jsonrpc":"2.0","method":{_quoted(method)}'
         if params is not None:
             text += f',"params":{params}'
@@ -317,7 +320,7 @@ class _JsonRpc:
 
     def read(self, message: Any) -> tuple[_Message, ...]:
         if type(message) is not dict or message.get("jsonrpc") != "2.0":
-            return (_Invalid(),)
+            return (_invalid(),)
         id = message.get("id", _NO_ID)
         sound = id is None or id is _NO_ID or type(id) in (int, str, float)
         if "method" in message:
@@ -331,13 +334,14 @@ class _JsonRpc:
             if message.get("error") is not None:
                 return (_Response(own, _error_from_wire(message["error"])),)
             return (_Response(own, RpcResponse(message.get("result"))),)
-        return (_Invalid(id if sound and id is not _NO_ID else None),)
+        return (_invalid(id if sound else None),)
 
 
 class _OldWire:
     """That of fastapi_websocket_rpc 0.1: only named arguments, no timeouts, no cancelling."""
 
-    def request(self, id: int | None, method: str, params: str | None, timeout: float | None) -> str:
+    def request(self, id: int | None, method: str, params: str | None,
+                timeout: float | None) -> str:
         if params is not None and params[0] != "{":
             raise TypeError("the wire of fastapi_websocket_rpc takes arguments by name only")
         call_id = "null" if id is None else f'"{id}"'
@@ -361,13 +365,13 @@ class _OldWire:
             id, method, params = (request.get(k) for k in ("call_id", "method", "arguments"))
             id = id if type(id) is str else None
             sound = type(method) is str and type(params or {}) is dict
-            found.append(_Request(id, str(method), params) if sound else _Invalid(id))
+            found.append(_Request(id, str(method), params) if sound else _invalid(id))
         if type(message) is dict and type(response := message.get("response")) is dict:
             id, error, result = (response.get(k) for k in ("call_id", "error", "result"))
-            own = int(id) if type(id) is str and id.isascii() and id.isdecimal() else None
+            own = int(id) if type(id) is str and re.fullmatch("[0-9]{1,18}", id) else None
             found.append(_Response(own, RpcResponse(result) if error is None
                                    else _error_from_wire(error)))
-        return tuple(found) or (_Invalid(),)
+        return tuple(found) or (_invalid(),)
 
 
 _Dialect: TypeAlias = _JsonRpc | _OldWire
@@ -598,7 +602,8 @@ class _Entry:
 
     __slots__ = ("_data_at", "_old", "index", "origin", "position", "size", "text", "topic")
 
-    def __init__(self, index: int, position: str, topic: str, data: str, origin: str | None) -> None:
+    def __init__(self, index: int, position: str, topic: str, data: str,
+                 origin: str | None) -> None:
         self.index, self.position, self.topic, self.origin = index, position, topic, origin
         head = (f'{{"jsonrpc":"2.0","method":"notify","params":{{"topic":{_quoted(topic)},'
                 f'"position":"{position}","data":')
@@ -694,24 +699,93 @@ class Socket(Protocol):
         """Close the connection, soon, whatever the peer does."""
 
 
-@dataclass(slots=True)
-class _Settings:
-    """What the channels of one endpoint or client have in common."""
-    timeout: float | None
-    max_message_size: int
-    max_concurrent_requests: int
-    threads: anyio.CapacityLimiter | None = None
-
-
 class _Unset:
     """The type of a timeout that is not given; None means no timeout."""
 
 
 _UNSET: Final = _Unset()
-_Timeout: TypeAlias = float | None | _Unset
+_Timeout: TypeAlias = float | _Unset | None
 _Arguments: TypeAlias = Mapping[str, Any] | Sequence[Any] | None
 _Inline: TypeAlias = Callable[["RpcChannel", Any], object]  # runs in the reader: it must not wait
 _Table: TypeAlias = dict[str, _Method | _Inline]
+
+
+_Hook: TypeAlias = Callable[..., Any]
+_Hooks: TypeAlias = _Hook | Sequence[_Hook]
+
+
+def _hooks(hooks: _Hooks) -> tuple[_Hook, ...]:
+    return (hooks,) if callable(hooks) else tuple(hooks)
+
+
+async def _run_hooks(hooks: Sequence[_Hook], *args: Any) -> None:
+    for hook in hooks:
+        result = hook(*args)
+        if inspect.isawaitable(result):
+            await result
+
+
+async def _run_hooks_logged(hooks: Sequence[_Hook], *args: Any) -> None:
+    for hook in hooks:
+        try:
+            await _run_hooks((hook,), *args)
+        except Exception:  # its failure is nobody else's
+            logger.exception("%r failed", hook)
+
+
+def _cancel_request(channel: "RpcChannel", params: Any) -> None:
+    id = params.get("id", _NO_ID) if isinstance(params, dict) else _NO_ID
+    for request in [r for r in channel._running if r.id == id]:
+        channel._stop(request, Cancelled())
+
+
+async def _ping() -> str:
+    return "pong"
+
+
+async def _get_channel_id(channel: "RpcChannel") -> str:
+    return channel.id
+
+
+class _Options(TypedDict, total=False):
+    """What both sides of a connection can be given; the meaning is at `_Side`."""
+    on_connect: _Hooks
+    on_disconnect: _Hooks
+    default_response_timeout: float | None
+    max_message_size: int
+    max_concurrent_requests: int
+
+
+class _Side:
+    """What an endpoint and a client have in common."""
+
+    _own: ClassVar[Mapping[str, str]] = {}  # methods of ours: name on the wire, name here
+
+    def __init__(self, methods: RpcMethodsBase | None = None, *, on_connect: _Hooks = (),
+                 on_disconnect: _Hooks = (), max_message_size: int = MAX_MESSAGE_BYTES,
+                 default_response_timeout: float | None = DEFAULT_RESPONSE_TIMEOUT_SECONDS,
+                 max_concurrent_requests: int = MAX_CONCURRENT_REQUESTS) -> None:
+        self._timeout, self._max_size = default_response_timeout, max_message_size
+        self._max_requests = max_concurrent_requests
+        self._threads: anyio.CapacityLimiter | None = None  # made on the loop that serves
+        self._on_connect, self._on_disconnect = _hooks(on_connect), _hooks(on_disconnect)
+        self._table: _Table = {"$/cancelRequest": _cancel_request}
+        self._add({"_ping_": _ping, "_get_channel_id_": _get_channel_id})
+        self._add({name: getattr(self, own) for name, own in self._own.items()})
+        self._add({name: m.function for name, m in _methods_of(methods).items()})
+
+    def _add(self, functions: Mapping[str, Callable[..., Any]]) -> None:
+        if taken := functions.keys() & self._table.keys():
+            raise ValueError(f"there is a method {', '.join(sorted(taken))} already")
+        self._table.update({name: _Method(name, f) for name, f in functions.items()})
+
+    def method(self, function: _Function) -> _Function:
+        """Expose a function under its name; a decorator. Raises ValueError if the name is taken.
+
+        It gets the connection in a parameter whose type is RpcChannel, if it has one.
+        """
+        self._add({function.__name__: function})
+        return function
 
 
 class _Other:
@@ -729,7 +803,7 @@ class _Other:
 
         def method(*args: Any, **kwargs: Any) -> Any:
             if args and kwargs:
-                raise TypeError(f"{name}: JSON-RPC takes arguments by position or by name, not both")
+                raise TypeError(f"{name}: arguments go by position or by name, not both")
             return self._call(name, args or kwargs or None, timeout=self._timeout)
 
         return method
@@ -738,11 +812,10 @@ class _Other:
 class RpcChannel:
     """One connection, on either side. Not thread-safe: for use on its event loop."""
 
-    def __init__(self, socket: Socket, methods: _Table, settings: _Settings,
-                 dialect: _Dialect | None, context: dict[str, Any]) -> None:
+    def __init__(self, socket: Socket, side: _Side, dialect: _Dialect | None,
+                 context: dict[str, Any]) -> None:
         self.id, self.context = uuid.uuid4().hex, context
-        self._socket, self._methods, self._settings = socket, methods, settings
-        self._peer_takes = settings.max_message_size
+        self._socket, self._side, self._peer_takes = socket, side, side._max_size
         self._dialect = dialect
         self._held: list[tuple[int | None, str, str | None, float | None]] = []
         self._loop = asyncio.get_running_loop()
@@ -788,27 +861,23 @@ class RpcChannel:
         is never more than its own caller waits.
 
         Raises the RpcError that the peer answered; RequestTimeout; ChannelClosed if the connection
-        ends, and then whether the method ran is not known; MessageTooLarge, TypeError or ValueError
-        for arguments that cannot be sent.
+        ends, and then whether the method ran is not known; Overloaded while 64 MiB wait to be sent;
+        MessageTooLarge, TypeError or ValueError for arguments that cannot be sent.
         """
-        while self._outbox_size > OUTBOX_LIMIT_BYTES:
-            await _next_wake(self._room)
         return await self._outcome(*self._start(method, args, timeout))
 
     def notify(self, method: str, args: _Arguments = None) -> None:
         """Call a method of the peer and do not wait: there is no answer, not even an error.
 
-        Raises what `call` raises before it sends, and Overloaded while 16 MiB wait to be sent.
+        Raises what `call` raises before it sends.
         """
-        if self._outbox_size > OUTBOX_LIMIT_BYTES:
-            raise Overloaded(f"{self._outbox_size} bytes wait to be sent to this peer")
         self._send_request(None, method, _params(args), None)
 
     def _start(self, method: str, args: _Arguments,
                timeout: _Timeout) -> tuple[int, "asyncio.Future[_Outcome]"]:
         """Send a request. Not a coroutine, so that what is called first is sent first."""
         params = _params(args)
-        seconds = self._settings.timeout if isinstance(timeout, _Unset) else timeout
+        seconds = self._side._timeout if isinstance(timeout, _Unset) else timeout
         request, now = _current.get(), self._loop.time()
         limits = [None if seconds is None else now + min(seconds, LONGEST_TIMEOUT_SECONDS),
                   None if request is None else request.deadline]
@@ -837,6 +906,8 @@ class RpcChannel:
                       timeout: float | None) -> None:
         if self._closed is not None:
             raise ChannelClosed(self._closed.code, self._closed.reason)
+        if self._outbox_size > OUTBOX_LIMIT_BYTES:
+            raise Overloaded(f"{self._outbox_size} bytes wait to be sent to this peer")
         if self._dialect is None:
             self._held.append((id, method, params, timeout))
             self._outbox_size += len(params or "")
@@ -920,14 +991,14 @@ class RpcChannel:
         code = 1000 if closed.code in (1005, 1006, 1015) else closed.code  # these are never sent
         with contextlib.suppress(Exception):  # it may be closed already, from either side
             async with asyncio.timeout(CLOSE_SECONDS):
-                await self._socket.close(code, closed.reason[:100])
+                await self._socket.close(code, _short(closed.reason))
 
     async def _open(self, opened: Coroutine[Any, Any, None]) -> None:
         try:
             await opened
         except RpcError as error:
             code = POLICY_VIOLATION if isinstance(error, Forbidden) else 1011
-            await self.close(code, error.message[:100])
+            await self.close(code, error.message)
         except Exception:  # a hook's
             logger.exception("a connection is closed because its hook failed")
             await self.close(1011)
@@ -951,8 +1022,8 @@ class RpcChannel:
 
     def _receive(self, frame: str | bytes) -> None:
         try:
-            if len(frame) > self._settings.max_message_size:
-                raise MessageTooLarge(f"the limit is {self._settings.max_message_size} bytes")
+            if len(frame) > self._side._max_size:
+                raise MessageTooLarge(f"the limit is {self._side._max_size} bytes")
             message = _decode(frame)
         except (ValueError, RecursionError, MessageTooLarge) as error:
             logger.debug("channel %s: a frame of %d bytes: %s", self.id, len(frame), error)
@@ -992,23 +1063,21 @@ class RpcChannel:
                     self._calls.settle(id, InvalidParams(str(error)))
 
     def _handle(self, item: _Message, reply: Callable[[str], None] | None) -> None:
-        if isinstance(item, _Request):
+        if isinstance(item, _Response):
+            self._calls.settle(item.id, item.outcome)
+        else:
             item.channel, item.reply = self, None if item.id is _NO_ID else reply
             self._serve(item)
-        elif isinstance(item, _Response):
-            self._calls.settle(item.id, item.outcome)
-        elif reply is not None:
-            reply(self._speaks.error(item.id, item.error))
 
     # the peer's requests
 
     def _serve(self, request: _Request) -> None:
-        method = self._methods.get(request.method)
+        method = self._side._table.get(request.method)
         if method is None:
-            self._fail(request, MethodNotFound())
+            self._fail(request, request.problem or MethodNotFound())
         elif not isinstance(method, _Method):
             self._respond(request, method(self, request.params))
-        elif len(self._running) >= self._settings.max_concurrent_requests:
+        elif len(self._running) >= self._side._max_requests:
             self._fail(request, Overloaded(f"{len(self._running)} requests are running"))
         else:
             if request.timeout is not None:
@@ -1024,7 +1093,7 @@ class RpcChannel:
         try:
             call = method.bind(self, request.params)
             if method.threaded:
-                value = await anyio.to_thread.run_sync(call, limiter=self._settings.threads)
+                value = await anyio.to_thread.run_sync(call, limiter=self._side._threads)
             else:
                 value = call()
             if inspect.isawaitable(value):
@@ -1131,8 +1200,9 @@ class RpcChannel:
                     self._feed.refill()
                 if self._outbox_size <= OUTBOX_BYTES:
                     _wake(self._room)
-            await self._socket.close(*self._closing)
-            self._end(ChannelClosed(*self._closing))
+            code, reason = self._closing
+            await self._socket.close(code, _short(reason))
+            self._end(ChannelClosed(code, reason))
         except Exception as error:  # each server and library has another for a broken connection
             logger.debug("channel %s cannot send: %r", self.id, error)
             self._end(ChannelClosed(1006, "cannot send"))
@@ -1149,25 +1219,17 @@ class RpcChannel:
         return texts[0] if count == 1 else f"[{','.join(texts)}]"
 
 
+def _short(reason: str) -> str:
+    """What fits into a close frame (RFC 6455, 5.5)."""
+    return reason.encode()[:123].decode(errors="ignore")
+
+
 def _params(args: _Arguments) -> str | None:
     params = None if args is None else _encode(args)
     if params is not None and params[0] not in "{[":
         raise TypeError(f"arguments are a mapping or a sequence, not {type(args).__name__}")
     return params
 
-
-def _cancel_request(channel: RpcChannel, params: Any) -> None:
-    id = params.get("id", _NO_ID) if isinstance(params, dict) else _NO_ID
-    for request in [r for r in channel._running if r.id == id]:
-        channel._stop(request, Cancelled())
-
-
-async def _ping() -> str:
-    return "pong"
-
-
-async def _get_channel_id(channel: RpcChannel) -> str:
-    return channel.id
 
 
 # ----------------------------------------------------------------------------- events in process
@@ -1388,9 +1450,9 @@ class EventNotifier:
         events of other threads wait; then nothing was published.
         """
         names, text = _check_topics(topics), _encode(data)
-        if _size(text) + MAX_TOPIC_CHARACTERS > self._max_size:
-            raise MessageTooLarge(f"{_size(text)} bytes of data, the limit for a message "
-                                  f"is {self._max_size}")
+        size = _size(text) + max((_size(_quoted(name)) for name in names), default=0)
+        if size + EVENT_FRAME_BYTES > self._max_size:
+            raise MessageTooLarge(f"an event of {size} bytes, the limit is {self._max_size}")
         try:
             here = self._loop in (None, asyncio.get_running_loop()) or self._loop.is_closed()
         except RuntimeError:  # a thread that runs no loop
@@ -1486,68 +1548,11 @@ class _Feed:
 # An endpoint is what its connections share: methods, settings, notifier. It serves one event loop
 # at a time. Hooks run outside of everything, so that they may call, publish and close.
 
-_Hook: TypeAlias = Callable[..., Any]
-_Hooks: TypeAlias = _Hook | Sequence[_Hook]
 _Authorize: TypeAlias = Callable[[RpcChannel, str, tuple[str, ...]], Any]
 
 
-def _hooks(hooks: _Hooks) -> tuple[_Hook, ...]:
-    return (hooks,) if callable(hooks) else tuple(hooks)
-
-
-async def _run_hooks(hooks: Sequence[_Hook], *args: Any) -> None:
-    for hook in hooks:
-        result = hook(*args)
-        if inspect.isawaitable(result):
-            await result
-
-
-async def _run_hooks_logged(hooks: Sequence[_Hook], *args: Any) -> None:
-    for hook in hooks:
-        try:
-            await _run_hooks((hook,), *args)
-        except Exception:  # its failure is nobody else's
-            logger.exception("%r failed", hook)
-
-
-class _Options(TypedDict, total=False):
-    """What both sides of a connection can be given; the meaning is at `_Side`."""
-    on_connect: _Hooks
-    on_disconnect: _Hooks
-    default_response_timeout: float | None
-    max_message_size: int
-    max_concurrent_requests: int
-
-
-class _Side:
-    """What an endpoint and a client have in common."""
-
-    _own: ClassVar[Mapping[str, str]] = {}  # methods of ours: name on the wire, name here
-
-    def __init__(self, methods: RpcMethodsBase | None = None, *, on_connect: _Hooks = (),
-                 on_disconnect: _Hooks = (), max_message_size: int = MAX_MESSAGE_BYTES,
-                 default_response_timeout: float | None = DEFAULT_RESPONSE_TIMEOUT_SECONDS,
-                 max_concurrent_requests: int = MAX_CONCURRENT_REQUESTS) -> None:
-        self._settings = _Settings(default_response_timeout, max_message_size,
-                                   max_concurrent_requests)
-        self._on_connect, self._on_disconnect = _hooks(on_connect), _hooks(on_disconnect)
-        self._table: _Table = {"$/cancelRequest": _cancel_request}
-        self._add({"_ping_": _ping, "_get_channel_id_": _get_channel_id})
-        self._add({name: getattr(self, own) for name, own in self._own.items()})
-        self._add({name: m.function for name, m in _methods_of(methods).items()})
-
-    def _add(self, functions: Mapping[str, Callable[..., Any]]) -> None:
-        if taken := functions.keys() & self._table.keys():
-            raise ValueError(f"there is a method {', '.join(sorted(taken))} already")
-        self._table.update({name: _Method(name, f) for name, f in functions.items()})
-
-    def method(self, function: _Function) -> _Function:
-        """Expose a function under its name; a decorator. Raises ValueError if the name is taken.
-
-        It gets the connection in a parameter whose type is RpcChannel, if it has one.
-        """
-        self._add({function.__name__: function})
-        return function
+class _EndpointOptions(_Options, total=False):
+    allowed_origins: Iterable[str] | None
 
 
 class RpcEndpoint(_Side):
@@ -1595,7 +1600,7 @@ class RpcEndpoint(_Side):
             logger.warning("leave accept() to main_loop(), which negotiates %s", SUBPROTOCOL)
         if websocket.application_state is not WebSocketState.CONNECTED:
             return
-        channel = RpcChannel(_ServerSocket(websocket, subprotocol), self._table, self._settings,
+        channel = RpcChannel(_ServerSocket(websocket, subprotocol), self,
                              _WS_LITE if subprotocol else None, context)
         self.channels[channel.id] = channel
         try:
@@ -1623,7 +1628,7 @@ class RpcEndpoint(_Side):
                 raise RuntimeError("this endpoint serves another event loop already; with "
                                    "starlette's TestClient, use it as a context manager")
             self._loop = loop
-            self._settings.threads = anyio.CapacityLimiter(METHOD_THREADS)
+            self._threads = anyio.CapacityLimiter(METHOD_THREADS)
 
     def stats(self) -> dict[str, int]:
         """Gauges and counters by name."""
@@ -1638,6 +1643,7 @@ class RpcEndpoint(_Side):
         channels = list(self.channels.values())
         async with asyncio.TaskGroup() as group:
             for channel in channels:
+                channel._spared.add(asyncio.current_task())
                 group.create_task(channel.close(code, reason))
                 await asyncio.sleep(min(0.001, RESTART_SPREAD_SECONDS / len(channels)))
 
@@ -1660,11 +1666,10 @@ class PubSubEndpoint(RpcEndpoint):
                  authorize: _Authorize | None = None,
                  on_subscribe: _Hooks = (), on_unsubscribe: _Hooks = (),
                  history: int = HISTORY_EVENTS, history_bytes: int = HISTORY_BYTES,
-                 allowed_origins: Iterable[str] | None = None,
-                 **options: Unpack[_Options]) -> None:
-        super().__init__(methods, allowed_origins=allowed_origins, **options)
+                 **options: Unpack[_EndpointOptions]) -> None:
+        super().__init__(methods, **options)
         self.notifier = EventNotifier(history=history, history_bytes=history_bytes,
-                                      max_message_size=self._settings.max_message_size)
+                                      max_message_size=self._max_size)
         self.publish, self.subscribe = self.notifier.publish, self.notifier.subscribe
         self.unsubscribe = self.notifier.unsubscribe
         self._authorize = authorize
@@ -1708,6 +1713,8 @@ class PubSubEndpoint(RpcEndpoint):
             if len(asked) > MAX_SUBSCRIPTIONS or sum(p for _, p in asked) > MAX_PATTERNS:
                 raise InvalidParams(f"a connection has at most {MAX_SUBSCRIPTIONS} subscriptions, "
                                     f"{MAX_PATTERNS} of them patterns")
+            if channel._closed is not None:  # and its feed cleared
+                raise ChannelClosed
             # from here on there is no await until the answer is queued: no event falls between
             feed.subscriber_id = subscriber_id or feed.subscriber_id
             feed.max_size = min(feed.max_size, max_size or feed.max_size)
@@ -1951,6 +1958,13 @@ class SessionTransport:
 # channel, so that cancelling a caller touches nothing else.
 
 
+class _ClientOptions(_Options, total=False):
+    headers: _Headers | Callable[[], _Headers | Awaitable[_Headers]]
+    transport: Transport | None
+    wire: Literal["old", "jsonrpc"]
+    connect_timeout: float | None
+
+
 class RpcClient(_Side):
     """Calls the methods of a server and serves its calls, through reconnects.
 
@@ -1997,7 +2011,7 @@ class RpcClient(_Side):
         """Begin to connect, in the background. Raises RuntimeError if it was started before."""
         if self._task is not None:
             raise RuntimeError("a client is started once; make another one")
-        self._settings.threads = anyio.CapacityLimiter(METHOD_THREADS)
+        self._threads = anyio.CapacityLimiter(METHOD_THREADS)
         self._task = asyncio.create_task(self._run())
 
     async def __aenter__(self) -> Self:
@@ -2107,12 +2121,11 @@ class RpcClient(_Side):
         try:
             socket = await self._transport.open(
                 self.server_uri, headers=pairs, subprotocols=[SUBPROTOCOL],
-                max_size=self._settings.max_message_size)
+                max_size=self._max_size)
         except (ChannelClosed, OSError) as error:
             return error
         dialect = _WS_LITE if socket.subprotocol == SUBPROTOCOL else self._fallback
-        channel = RpcChannel(socket, self._table, self._settings, dialect, {})
-        self.channel = channel
+        self.channel = channel = RpcChannel(socket, self, dialect, {})
         try:
             return await channel._run(self._opened(channel))
         finally:
@@ -2121,8 +2134,7 @@ class RpcClient(_Side):
             await _run_hooks_logged(self._on_disconnect, channel)
 
     async def _opened(self, channel: RpcChannel) -> None:
-        async with asyncio.timeout(GREETING_SECONDS):
-            await self._greet(channel)
+        await self._greet(channel)
         self._was_ready, self._ready_at = True, asyncio.get_running_loop().time()
         self._set_state("ready")
         await _run_hooks(self._on_connect, channel)
@@ -2130,7 +2142,7 @@ class RpcClient(_Side):
     async def _greet(self, channel: RpcChannel) -> None:
         """A first round trip: a server that accepts and then closes was never ready."""
         with contextlib.suppress(MethodNotFound):  # of a server of another kind; it is an answer
-            await channel.call("_ping_")
+            await channel.call("_ping_", timeout=GREETING_SECONDS)
 
     # calling the server
 
@@ -2142,7 +2154,7 @@ class RpcClient(_Side):
     async def call(self, method: str, args: _Arguments = None, *,
                    timeout: _Timeout = _UNSET) -> RpcResponse:
         """Call a method of the server, as `RpcChannel.call`; wait for a connection if need be."""
-        seconds = self._settings.timeout if isinstance(timeout, _Unset) else timeout
+        seconds = self._timeout if isinstance(timeout, _Unset) else timeout
         if self.state == "new":
             raise RuntimeError("the client is not started: use 'async with', or start()")
         if self.state != "ready" or self.channel is None:
@@ -2171,21 +2183,18 @@ class PubSubClient(RpcClient):
     Callbacks run one at a time, in the order of the events, across all subscriptions.
     """
 
-    def __init__(self, server_uri: str = "ws://localhost", methods: RpcMethodsBase | None = None, *,
-                 headers: _Headers | Callable[[], _Headers | Awaitable[_Headers]] = (),
-                 transport: Transport | None = None, wire: Literal["old", "jsonrpc"] = "old",
-                 connect_timeout: float | None = None, **options: Unpack[_Options]) -> None:
-        super().__init__(server_uri, methods, headers=headers, transport=transport, wire=wire,
-                         connect_timeout=connect_timeout, **options)
+    def __init__(self, server_uri: str = "ws://localhost", methods: RpcMethodsBase | None = None,
+                 **options: Unpack[_ClientOptions]) -> None:
+        super().__init__(server_uri, methods, **options)
         if "notify" in self._table:
             raise ValueError("a client that subscribes has a method 'notify' of its own")
         self._table["notify"] = self._on_event
         self._id = uuid.uuid4().hex  # by which the server knows what it has published
         self._inbox = _Inbox(self._tell, confirmed=False)
         self._greeted: RpcChannel | None = None
-        self._told: set[tuple[str, bool]] = set()  # of this connection: what the server was asked
-        self._granted: set[tuple[str, bool]] = set()  # and what it has confirmed
+        self._told: set[tuple[str, bool]] = set()  # what the server was asked for, pattern or not
         self._asking: set[asyncio.Task[None]] = set()
+        self._unconfirmed: list[Subscription] = []
 
     def subscribe(self, topics: str | Iterable[str], callback: _Callback | None = None, *,
                   pattern: bool = False) -> Subscription:
@@ -2194,7 +2203,10 @@ class PubSubClient(RpcClient):
         As `EventNotifier.subscribe`: the callback takes (data), (data, topic) or (event), and
         without one, iterate over what is returned.
         """
-        return self._inbox.subscribe(topics, callback, pattern)
+        subscription = self._inbox.subscribe(topics, callback, pattern)
+        self._unconfirmed.append(subscription)
+        self._confirm()
+        return subscription
 
     def unsubscribe(self, topics: str | Iterable[str], *, pattern: bool = False) -> Awaitable[None]:
         """Cancel all subscriptions to these topics; await it for the server's answer."""
@@ -2253,7 +2265,7 @@ class PubSubClient(RpcClient):
     # other by requests for the difference
 
     async def _greet(self, channel: RpcChannel) -> None:
-        self._told, self._granted, self._greeted = set(), set(), channel
+        self._told, self._greeted = set(), channel
         self._tell()
         if not self._asking:
             await super()._greet(channel)
@@ -2279,23 +2291,21 @@ class PubSubClient(RpcClient):
             self._refuse(patterns, InvalidParams("fastapi_websocket_pubsub has no patterns"))
             return  # which has told the rest
         new, old, self._told = wanted - self._told, self._told - wanted, wanted
-        self._granted &= wanted
         if new:
             self._ask(channel, "subscribe", new)
         if old:
             self._ask(channel, "unsubscribe", old)
-        self._confirm()
 
     def _ask(self, channel: RpcChannel, method: str, keys: set[tuple[str, bool]]) -> None:
         args: dict[str, Any] = {"topics": [name for name, pattern in keys if not pattern]}
         if channel._speaks is not _OLD_WIRE:
             args["patterns"] = [name for name, pattern in keys if pattern]
             if method == "subscribe":
-                args |= {"subscriber_id": self._id, "max_size": self._settings.max_message_size}
+                args |= {"subscriber_id": self._id, "max_size": self._max_size}
         outcome = channel._outcome(*channel._start(method, args, _UNSET))
         task = channel._spawn(self._answered(channel, method, keys, outcome))
         self._asking.add(task)
-        task.add_done_callback(self._asking.discard)
+        task.add_done_callback(self._after)
 
     async def _answered(self, channel: RpcChannel, method: str, keys: set[tuple[str, bool]],
                         outcome: Awaitable[RpcResponse]) -> None:
@@ -2313,9 +2323,10 @@ class PubSubClient(RpcClient):
         except RpcError as error:  # late, overloaded or failed: another connection may do better
             logger.warning("%s failed: %s", method, error)
             await channel.close(1011, f"{method} failed")
-        else:
-            self._granted |= keys & self._told
-            self._confirm()
+
+    def _after(self, task: "asyncio.Task[None]") -> None:
+        self._asking.discard(task)
+        self._confirm()
 
     def _refuse(self, keys: set[tuple[str, bool]], error: RpcError) -> None:
         for name, pattern in keys:
@@ -2324,9 +2335,9 @@ class PubSubClient(RpcClient):
                 self._inbox.remove(subscription, subscription.topics, error)
 
     def _confirm(self) -> None:
-        """Confirm the subscriptions that the server has granted, as far as it was asked."""
-        for name, pattern in self._granted:
-            for subscription in self._inbox.topics.having(name, pattern):
-                keys = {(topic, pattern) for topic in subscription.topics}
-                if not subscription._confirmed and keys & self._told <= self._granted:
-                    subscription._settle()
+        """When every question is answered, and the connection is there, all is confirmed."""
+        channel = self.channel if self.channel is self._greeted else None
+        if not self._asking and channel is not None and channel._closed is None:
+            for subscription in self._unconfirmed:
+                subscription._settle()
+            self._unconfirmed.clear()
