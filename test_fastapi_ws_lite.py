@@ -4,11 +4,14 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
+import tomllib
 import uuid
+import zipfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ import uvicorn
 from fastapi import FastAPI, WebSocket
 from uvicorn.config import WSProtocolType
 
+import examples
 import fastapi_ws_lite as lib
 from fastapi_ws_lite import (
     ALL_TOPICS, ASGITransport, ChannelClosed, Event, EventNotifier, Forbidden, NetworkTransport,
@@ -147,14 +151,86 @@ async def raw(url: str, **options: Any) -> AsyncIterator[Raw]:
         yield Raw(connection)
 
 
-async def test_smoke() -> None:
-    """A call and an event, over a real socket."""
-    app = FastAPI()
-    endpoint = PubSubEndpoint(Calculator())
-    endpoint.register_route(app, "/ws")
-    got: list[Any] = []
-    async with serving(app) as url, PubSubClient(f"{url}/ws") as client:
-        assert await client.other.add(a=1, b=2) == RpcResponse(3)
-        await client.subscribe("news", got.append)
-        endpoint.publish("news", 1)
-        await until(lambda: got == [1])
+# ------------------------------------------------------------------ the project around the module
+
+HERE = Path(__file__).parent
+
+
+def run(*command: str, cwd: Path = HERE) -> str:
+    """The output of a process that succeeds."""
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True,
+                          timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def readme_blocks() -> Iterator[tuple[str, str, str]]:
+    """Name, code and promised output of each Python block of the README."""
+    found = re.findall(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?",
+                       (HERE / "README.md").read_text(), re.DOTALL)
+    for number, (code, output) in enumerate(found):
+        named = re.match(r"# (\w+\.py)", code)
+        yield named[1] if named else f"block{number}.py", code, output
+
+
+def test_examples_run_all_scenarios() -> None:
+    """Every scenario runs and asserts what it shows; the processes of the demo talk."""
+    names = re.findall(r"^(\w+): done", run(sys.executable, "examples.py"), re.MULTILINE)
+    assert names[0] == "demo"
+    assert set(names) == set(examples.SCENARIOS)
+
+
+def test_examples_unknown_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """A name that is not there fails, and says what is."""
+    assert examples.main(["nope"]) == 2
+    assert "demo" in capsys.readouterr().out
+
+
+def test_examples_header_agrees_with_pyproject() -> None:
+    """Their inline metadata (PEP 723) asks for what the package and its extra ask for."""
+    lines = (HERE / "examples.py").read_text().split("# ///")[1].splitlines()[1:]
+    header = tomllib.loads("\n".join(line.removeprefix("# ") for line in lines))
+    project = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
+    extra = project["optional-dependencies"]["standard"]
+    assert header["dependencies"] == [*project["dependencies"], *extra]
+    assert header["requires-python"] == project["requires-python"]
+
+
+async def test_readme_blocks_run_and_print_what_they_say(tmp_path: Path) -> None:
+    """Every block runs as it stands; only the port is another one."""
+    blocks = list(readme_blocks())
+    assert [name for name, _, _ in blocks][:2] == ["server.py", "client.py"]
+    for name, code, _ in blocks:
+        (tmp_path / name).write_text(code)
+    namespace: dict[str, Any] = {}
+    exec(compile(blocks[0][1], "server.py", "exec"), namespace)
+    async with serving(namespace["app"]) as url:
+        for name, code, output in blocks[1:]:
+            (tmp_path / name).write_text(code.replace("ws://localhost:8000", url))
+            assert await asyncio.to_thread(run, sys.executable, name, cwd=tmp_path) == output
+
+
+def test_readme_second_command_is_what_ci_runs() -> None:
+    """CI takes the command from the README, so it must be found there."""
+    readme, ci = (HERE / "README.md").read_text(), (HERE / ".ci/run").read_text()
+    assert readme.count("coverage run -m pytest") == ci.count("coverage run -m pytest") == 1
+
+
+def test_wheel_carries_types_and_asks_for_fastapi_only(tmp_path: Path) -> None:
+    """The module becomes a package with py.typed; all but FastAPI is an extra."""
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", str(tmp_path), ".")
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        names = wheel.namelist()
+        metadata = wheel.read(next(n for n in names if n.endswith("METADATA"))).decode()
+    assert {"fastapi_ws_lite/__init__.py", "fastapi_ws_lite/py.typed"} <= set(names)
+    required = re.findall(r"^Requires-Dist: (.*)$", metadata, re.MULTILINE)
+    assert [name for name in required if "extra ==" not in name] == ["fastapi"]
+    assert f"Version: {lib.__version__}" in metadata
+
+
+def test_module_copied_alone_works(tmp_path: Path) -> None:
+    """The file needs nothing beside it, and does not import the websockets library."""
+    (tmp_path / "vendored.py").write_text((HERE / "fastapi_ws_lite.py").read_text())
+    code = "import sys, vendored; assert 'websockets' not in sys.modules; print(vendored.__name__)"
+    assert run(sys.executable, "-c", code, cwd=tmp_path) == "vendored\n"
