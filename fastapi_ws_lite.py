@@ -93,6 +93,7 @@ FRAME_BYTES: Final = 64 * 2**10  # of messages that travel together; more brings
 LIVE_BYTES: Final = 64 * 2**10  # with more than this unsent, a subscriber is fed from the log
 OUTBOX_BYTES: Final = 2**20  # with more than this unsent, nothing more is read from that peer
 OUTBOX_LIMIT_BYTES: Final = 64 * 2**20  # with more than this unsent, calls raise Overloaded
+HELD_MESSAGES: Final = 1000  # that wait for the peer to show which dialect it speaks
 
 HISTORY_EVENTS: Final = 4096
 HISTORY_BYTES: Final = 16 * 2**20
@@ -268,8 +269,8 @@ _Outcome: TypeAlias = RpcResponse | RpcError
 class _Request:
     """A request of the peer and, while it runs, its state. Its reply can be given once."""
 
-    __slots__ = ("channel", "deadline", "id", "method", "params", "problem", "reply", "task",
-                 "threaded", "timeout")
+    __slots__ = ("channel", "deadline", "id", "method", "params", "problem", "reply", "started",
+                 "task", "threaded", "timeout")
 
     def __init__(self, id: object, method: str = "", params: Any = None,
                  timeout: float | None = None, problem: RpcError | None = None) -> None:
@@ -279,7 +280,7 @@ class _Request:
         self.reply: Callable[[str], None] | None = None  # None once given, or if none is wanted
         self.deadline: float | None = None  # in the loop's time; None again when it has ended
         self.task: asyncio.Task[None] | None = None
-        self.threaded = False
+        self.started = self.threaded = False
 
 
 class _Response(NamedTuple):
@@ -448,38 +449,34 @@ class _Method:
         if inspect.isasyncgenfunction(plain) or inspect.isgeneratorfunction(plain):
             raise TypeError(f"{name} is a generator, which a peer cannot call; name it _{name}")
         try:
-            self._hints = typing.get_type_hints(function, include_extras=True)
+            hints = typing.get_type_hints(function, include_extras=True)
         except NameError as error:
             raise TypeError(f"{name}: an annotation cannot be resolved: {error}") from error
         self.function, self.threaded = function, not inspect.iscoroutinefunction(plain)
-        self._channel = next((k for k, hint in self._hints.items() if hint is RpcChannel), None)
+        self._channel = next((k for k, hint in hints.items() if hint is RpcChannel), None)
+        shown = inspect.signature(function)
+        shown = shown.replace(parameters=[p for p in shown.parameters.values()
+                                          if p.name != self._channel])
 
-    @functools.cached_property
-    def _adapter(self) -> TypeAdapter[Any]:
         def arguments(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
             return args, kwargs
 
-        shown = inspect.signature(self.function)
-        parameters = [p for p in shown.parameters.values() if p.name != self._channel]
-        vars(arguments)["__signature__"] = shown.replace(parameters=parameters)
-        arguments.__annotations__ = self._hints
+        vars(arguments)["__signature__"] = shown
+        arguments.__annotations__ = hints
+        stand_in: Any = arguments  # has the signature of the function, and returns its arguments
         config = ConfigDict(val_json_bytes="base64", arbitrary_types_allowed=True)
-        stand_in: Any = arguments
-        return TypeAdapter(stand_in, config=config)
-
-    @functools.cached_property
-    def _takes_bytes(self) -> bool:
-        return "'bytes'" in repr(self._adapter.core_schema)
+        adapter = TypeAdapter(stand_in, config=config)
+        self._validator = adapter.validator
+        self._takes_bytes = "'bytes'" in repr(adapter.core_schema)
 
     def bind(self, channel: "RpcChannel", params: Any) -> Callable[[], Any]:
         """The function with its arguments. Raises InvalidParams."""
-        validator = self._adapter.validator
         args, named = (tuple(params), {}) if type(params) is list else ((), params or {})
         try:
             if self._takes_bytes and params:  # they are base64 only when validated from JSON
-                args, named = validator.validate_json(_encode(params))
+                args, named = self._validator.validate_json(_encode(params))
             else:
-                args, named = validator.validate_python(ArgsKwargs(args, named))
+                args, named = self._validator.validate_python(ArgsKwargs(args, named))
         except ValidationError as error:
             raise _invalid_params(error) from error
         if self._channel is not None:
@@ -879,9 +876,10 @@ class RpcChannel:
         params = _params(args)
         seconds = self._side._timeout if isinstance(timeout, _Unset) else timeout
         request, now = _current.get(), self._loop.time()
-        limits = [None if seconds is None else now + min(seconds, LONGEST_TIMEOUT_SECONDS),
-                  None if request is None else request.deadline]
-        deadline = min((limit for limit in limits if limit is not None), default=None)
+        deadline = None if request is None else request.deadline
+        if seconds is not None:
+            own = now + min(max(0.0, seconds), LONGEST_TIMEOUT_SECONDS)
+            deadline = own if deadline is None else min(own, deadline)
         id, future = next(self._ids), self._loop.create_future()
         self._calls[id] = (future, deadline)
         try:
@@ -906,11 +904,10 @@ class RpcChannel:
                       timeout: float | None) -> None:
         if self._closed is not None:
             raise ChannelClosed(self._closed.code, self._closed.reason)
-        if self._outbox_size > OUTBOX_LIMIT_BYTES:
-            raise Overloaded(f"{self._outbox_size} bytes wait to be sent to this peer")
+        if self._outbox_size > OUTBOX_LIMIT_BYTES or len(self._held) >= HELD_MESSAGES:
+            raise Overloaded("too much waits to be sent to this peer")
         if self._dialect is None:
             self._held.append((id, method, params, timeout))
-            self._outbox_size += len(params or "")
             return
         text = self._dialect.request(id, method, params, timeout)
         if _size(text) > self._peer_takes:
@@ -1019,6 +1016,9 @@ class RpcChannel:
                     await _next_wake(self._room)
         except ChannelClosed as closed:
             return closed
+        except Exception:  # of the socket: no server or library is expected to
+            logger.exception("channel %s cannot receive", self.id)
+            return ChannelClosed(1011, "cannot receive")
 
     def _receive(self, frame: str | bytes) -> None:
         try:
@@ -1056,7 +1056,6 @@ class RpcChannel:
         if dialect is not None:
             held, self._held = self._held, []
             for id, method, params, timeout in held:
-                self._outbox_size -= len(params or "")
                 try:
                     self._send_request(id, method, params, timeout)
                 except (RpcError, TypeError) as error:
@@ -1089,6 +1088,7 @@ class RpcChannel:
             request.task = self._loop.create_task(self._perform(request, method))
 
     async def _perform(self, request: _Request, method: _Method) -> None:
+        request.started = True
         _current.set(request)
         try:
             call = method.bind(self, request.params)
@@ -1146,6 +1146,8 @@ class RpcChannel:
         request.deadline = None
         if request.task is not None and not request.threaded:
             request.task.cancel()
+            if not request.started:  # nor will it, so that it could not do this itself
+                self._running.discard(request)
 
     # deadlines: those of calls, requests and sends share one timer, set to the earliest
 
@@ -1153,8 +1155,8 @@ class RpcChannel:
         if deadline is not None and deadline < self._timer_at:
             if self._timer is not None:
                 self._timer.cancel()
-            self._timer_at = deadline + TICK_SECONDS
-            self._timer = self._loop.call_at(self._timer_at, self._tick)
+            self._timer_at = deadline
+            self._timer = self._loop.call_at(deadline + TICK_SECONDS, self._tick)
 
     def _tick(self) -> None:
         self._timer, self._timer_at, now = None, math.inf, self._loop.time()
@@ -1493,13 +1495,14 @@ class _Feed:
         self._channel, self._notifier, self.subscriber_id = channel, notifier, channel.id
         self.lagging, self._cursor = False, 0
         self.max_size = channel._peer_takes
-        self.topics: dict[tuple[str, bool], _Pattern[None] | None] = {}
+        self.topics: dict[tuple[str, bool], tuple[int, _Pattern[None] | None]] = {}
         self.lock = asyncio.Lock()  # so that what is asked for later takes effect later
 
     def add(self, names: Iterable[str], pattern: bool) -> None:
         for name in names:
             self._notifier._feeds.add(self, name, pattern)
-            self.topics[name, pattern] = _Pattern(name) if pattern else None
+            since = self._notifier._log.end  # a lagging connection gets nothing older
+            self.topics.setdefault((name, pattern), (since, _Pattern(name) if pattern else None))
 
     def remove(self, names: Iterable[str], pattern: bool) -> None:
         for name in names:
@@ -1510,9 +1513,13 @@ class _Feed:
         for name, pattern in list(self.topics):
             self.remove((name,), pattern)
 
-    def _wants(self, topic: str) -> bool:
-        return ((topic, False) in self.topics or (ALL_TOPICS, False) in self.topics
-                or any(p.matches(topic) for p in self.topics.values() if p is not None))
+    def _wants(self, entry: _Entry) -> bool:
+        never = (entry.index + 1, None)
+        since = min(self.topics.get((entry.topic, False), never)[0],
+                    self.topics.get((ALL_TOPICS, False), never)[0])
+        return entry.index >= since or any(
+            entry.index >= since and pattern is not None and pattern.matches(entry.topic)
+            for since, pattern in self.topics.values())
 
     def offer(self, entry: _Entry) -> None:
         if not self.lagging and self._channel._outbox_size > LIVE_BYTES:
@@ -1539,7 +1546,7 @@ class _Feed:
         while log.first <= self._cursor < log.end and channel._outbox_size <= LIVE_BYTES:
             entry = log[self._cursor]
             self._cursor += 1
-            if self._wants(entry.topic):
+            if self._wants(entry):
                 self._send(entry)
         self.lagging = log.first <= self._cursor < log.end
 
@@ -2302,15 +2309,15 @@ class PubSubClient(RpcClient):
             args["patterns"] = [name for name, pattern in keys if pattern]
             if method == "subscribe":
                 args |= {"subscriber_id": self._id, "max_size": self._max_size}
-        outcome = channel._outcome(*channel._start(method, args, _UNSET))
-        task = channel._spawn(self._answered(channel, method, keys, outcome))
+        asked = channel._start(method, args, _UNSET)
+        task = channel._spawn(self._answered(channel, method, keys, *asked))
         self._asking.add(task)
         task.add_done_callback(self._after)
 
     async def _answered(self, channel: RpcChannel, method: str, keys: set[tuple[str, bool]],
-                        outcome: Awaitable[RpcResponse]) -> None:
+                        id: int, future: "asyncio.Future[_Outcome]") -> None:
         try:
-            response = await outcome
+            response = await channel._outcome(id, future)
             if response.result is False:  # so do the servers of fastapi_websocket_pubsub refuse
                 raise Forbidden(f"{method} is refused", {"topics": [name for name, _ in keys]})
         except (Forbidden, InvalidParams, MethodNotFound) as error:
