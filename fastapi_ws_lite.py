@@ -1240,6 +1240,7 @@ def _params(args: _Arguments) -> str | None:
 # nobody reads delays nobody else. What does not fit into a queue is lost, and said so in the log.
 
 _Callback: TypeAlias = Callable[..., Any]
+_Key: TypeAlias = tuple[str, bool]  # a topic, and whether it is a pattern
 
 
 class _Queue(deque[tuple[Event, Sequence["Subscription"], int]]):
@@ -1319,7 +1320,7 @@ class Subscription:
                     yield self._queue.take()[0]
                 else:
                     await _next_wake(self._waiters)
-            if self._error is not None and not isinstance(self._error, ChannelClosed):
+            if self._error is not None and type(self._error) is not ChannelClosed:
                 raise self._error
         finally:
             self.cancel()
@@ -1331,9 +1332,9 @@ class Subscription:
 
 
 class _Inbox:
-    """The subscriptions of one side. ``changed`` is called after each change of them."""
+    """The subscriptions of one side. ``changed`` is called with (topic, pattern) of what did."""
 
-    def __init__(self, changed: Callable[[], None], *, confirmed: bool) -> None:
+    def __init__(self, changed: Callable[[set[_Key]], None], *, confirmed: bool) -> None:
         self.topics: _Topics[Subscription] = _Topics()
         self.task: asyncio.Task[None] | None = None
         self._changed, self._confirmed, self._queue = changed, confirmed, _Queue()
@@ -1344,7 +1345,7 @@ class _Inbox:
         subscription = Subscription(self, names, pattern, callback, self._confirmed)
         for name in names:
             self.topics.add(subscription, name, pattern)
-        self._changed()
+        self._changed({(name, pattern) for name in names})
         return subscription
 
     def unsubscribe(self, topics: str | Iterable[str], pattern: bool) -> None:
@@ -1359,7 +1360,7 @@ class _Inbox:
         subscription.topics = tuple(t for t in subscription.topics if t not in topics)
         if not subscription.topics:
             subscription._settle(ended=True, error=error)
-        self._changed()
+        self._changed({(topic, subscription.pattern) for topic in topics})
 
     def put(self, event: Event, size: int) -> None:
         called = []
@@ -1401,12 +1402,21 @@ class _Receipt(Awaitable[_T]):
             logger.error("failed, and nobody waited for it: %s", error)
 
 
-class _Done(Awaitable[None]):
+class _Lazy(Awaitable[None]):
+    """Awaits a coroutine that is made only when this is awaited."""
+
+    def __init__(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._function = function
+
     def __await__(self) -> Generator[Any, None, None]:
-        yield from ()
+        return self._function().__await__()
 
 
-_DONE: Final = _Done()
+async def _nothing() -> None:
+    pass
+
+
+_DONE: Final = _Lazy(_nothing)
 
 
 class EventNotifier:
@@ -1421,7 +1431,7 @@ class EventNotifier:
                  max_message_size: int = MAX_MESSAGE_BYTES) -> None:
         self._history, self._max_size = (history, history_bytes), max_message_size
         self._feeds: _Topics[_Feed] = _Topics()
-        self._inbox = _Inbox(lambda: None, confirmed=True)
+        self._inbox = _Inbox(lambda keys: None, confirmed=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._incoming: deque[tuple[tuple[str, ...], str, str | None]] = deque()
         self._published = self._delivered = self._slow_closed = 0
@@ -2098,6 +2108,7 @@ class RpcClient(_Side):
                 self._set_state("waiting")
                 await asyncio.sleep(0 if self._closer else delay)
         except Exception as error:  # Refused, or what trying again would not mend
+            logger.warning("%s: %r: given up", self.server_uri, error)
             self.last_error = error
         finally:
             self._set_state("closed")
@@ -2199,7 +2210,7 @@ class PubSubClient(RpcClient):
         self._id = uuid.uuid4().hex  # by which the server knows what it has published
         self._inbox = _Inbox(self._tell, confirmed=False)
         self._greeted: RpcChannel | None = None
-        self._told: set[tuple[str, bool]] = set()  # what the server was asked for, pattern or not
+        self._told: set[_Key] = set()  # what the server was asked for, on this connection
         self._asking: set[asyncio.Task[None]] = set()
         self._unconfirmed: list[Subscription] = []
 
@@ -2218,7 +2229,7 @@ class PubSubClient(RpcClient):
     def unsubscribe(self, topics: str | Iterable[str], *, pattern: bool = False) -> Awaitable[None]:
         """Cancel all subscriptions to these topics; await it for the server's answer."""
         self._inbox.unsubscribe(topics, pattern)
-        return _Receipt(asyncio.ensure_future(self._asked()))
+        return _Lazy(self._asked)
 
     def publish(self, topics: str | Iterable[str], data: Any = None, *,
                 include_self: bool = False) -> Awaitable[RpcResponse]:
@@ -2273,7 +2284,8 @@ class PubSubClient(RpcClient):
 
     async def _greet(self, channel: RpcChannel) -> None:
         self._told, self._greeted = set(), channel
-        self._tell()
+        exact, patterns = self._inbox.topics.exact, self._inbox.topics.patterns
+        self._tell({(name, False) for name in exact} | {(name, True) for name in patterns})
         if not self._asking:
             await super()._greet(channel)
         await self._asked()
@@ -2282,28 +2294,27 @@ class PubSubClient(RpcClient):
         while self._asking:
             await asyncio.wait(self._asking)
 
-    def _wanted(self, channel: RpcChannel) -> set[tuple[str, bool]]:
-        exact, patterns = self._inbox.topics.exact, self._inbox.topics.patterns
-        if channel._speaks is _OLD_WIRE and ALL_TOPICS in exact:
-            return {(ALL_TOPICS, False)}  # those servers send an event once for each match
-        return {(name, False) for name in exact} | {(name, True) for name in patterns}
-
-    def _tell(self) -> None:
-        """Ask the server for what is wanted and was not told, and to end the rest."""
+    def _tell(self, keys: set[_Key]) -> None:
+        """Ask the server for those of the keys that it does not know of, and to end the others."""
         channel = self.channel
         if channel is None or self._greeted is not channel or channel._closed is not None:
             return
-        wanted = self._wanted(channel)
-        if channel._speaks is _OLD_WIRE and (patterns := {key for key in wanted if key[1]}):
-            self._refuse(patterns, InvalidParams("fastapi_websocket_pubsub has no patterns"))
-            return  # which has told the rest
-        new, old, self._told = wanted - self._told, self._told - wanted, wanted
+        wanted = {key for key in keys if self._inbox.topics.having(*key)}
+        if channel._speaks is _OLD_WIRE:
+            if patterns := {key for key in wanted if key[1]}:
+                self._refuse(patterns, InvalidParams("fastapi_websocket_pubsub has no patterns"))
+            # those servers send an event once for each match, so ask for all topics or for some
+            everything = ALL_TOPICS in self._inbox.topics.exact
+            keys = self._told | {(name, False) for name in self._inbox.topics.exact}
+            wanted = {key for key in keys if everything == (key[0] == ALL_TOPICS)}
+        new, old = wanted - self._told, (keys - wanted) & self._told
+        self._told = (self._told | new) - old
         if new:
             self._ask(channel, "subscribe", new)
         if old:
             self._ask(channel, "unsubscribe", old)
 
-    def _ask(self, channel: RpcChannel, method: str, keys: set[tuple[str, bool]]) -> None:
+    def _ask(self, channel: RpcChannel, method: str, keys: set[_Key]) -> None:
         args: dict[str, Any] = {"topics": [name for name, pattern in keys if not pattern]}
         if channel._speaks is not _OLD_WIRE:
             args["patterns"] = [name for name, pattern in keys if pattern]
@@ -2314,7 +2325,7 @@ class PubSubClient(RpcClient):
         self._asking.add(task)
         task.add_done_callback(self._after)
 
-    async def _answered(self, channel: RpcChannel, method: str, keys: set[tuple[str, bool]],
+    async def _answered(self, channel: RpcChannel, method: str, keys: set[_Key],
                         id: int, future: "asyncio.Future[_Outcome]") -> None:
         try:
             response = await channel._outcome(id, future)
@@ -2323,8 +2334,9 @@ class PubSubClient(RpcClient):
         except (Forbidden, InvalidParams, MethodNotFound) as error:
             named = error.data.get("topics") if isinstance(error.data, dict) else None
             refused = {key for key in keys if named and key[0] in named} or keys
-            self._told -= keys  # none of them was granted; those not refused are asked for again
+            self._told -= keys  # for none of them was granted
             self._refuse(refused, error)
+            self._tell(keys - refused)
         except ChannelClosed:
             pass  # all is asked for again at the next connection
         except RpcError as error:  # late, overloaded or failed: another connection may do better
@@ -2335,7 +2347,7 @@ class PubSubClient(RpcClient):
         self._asking.discard(task)
         self._confirm()
 
-    def _refuse(self, keys: set[tuple[str, bool]], error: RpcError) -> None:
+    def _refuse(self, keys: set[_Key], error: RpcError) -> None:
         for name, pattern in keys:
             for subscription in list(self._inbox.topics.having(name, pattern)):
                 logger.warning("the subscription to %s is refused: %s", subscription.topics, error)
