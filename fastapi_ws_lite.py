@@ -140,52 +140,49 @@ class RpcError(Exception):
 
 
 class _CodedError(RpcError):
-    CODE: ClassVar[int]
-    MESSAGE: ClassVar[str]
+    CODES: Final[dict[int, "type[_CodedError]"]] = {}
+    _default: ClassVar[tuple[int, str]]
+
+    def __init_subclass__(cls, code: int = 0, text: str = "") -> None:
+        if code:  # not so for a subclass of a user's
+            cls._default, cls.CODES[code] = (code, text), cls
 
     def __init__(self, message: str | None = None, data: Any = None) -> None:
-        super().__init__(self.CODE, self.MESSAGE if message is None else message, data)
+        code, text = self._default
+        super().__init__(code, text if message is None else message, data)
         self.args = (self.message, data)  # what copy and pickle call the class with
 
 
-class MethodNotFound(_CodedError):
+class MethodNotFound(_CodedError, code=-32601, text="Method not found"):
     """The peer has no such method."""
-    CODE, MESSAGE = -32601, "Method not found"
 
 
-class InvalidParams(_CodedError):
+class InvalidParams(_CodedError, code=-32602, text="Invalid params"):
     """The arguments do not fit the method; ``data`` lists what is wrong with which."""
-    CODE, MESSAGE = -32602, "Invalid params"
 
 
-class InternalError(_CodedError):
+class InternalError(_CodedError, code=-32603, text="Internal error"):
     """The method failed; why is in the log of the side it ran on."""
-    CODE, MESSAGE = -32603, "Internal error"
 
 
-class RequestTimeout(_CodedError, TimeoutError):
+class RequestTimeout(_CodedError, TimeoutError, code=-32000, text="Request timed out"):
     """There was no answer in time."""
-    CODE, MESSAGE = -32000, "Request timed out"
 
 
-class Forbidden(_CodedError):
+class Forbidden(_CodedError, code=-32001, text="Forbidden"):
     """The caller may not do this; ``data`` names what was refused."""
-    CODE, MESSAGE = -32001, "Forbidden"
 
 
-class Overloaded(_CodedError):
+class Overloaded(_CodedError, code=-32002, text="Overloaded"):
     """Too much at once; trying again later may succeed."""
-    CODE, MESSAGE = -32002, "Overloaded"
 
 
-class MessageTooLarge(_CodedError):
+class MessageTooLarge(_CodedError, code=-32003, text="Message too large"):
     """The message is larger than its receiver takes; nothing of it was sent."""
-    CODE, MESSAGE = -32003, "Message too large"
 
 
-class Cancelled(_CodedError):
+class Cancelled(_CodedError, code=-32800, text="Request cancelled"):
     """The call was cancelled (this code is the Language Server Protocol's)."""
-    CODE, MESSAGE = -32800, "Request cancelled"
 
 
 class ChannelClosed(RpcError, ConnectionError):
@@ -207,9 +204,6 @@ class Refused(ChannelClosed):
         self.args = (status, code, reason)
 
 
-_ERRORS: Final[Mapping[int, type[_CodedError]]] = {e.CODE: e for e in (
-    MethodNotFound, InvalidParams, InternalError, RequestTimeout, Forbidden, Overloaded,
-    MessageTooLarge, Cancelled)}
 _PARSE_ERROR: Final = RpcError(-32700, "Parse error")
 _INVALID_REQUEST: Final = RpcError(-32600, "Invalid Request")
 
@@ -219,7 +213,8 @@ def _error_from_wire(error: Any) -> RpcError:
     code, message, data = fields.get("code"), str(fields.get("message", "")), fields.get("data")
     if type(code) is not int:
         return InternalError(message, data)
-    return _ERRORS[code](message, data) if code in _ERRORS else RpcError(code, message, data)
+    known = _CodedError.CODES.get(code)
+    return known(message, data) if known else RpcError(code, message, data)
 
 
 # ------------------------------------------------------------------------- messages and dialects
@@ -1402,21 +1397,12 @@ class _Receipt(Awaitable[_T]):
             logger.error("failed, and nobody waited for it: %s", error)
 
 
-class _Lazy(Awaitable[None]):
-    """Awaits a coroutine that is made only when this is awaited."""
-
-    def __init__(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        self._function = function
-
+class _Done(Awaitable[None]):
     def __await__(self) -> Generator[Any, None, None]:
-        return self._function().__await__()
+        yield from ()
 
 
-async def _nothing() -> None:
-    pass
-
-
-_DONE: Final = _Lazy(_nothing)
+_DONE: Final = _Done()
 
 
 class EventNotifier:
@@ -2229,7 +2215,9 @@ class PubSubClient(RpcClient):
     def unsubscribe(self, topics: str | Iterable[str], *, pattern: bool = False) -> Awaitable[None]:
         """Cancel all subscriptions to these topics; await it for the server's answer."""
         self._inbox.unsubscribe(topics, pattern)
-        return _Lazy(self._asked)
+        if not self._asking:
+            return _DONE
+        return _Receipt(self._keep(asyncio.ensure_future(self._asked())))
 
     def publish(self, topics: str | Iterable[str], data: Any = None, *,
                 include_self: bool = False) -> Awaitable[RpcResponse]:
