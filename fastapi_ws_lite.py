@@ -89,17 +89,22 @@ OLD_WIRE_CLIENT_BYTES: Final = 2**20  # those clients keep the default of the we
 MAX_CONCURRENT_REQUESTS: Final = 1024  # per connection; each one is a task
 METHOD_THREADS: Final = 40  # for plain def methods; as many as FastAPI has for plain def routes
 
+ARRAY_ITEMS: Final = 4096  # of a batch; what we send in 64 KiB is less than that
 FRAME_BYTES: Final = 64 * 2**10  # of messages that travel together; more brings no more speed
 LIVE_BYTES: Final = 64 * 2**10  # with more than this unsent, a subscriber is fed from the log
-OUTBOX_BYTES: Final = 2**20  # with more than this unsent, nothing more is read from that peer
-OUTBOX_LIMIT_BYTES: Final = 64 * 2**20  # with more than this unsent, calls raise Overloaded
+ANSWERS_BYTES: Final = 2**20  # with more of them unsent, nothing more is read from that peer,
+PAUSE_SECONDS: Final = 1.0  # or little: one frame in this time, as it may wait for us likewise
+OUTBOX_BYTES: Final = 64 * 2**20  # with more than this unsent, calls raise Overloaded
 HELD_MESSAGES: Final = 1000  # that wait for the peer to show which dialect it speaks
 
 HISTORY_EVENTS: Final = 4096
 HISTORY_BYTES: Final = 16 * 2**20
+BURST_BYTES: Final = 2**18  # published by one task before others run, in awaited publishes;
+BURST_EVENT_BYTES: Final = 2**10  # added to the size of each, so that 256 are a burst, too
 QUEUE_EVENTS: Final = 10_000  # that wait for callbacks, or to be published by other threads
 QUEUE_BYTES: Final = 16 * 2**20
-EVENT_FRAME_BYTES: Final = 128  # what is around topic and data, at most, in either dialect
+EVENT_FRAME_BYTES: Final = 256  # what is around topic and data is less, in either dialect
+OLD_WIRE_EXTRA_BYTES: Final = 64  # an event is larger in that dialect, by less
 MAX_TOPIC_CHARACTERS: Final = 1024
 MAX_PATTERN_STARS: Final = 16  # each is one more pass over the topic
 MAX_SUBSCRIPTIONS: Final = 10_000  # per connection
@@ -240,7 +245,9 @@ def _decode(frame: str | bytes) -> Any:
     except ValueError as error:
         if "recursion" not in str(error):
             raise
-        return json.loads(frame, parse_constant=int)  # to_json writes 255 levels, that reads 200
+        value = json.loads(frame)  # to_json writes 255 levels, from_json reads 200
+        _encode(value)  # raises for what json reads, and JSON has not
+        return value
 
 
 def _size(text: str) -> int:
@@ -318,7 +325,8 @@ class _JsonRpc:
         if type(message) is not dict or message.get("jsonrpc") != "2.0":
             return (_invalid(),)
         id = message.get("id", _NO_ID)
-        sound = id is None or id is _NO_ID or type(id) in (int, str, float)
+        sound = (id is None or id is _NO_ID or type(id) in (int, str)
+                 or (type(id) is float and math.isfinite(id)))
         if "method" in message:
             method, params = message["method"], message.get("params")
             timeout = message.get("timeout")
@@ -377,12 +385,13 @@ _OLD_WIRE: Final = _OldWire()
 
 
 def _dialect_of(message: Any) -> _Dialect | None:
-    """What a first message is written in; None where it is neither."""
+    """What a first message is written in; None where it is in neither."""
+    def understood(dialect: _Dialect, item: Any) -> bool:
+        return any(isinstance(m, _Response) or not m.problem for m in dialect.read(item))
+
     if type(message) is list:
-        return _JSONRPC if _JSONRPC in map(_dialect_of, message) else None
-    if type(message) is not dict or "jsonrpc" in message:
-        return _JSONRPC if type(message) is dict else None
-    return _OLD_WIRE if {"request", "response"} & message.keys() else None
+        return _JSONRPC if any(understood(_JSONRPC, item) for item in message) else None
+    return next((d for d in (_JSONRPC, _OLD_WIRE) if understood(d, message)), None)
 
 
 class _Batch:
@@ -408,7 +417,8 @@ class _Batch:
                 total -= _size(self._answers[place])
                 self._answers[place] = _JSONRPC.error(self._ids[place], MessageTooLarge())
                 total += _size(self._answers[place])
-        self._send(f"[{','.join(self._answers[place] for place in sorted(self._answers))}]")
+        text = f"[{','.join(self._answers[place] for place in sorted(self._answers))}]"
+        self._send(text if total <= self._max_size else _JSONRPC.error(None, MessageTooLarge()))
 
 
 # --------------------------------------------------------------------------------------- methods
@@ -448,8 +458,10 @@ class _Method:
         except NameError as error:
             raise TypeError(f"{name}: an annotation cannot be resolved: {error}") from error
         self.function, self.threaded = function, not inspect.iscoroutinefunction(plain)
-        self._channel = next((k for k, hint in hints.items() if hint is RpcChannel), None)
+        self._channel = next((name for name, hint in hints.items() if hint is RpcChannel
+                              or RpcChannel in typing.get_args(hint)), None)
         shown = inspect.signature(function)
+        self._place = list(shown.parameters).index(self._channel) if self._channel else 0
         shown = shown.replace(parameters=[p for p in shown.parameters.values()
                                           if p.name != self._channel])
 
@@ -462,19 +474,22 @@ class _Method:
         config = ConfigDict(val_json_bytes="base64", arbitrary_types_allowed=True)
         adapter = TypeAdapter(stand_in, config=config)
         self._validator = adapter.validator
-        self._takes_bytes = "'bytes'" in repr(adapter.core_schema)
+        # only from JSON text are bytes base64, and dates in a strict model strings
+        self._from_json = bool(re.search("'bytes'|'strict': True", repr(adapter.core_schema)))
 
     def bind(self, channel: "RpcChannel", params: Any) -> Callable[[], Any]:
         """The function with its arguments. Raises InvalidParams."""
         args, named = (tuple(params), {}) if type(params) is list else ((), params or {})
         try:
-            if self._takes_bytes and params:  # they are base64 only when validated from JSON
+            if self._from_json and params:
                 args, named = self._validator.validate_json(_encode(params))
             else:
                 args, named = self._validator.validate_python(ArgsKwargs(args, named))
         except ValidationError as error:
             raise _invalid_params(error) from error
-        if self._channel is not None:
+        if self._channel is not None and len(args) > self._place:
+            args = (*args[:self._place], channel, *args[self._place:])
+        elif self._channel is not None:
             named[self._channel] = channel
         return functools.partial(self.function, *args, **named)
 
@@ -721,7 +736,9 @@ async def _run_hooks_logged(hooks: Sequence[_Hook], *args: Any) -> None:
     for hook in hooks:
         try:
             await _run_hooks((hook,), *args)
-        except Exception:  # its failure is nobody else's
+        except (Exception, asyncio.CancelledError):  # its failure is nobody else's
+            if (task := asyncio.current_task()) and task.cancelling():
+                raise
             logger.exception("%r failed", hook)
 
 
@@ -759,17 +776,25 @@ class _Side:
                  max_concurrent_requests: int = MAX_CONCURRENT_REQUESTS) -> None:
         self._timeout, self._max_size = default_response_timeout, max_message_size
         self._max_requests = max_concurrent_requests
-        self._threads: anyio.CapacityLimiter | None = None  # made on the loop that serves
+        self._make_limiters()
         self._on_connect, self._on_disconnect = _hooks(on_connect), _hooks(on_disconnect)
         self._table: _Table = {"$/cancelRequest": _cancel_request}
         self._add({"_ping_": _ping, "_get_channel_id_": _get_channel_id})
         self._add({name: getattr(self, own) for name, own in self._own.items()})
         self._add({name: m.function for name, m in _methods_of(methods).items()})
 
+    def _make_limiters(self) -> None:
+        """Of plain def methods; for each event loop anew."""
+        self._threads = anyio.CapacityLimiter(METHOD_THREADS)
+        self._unlimited = anyio.CapacityLimiter(math.inf)
+
     def _add(self, functions: Mapping[str, Callable[..., Any]]) -> None:
         if taken := functions.keys() & self._table.keys():
             raise ValueError(f"there is a method {', '.join(sorted(taken))} already")
         self._table.update({name: _Method(name, f) for name, f in functions.items()})
+
+    def _ended(self, channel: "RpcChannel") -> None:
+        """Called when a connection has ended, before anyone who waits for it goes on."""
 
     def method(self, function: _Function) -> _Function:
         """Expose a function under its name; a decorator. Raises ValueError if the name is taken.
@@ -811,8 +836,8 @@ class RpcChannel:
         self._dialect = dialect
         self._held: list[tuple[int | None, str, str | None, float | None]] = []
         self._loop = asyncio.get_running_loop()
-        self._outbox: deque[str] = deque()
-        self._outbox_size = 0
+        self._outbox: deque[tuple[str, int, bool]] = deque()  # text, its bytes, is it an answer
+        self._outbox_size = self._answers_size = 0
         self._idle: asyncio.Future[None] | None = None  # what the writer waits for
         self._room: list[asyncio.Future[None]] = []
         self._calls, self._ids = _Calls(), itertools.count(1)
@@ -899,7 +924,7 @@ class RpcChannel:
                       timeout: float | None) -> None:
         if self._closed is not None:
             raise ChannelClosed(self._closed.code, self._closed.reason)
-        if self._outbox_size > OUTBOX_LIMIT_BYTES or len(self._held) >= HELD_MESSAGES:
+        if self._outbox_size > OUTBOX_BYTES or len(self._held) >= HELD_MESSAGES:
             raise Overloaded("too much waits to be sent to this peer")
         if self._dialect is None:
             self._held.append((id, method, params, timeout))
@@ -937,7 +962,8 @@ class RpcChannel:
     def _end(self, closed: ChannelClosed) -> None:
         if self._closed is not None:
             return
-        self._closed, self._outbox_size = closed, 0
+        self._closed, self._outbox_size, self._answers_size = closed, 0, 0
+        self._side._ended(self)
         self._outbox.clear()
         self._held.clear()
         if self._timer is not None:
@@ -956,7 +982,7 @@ class RpcChannel:
             self._interrupted = True
             self._reader.cancel()
 
-    async def _run(self, opened: Coroutine[Any, Any, None]) -> ChannelClosed:
+    async def _run(self, opened: Callable[[], Awaitable[None]]) -> ChannelClosed:
         """The owner's task: serve to the end, beside ``opened``, whose failure is the end."""
         self._reader = owner = asyncio.current_task()
         self._spawn(self._write())
@@ -985,9 +1011,9 @@ class RpcChannel:
             async with asyncio.timeout(CLOSE_SECONDS):
                 await self._socket.close(code, _short(closed.reason))
 
-    async def _open(self, opened: Coroutine[Any, Any, None]) -> None:
+    async def _open(self, opened: Callable[[], Awaitable[None]]) -> None:
         try:
-            await opened
+            await opened()
         except RpcError as error:
             code = POLICY_VIOLATION if isinstance(error, Forbidden) else 1011
             await self.close(code, error.message)
@@ -1007,8 +1033,10 @@ class RpcChannel:
         try:
             while True:
                 self._receive(await self._socket.recv())
-                while self._outbox_size > OUTBOX_BYTES:
-                    await _next_wake(self._room)
+                if self._answers_size > ANSWERS_BYTES:
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(PAUSE_SECONDS):
+                            await _next_wake(self._room)
         except ChannelClosed as closed:
             return closed
         except Exception:  # of the socket: no server or library is expected to
@@ -1017,31 +1045,37 @@ class RpcChannel:
 
     def _receive(self, frame: str | bytes) -> None:
         try:
-            if len(frame) > self._side._max_size:
-                raise MessageTooLarge(f"the limit is {self._side._max_size} bytes")
             message = _decode(frame)
-        except (ValueError, RecursionError, MessageTooLarge) as error:
-            logger.debug("channel %s: a frame of %d bytes: %s", self.id, len(frame), error)
-            problem = error if isinstance(error, RpcError) else _PARSE_ERROR
-            self._put(self._speaks.error(None, problem))
+        except (ValueError, RecursionError) as error:
+            logger.debug("channel %s: not JSON: %s", self.id, error)
+            self._put_answer(self._speaks.error(None, _PARSE_ERROR))
+            return
+        if type(message) is list and len(message) > ARRAY_ITEMS:
+            problem = Overloaded(f"an array has at most {ARRAY_ITEMS} messages")
+            self._put_answer(self._speaks.error(None, problem))
             return
         if self._dialect is None:
             self._adopt(_dialect_of(message))
-        if type(message) is not list or not message or self._speaks is _OLD_WIRE:
-            self._share = len(frame)
-            for item in self._speaks.read(message):
-                self._handle(item, self._put)
-        else:
-            self._share = len(frame) // len(message)
-            items = [item for each in message for item in self._speaks.read(each)]
-            self._handle_array(items)
+        is_array = type(message) is list and len(message) > 0 and self._speaks is not _OLD_WIRE
+        items = [item for each in (message if is_array else [message])
+                 for item in self._speaks.read(each)]
+        self._share = len(frame) // len(items)
+        if len(frame) > self._side._max_size:
+            for item in items:
+                if isinstance(item, _Request):
+                    item.problem = MessageTooLarge(f"the limit is {self._side._max_size} bytes")
+        self._handle(items, is_batch=is_array and self._dialect is not _WS_LITE)
 
-    def _handle_array(self, items: list[_Message]) -> None:
-        batch = None if self._dialect is _WS_LITE else _Batch(self._put, self._peer_takes)
-        replies = [self._put if batch is None else None if isinstance(item, _Response)
-                   or item.id is _NO_ID else batch.expect(item.id) for item in items]
-        for item, reply in zip(items, replies, strict=True):
-            self._handle(item, reply)
+    def _handle(self, items: list[_Message], is_batch: bool) -> None:
+        batch = _Batch(self._put_answer, self._peer_takes)
+        for item in items:
+            if isinstance(item, _Request) and item.id is not _NO_ID:
+                item.reply = batch.expect(item.id) if is_batch else self._put_answer
+        for item in items:
+            if isinstance(item, _Response):
+                self._calls.settle(item.id, item.outcome)
+            else:
+                self._serve(item)
 
     def _adopt(self, dialect: _Dialect | None) -> None:
         """Speak as the peer does, and say what was held until now."""
@@ -1052,22 +1086,18 @@ class RpcChannel:
             held, self._held = self._held, []
             for id, method, params, timeout in held:
                 try:
-                    self._send_request(id, method, params, timeout)
+                    if id is None or id in self._calls:  # not, if it is late or was cancelled
+                        self._send_request(id, method, params, timeout)
                 except (RpcError, TypeError) as error:
-                    self._calls.settle(id, InvalidParams(str(error)))
-
-    def _handle(self, item: _Message, reply: Callable[[str], None] | None) -> None:
-        if isinstance(item, _Response):
-            self._calls.settle(item.id, item.outcome)
-        else:
-            item.channel, item.reply = self, None if item.id is _NO_ID else reply
-            self._serve(item)
+                    told = error if isinstance(error, RpcError) else InvalidParams(str(error))
+                    self._calls.settle(id, told)
 
     # the peer's requests
 
     def _serve(self, request: _Request) -> None:
+        request.channel = self
         method = self._side._table.get(request.method)
-        if method is None:
+        if request.problem is not None or method is None:
             self._fail(request, request.problem or MethodNotFound())
         elif not isinstance(method, _Method):
             self._respond(request, method(self, request.params))
@@ -1075,11 +1105,10 @@ class RpcChannel:
             self._fail(request, Overloaded(f"{len(self._running)} requests are running"))
         else:
             if request.timeout is not None:
-                seconds = min(request.timeout, LONGEST_TIMEOUT_SECONDS)
+                seconds = max(0.0, min(request.timeout, LONGEST_TIMEOUT_SECONDS))
                 request.deadline = self._loop.time() + seconds
                 self._watch(request.deadline)
             self._running.add(request)
-            request.threaded = method.threaded
             request.task = self._loop.create_task(self._perform(request, method))
 
     async def _perform(self, request: _Request, method: _Method) -> None:
@@ -1087,24 +1116,32 @@ class RpcChannel:
         _current.set(request)
         try:
             call = method.bind(self, request.params)
-            if method.threaded:
-                value = await anyio.to_thread.run_sync(call, limiter=self._side._threads)
-            else:
-                value = call()
+            value = await self._in_thread(request, call) if method.threaded else call()
             if inspect.isawaitable(value):
                 value = await value
             self._respond(request, value)
         except asyncio.CancelledError:
             self._fail(request, Cancelled())
             raise
-        except Exception as error:  # whatever a method raises is between it and its caller
-            if not isinstance(error, RpcError) or isinstance(error, ChannelClosed):
+        except BaseException as error:  # SystemExit too: a method must not end the server
+            told = error if isinstance(error, RpcError) else None
+            if told is None or isinstance(error, ChannelClosed):
                 logger.exception("%s failed", request.method)
-                error = InternalError()
-            self._fail(request, error)
+                told = InternalError()
+            self._fail(request, told)
+            if isinstance(error, KeyboardInterrupt):
+                raise
         finally:
             self._running.discard(request)
             request.deadline = None  # what it leaves behind does not inherit it
+
+    async def _in_thread(self, request: _Request, call: Callable[[], Any]) -> Any:
+        async with self._side._threads:  # while it waits for a thread it can be cancelled
+            request.threaded = True
+            try:
+                return await anyio.to_thread.run_sync(call, limiter=self._side._unlimited)
+            finally:
+                request.threaded = False
 
     def _respond(self, request: _Request, value: Any) -> None:
         if request.reply is None:
@@ -1169,12 +1206,17 @@ class RpcChannel:
 
     # sending
 
-    def _put(self, text: str) -> None:
+    def _put(self, text: str, size: int = 0, *, answer: bool = False) -> None:
         """Queue a message; what one turn of the loop queues can leave as one frame."""
         if self._closed is None:
-            self._outbox.append(text)
-            self._outbox_size += len(text)
+            size = size or _size(text)
+            self._outbox.append((text, size, answer))
+            self._outbox_size += size
+            self._answers_size += size * answer
             self._stir()
+
+    def _put_answer(self, text: str) -> None:
+        self._put(text, answer=True)
 
     def _stir(self) -> None:
         if self._idle is not None and not self._idle.done():
@@ -1195,25 +1237,29 @@ class RpcChannel:
                 self._send_deadline = None
                 if self._feed is not None and self._feed.lagging:
                     self._feed.refill()
-                if self._outbox_size <= OUTBOX_BYTES:
+                if self._answers_size <= ANSWERS_BYTES:
                     _wake(self._room)
             code, reason = self._closing
             await self._socket.close(code, _short(reason))
             self._end(ChannelClosed(code, reason))
-        except Exception as error:  # each server and library has another for a broken connection
+        except ChannelClosed as closed:
+            self._end(closed)
+        except Exception as error:  # each server has another for a broken connection
             logger.debug("channel %s cannot send: %r", self.id, error)
             self._end(ChannelClosed(1006, "cannot send"))
 
     def _next_frame(self) -> str:
-        count, size = 1, len(self._outbox[0])
-        if self._dialect is _WS_LITE:
-            for text in itertools.islice(self._outbox, 1, None):
-                if size + len(text) + count + 2 > FRAME_BYTES:
-                    break
-                count, size = count + 1, size + len(text)
-        self._outbox_size -= size
-        texts = [self._outbox.popleft() for _ in range(count)]
-        return texts[0] if count == 1 else f"[{','.join(texts)}]"
+        """The next message or, where they travel together, as many as fit."""
+        texts: list[str] = []
+        total = 1
+        limit = min(FRAME_BYTES, self._peer_takes) if self._dialect is _WS_LITE else 0
+        while self._outbox and (not texts or total + self._outbox[0][1] < limit):
+            text, size, answer = self._outbox.popleft()
+            texts.append(text)
+            total += size + 1
+            self._outbox_size -= size
+            self._answers_size -= size * answer
+        return texts[0] if len(texts) == 1 else f"[{','.join(texts)}]"
 
 
 def _short(reason: str) -> str:
@@ -1260,21 +1306,23 @@ class _Queue(deque[tuple[Event, Sequence["Subscription"], int]]):
 def _caller(callback: _Callback) -> Callable[[Event], Any]:
     """Calls back with (data), (data, topic) or (event), as its parameters are named."""
     try:
-        shown = inspect.signature(callback).parameters.values()
+        signature = inspect.signature(callback)
     except ValueError:  # some builtins do not tell
-        shown = {}.values()
-    named = {p.name for p in shown if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    needed = {p.name for p in shown
-              if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+        return lambda event: callback(event.data)
+    shown = signature.parameters.values()
+    names = {p.name for p in shown if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     if any(p.kind is p.VAR_KEYWORD for p in shown):
-        named |= {"data", "topic"}
-    given = named & {"data", "topic"}
-    if needed == {"event"}:
-        return callback
-    if "topic" in given and needed <= given:
-        return lambda event: callback(**{name: getattr(event, name) for name in given})
-    if len(needed) > 1:
-        raise TypeError(f"a callback takes (data), (data, topic) or (event), not {shown}")
+        names |= {"data", "topic"}
+    for given in ({"event"}, {"data", "topic"}, {"data"}, {"topic"}):
+        with contextlib.suppress(TypeError):
+            signature.bind(**dict.fromkeys(given))
+            if given <= names:
+                return lambda event: callback(
+                    **{name: getattr(event, name, event) for name in given})
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        raise TypeError(f"a callback takes (data), (data, topic) or (event): {error}") from None
     return lambda event: callback(event.data)
 
 
@@ -1292,7 +1340,7 @@ class Subscription:
         self._queue = _Queue()
         self._waiters: list[asyncio.Future[None]] = []
         self._confirmed, self._ended = confirmed, False
-        self._error: RpcError | None = None
+        self._error: Exception | None = None
 
     def cancel(self) -> None:
         """Receive no more, from now on."""
@@ -1320,7 +1368,7 @@ class Subscription:
         finally:
             self.cancel()
 
-    def _settle(self, *, ended: bool = False, error: RpcError | None = None) -> None:
+    def _settle(self, *, ended: bool = False, error: Exception | None = None) -> None:
         self._confirmed = self._confirmed or not ended
         self._ended, self._error = self._ended or ended, self._error or error
         _wake(self._waiters)
@@ -1336,7 +1384,8 @@ class _Inbox:
 
     def subscribe(self, topics: str | Iterable[str], callback: _Callback | None,
                   pattern: bool) -> Subscription:
-        names = _check_topics(topics, pattern=pattern)
+        if not (names := _check_topics(topics, pattern=pattern)):
+            raise InvalidParams("there is no topic to subscribe to")
         subscription = Subscription(self, names, pattern, callback, self._confirmed)
         for name in names:
             self.topics.add(subscription, name, pattern)
@@ -1364,10 +1413,13 @@ class _Inbox:
                 called.append(subscription)
             elif subscription._queue.put(event, size):
                 _wake(subscription._waiters)
-        if called and self._queue.put(event, size, called) and self.task is None:
-            self.task = asyncio.get_running_loop().create_task(self._run())
+        if called and self._queue.put(event, size, called):
+            loop = asyncio.get_running_loop()
+            if self.task is None or self.task.get_loop() is not loop:
+                self.task = loop.create_task(self._run())
 
     async def _run(self) -> None:
+        _current.set(None)  # whoever published, its deadline is not that of callbacks
         try:
             while self._queue:
                 event, subscriptions = self._queue.take()
@@ -1420,7 +1472,7 @@ class EventNotifier:
         self._inbox = _Inbox(lambda keys: None, confirmed=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._incoming: deque[tuple[tuple[str, ...], str, str | None]] = deque()
-        self._published = self._delivered = self._slow_closed = 0
+        self._published = self._delivered = self._slow_closed = self._burst = 0
 
     @functools.cached_property
     def _log(self) -> _Log:
@@ -1464,7 +1516,12 @@ class EventNotifier:
             self._incoming.append((names, text, notifier_id))
             if self._loop is not None and not self._loop.is_closed():
                 self._loop.call_soon_threadsafe(self._take_incoming)
-        return _DONE
+        return self
+
+    def __await__(self) -> Generator[Any, None, None]:
+        if self._burst > BURST_BYTES:  # a loop that only publishes must not outrun the log
+            self._burst = 0
+            yield
 
     def _attach(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -1478,6 +1535,7 @@ class EventNotifier:
         for topic in topics:
             entry = self._log.append(topic, data, origin)
             self._published += 1
+            self._burst += entry.size + BURST_EVENT_BYTES
             for feed in self._feeds.match(topic):
                 feed.offer(entry)
             if self._inbox.topics.match(topic):
@@ -1490,7 +1548,6 @@ class _Feed:
     def __init__(self, channel: RpcChannel, notifier: EventNotifier) -> None:
         self._channel, self._notifier, self.subscriber_id = channel, notifier, channel.id
         self.lagging, self._cursor = False, 0
-        self.max_size = channel._peer_takes
         self.topics: dict[tuple[str, bool], tuple[int, _Pattern[None] | None]] = {}
         self.lock = asyncio.Lock()  # so that what is asked for later takes effect later
 
@@ -1526,11 +1583,12 @@ class _Feed:
     def _send(self, entry: _Entry) -> None:
         if entry.origin is not None and entry.origin == self.subscriber_id:
             return
-        if entry.size > self.max_size:
-            logger.warning("an event of %r is too large for %s", entry.topic, self._channel.id)
+        channel = self._channel
+        if entry.size + OLD_WIRE_EXTRA_BYTES > channel._peer_takes:
+            logger.warning("an event of %r is too large for %s", entry.topic, channel.id)
             return
         self._notifier._delivered += 1
-        self._channel._put(self._channel._speaks.event(entry))
+        channel._put(channel._speaks.event(entry), entry.size)
 
     def refill(self) -> None:
         """Send what there is room for; at the end of the log, be live again."""
@@ -1607,7 +1665,7 @@ class RpcEndpoint(_Side):
                              _WS_LITE if subprotocol else None, context)
         self.channels[channel.id] = channel
         try:
-            await channel._run(_run_hooks(self._on_connect, channel))
+            await channel._run(lambda: _run_hooks(self._on_connect, channel))
         finally:
             del self.channels[channel.id]
             if channel._feed is not None:
@@ -1631,7 +1689,7 @@ class RpcEndpoint(_Side):
                 raise RuntimeError("this endpoint serves another event loop already; with "
                                    "starlette's TestClient, use it as a context manager")
             self._loop = loop
-            self._threads = anyio.CapacityLimiter(METHOD_THREADS)
+            self._make_limiters()
 
     def stats(self) -> dict[str, int]:
         """Gauges and counters by name."""
@@ -1702,8 +1760,12 @@ class PubSubEndpoint(RpcEndpoint):
             raise Forbidden(f"{action} is forbidden", {"topics": refused or topics})
 
     async def _allows(self, channel: RpcChannel, action: str, topics: tuple[str, ...]) -> bool:
-        allowed = self._authorize is None or self._authorize(channel, action, topics)
-        return bool(await allowed if inspect.isawaitable(allowed) else allowed)
+        try:
+            allowed = self._authorize is None or self._authorize(channel, action, topics)
+            return bool(await allowed if inspect.isawaitable(allowed) else allowed)
+        except RpcError as error:
+            logger.info("%s of %s is refused: %s", action, topics, error)
+            return False
 
     async def _subscribe(self, channel: RpcChannel, topics: list[str] | str | None = None,
                          patterns: list[str] | str | None = None,
@@ -1711,16 +1773,16 @@ class PubSubEndpoint(RpcEndpoint):
         names, globs = _check_topics(topics or ()), _check_topics(patterns or (), pattern=True)
         feed = channel._feed = channel._feed or _Feed(channel, self.notifier)
         async with feed.lock:
-            await self._check(channel, "subscribe", names + globs)
             asked = feed.topics.keys() | {(n, False) for n in names} | {(g, True) for g in globs}
             if len(asked) > MAX_SUBSCRIPTIONS or sum(p for _, p in asked) > MAX_PATTERNS:
                 raise InvalidParams(f"a connection has at most {MAX_SUBSCRIPTIONS} subscriptions, "
                                     f"{MAX_PATTERNS} of them patterns")
+            await self._check(channel, "subscribe", names + globs)
             if channel._closed is not None:  # and its feed cleared
                 raise ChannelClosed
             # from here on there is no await until the answer is queued: no event falls between
             feed.subscriber_id = subscriber_id or feed.subscriber_id
-            feed.max_size = min(feed.max_size, max_size or feed.max_size)
+            channel._peer_takes = min(channel._peer_takes, max_size or channel._peer_takes)
             feed.add(names, False)
             feed.add(globs, True)
             if self._on_subscribe:
@@ -1820,20 +1882,26 @@ class _NetworkSocket:
     def __init__(self, connection: Any) -> None:
         self._connection, self.subprotocol = connection, connection.subprotocol
 
-    async def send(self, text: str) -> None:
-        await self._connection.send(text)
-
-    async def recv(self) -> str | bytes:
+    async def _do(self, work: Awaitable[Any]) -> Any:
         from websockets import ConnectionClosed
         try:
-            data: bytes = await self._connection.recv(decode=False)
+            return await work
         except ConnectionClosed as error:
             raise ChannelClosed(self._connection.close_code or 1006,
                                 self._connection.close_reason or "") from error
+
+    async def send(self, text: str) -> None:
+        await self._do(self._connection.send(text))
+
+    async def recv(self) -> str | bytes:
+        data: bytes = await self._do(self._connection.recv(decode=False))
         return data
 
     async def close(self, code: int, reason: str) -> None:
-        await self._connection.close(code, reason)
+        try:
+            await self._connection.close(code, reason)
+        finally:
+            self._connection.transport.abort()  # if it is not closed, as a full buffer prevents it
 
 
 class ASGITransport:
@@ -2005,6 +2073,7 @@ class RpcClient(_Side):
         self._spared: set[asyncio.Task[Any] | None] = set()  # called close, and go on after it
         self._waiters: list[asyncio.Future[None]] = []
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._fatal: Exception | None = None  # why it gave up
         self._failures, self._ready_at = 0, math.inf
         self._was_ready = self._tried_fresh_headers = False
 
@@ -2014,7 +2083,8 @@ class RpcClient(_Side):
         """Begin to connect, in the background. Raises RuntimeError if it was started before."""
         if self._task is not None:
             raise RuntimeError("a client is started once; make another one")
-        self._threads = anyio.CapacityLimiter(METHOD_THREADS)
+        self._make_limiters()
+        self._set_state("connecting")
         self._task = asyncio.create_task(self._run())
 
     async def __aenter__(self) -> Self:
@@ -2060,13 +2130,23 @@ class RpcClient(_Side):
         await asyncio.wait([self._closer])
 
     async def _close(self) -> None:
+        task = None if self._task in self._spared else self._task
         if self.channel is not None:
             self.channel._spared |= self._spared
             await self.channel.close()
-        if self._task is not None and self._task not in self._spared:
-            self._task.cancel()
-            await asyncio.wait([self._task], timeout=GRACE_SECONDS)
+            if task is not None:  # it has to close the socket and to run hooks
+                await asyncio.wait([task], timeout=CLOSE_SECONDS + GRACE_SECONDS)
+        if task is not None:
+            task.cancel()
+            await asyncio.wait([task], timeout=GRACE_SECONDS)
         self._set_state("closed")
+
+    def _ended(self, channel: RpcChannel) -> None:
+        self.channel = None
+        if asyncio.get_running_loop().time() - self._ready_at >= READY_SECONDS:
+            self._failures = 0
+        self._ready_at = math.inf
+        self._set_state("waiting")
 
     def _set_state(self, state: str) -> None:
         if self.state not in (state, "closed"):
@@ -2075,18 +2155,14 @@ class RpcClient(_Side):
             _wake(self._waiters)
 
     def _why_closed(self) -> Exception:
-        if self._closer is None and self.last_error is not None:
-            return self.last_error
-        return ChannelClosed(1000, "the client is closed")
+        return self._fatal or ChannelClosed(1000, "the client is closed")
 
     async def _run(self) -> None:
+        _current.set(None)  # a method that starts a client does not pass its deadline on
         try:
             while self._closer is None:
                 self._set_state("connecting")
                 self.last_error = error = await self._connect()
-                if asyncio.get_running_loop().time() - self._ready_at >= READY_SECONDS:
-                    self._failures = 0
-                self._ready_at = math.inf
                 delay = self._delay(error)
                 level = logging.INFO if self._closer else logging.WARNING
                 logger.log(level, "%s: %s: again in %.1f s", self.server_uri, error or
@@ -2095,7 +2171,7 @@ class RpcClient(_Side):
                 await asyncio.sleep(0 if self._closer else delay)
         except Exception as error:  # Refused, or what trying again would not mend
             logger.warning("%s: %r: given up", self.server_uri, error)
-            self.last_error = error
+            self.last_error = self._fatal = error
         finally:
             self._set_state("closed")
 
@@ -2105,7 +2181,7 @@ class RpcClient(_Side):
         code = error.code if isinstance(error, ChannelClosed) else None
         if (status in FINAL_STATUS or code == POLICY_VIOLATION) and not self._was_ready:
             if not callable(self._headers) or self._tried_fresh_headers:
-                raise Refused(status, code or 1006) from error
+                raise Refused(status, code or 1006, getattr(error, "reason", "")) from error
             self._tried_fresh_headers = True
         first = self._failures == 0
         self._failures += 1
@@ -2121,20 +2197,22 @@ class RpcClient(_Side):
             headers = await headers if inspect.isawaitable(headers) else headers
         except Exception as error:  # a token cannot be had now: later, perhaps
             return error
+        if self._closer is not None:  # it was closed by what was called for headers
+            return ChannelClosed(1000)
         pairs = list(headers.items() if isinstance(headers, Mapping) else headers)
         try:
             socket = await self._transport.open(
                 self.server_uri, headers=pairs, subprotocols=[SUBPROTOCOL],
                 max_size=self._max_size)
-        except (ChannelClosed, OSError) as error:
+        except Exception as error:  # what else it is, a redirect perhaps, may pass if it was ready
+            if not self._was_ready and not isinstance(error, (ChannelClosed, OSError)):
+                raise
             return error
         dialect = _WS_LITE if socket.subprotocol == SUBPROTOCOL else self._fallback
         self.channel = channel = RpcChannel(socket, self, dialect, {})
         try:
-            return await channel._run(self._opened(channel))
+            return await channel._run(lambda: self._opened(channel))
         finally:
-            self._set_state("waiting")
-            self.channel = None
             await _run_hooks_logged(self._on_disconnect, channel)
 
     async def _opened(self, channel: RpcChannel) -> None:
@@ -2145,8 +2223,12 @@ class RpcClient(_Side):
 
     async def _greet(self, channel: RpcChannel) -> None:
         """A first round trip: a server that accepts and then closes was never ready."""
-        with contextlib.suppress(MethodNotFound):  # of a server of another kind; it is an answer
+        try:
             await channel.call("_ping_", timeout=GREETING_SECONDS)
+        except (ChannelClosed, RequestTimeout):
+            raise
+        except RpcError:  # of a server of another kind; it is an answer
+            pass
 
     # calling the server
 
@@ -2158,21 +2240,23 @@ class RpcClient(_Side):
     async def call(self, method: str, args: _Arguments = None, *,
                    timeout: _Timeout = _UNSET) -> RpcResponse:
         """Call a method of the server, as `RpcChannel.call`; wait for a connection if need be."""
-        seconds = self._timeout if isinstance(timeout, _Unset) else timeout
+        channel, seconds = await self._ready_channel(timeout)
+        return await channel.call(method, args, timeout=seconds)
+
+    async def _ready_channel(self, timeout: _Timeout) -> tuple[RpcChannel, float | None]:
+        """The connection, once there is one, and the seconds that are left."""
         if self.state == "new":
             raise RuntimeError("the client is not started: use 'async with', or start()")
-        if self.state != "ready" or self.channel is None:
-            began = asyncio.get_running_loop().time()
-            try:
-                async with asyncio.timeout(seconds):
+        seconds = self._timeout if isinstance(timeout, _Unset) else timeout
+        began = asyncio.get_running_loop().time()
+        try:
+            async with asyncio.timeout(None if self.state == "ready" else seconds):
+                while self.channel is None or self.state != "ready":
                     await self.wait_until_ready()
-            except TimeoutError as error:
-                raise RequestTimeout(f"not connected: {self.last_error!r}") from error
-            if seconds is not None:
-                seconds -= asyncio.get_running_loop().time() - began
-        if self.channel is None:
-            raise ChannelClosed(1006)
-        return await self.channel.call(method, args, timeout=seconds)
+        except TimeoutError as error:
+            raise RequestTimeout(f"not connected: {self.last_error!r}") from error
+        spent = asyncio.get_running_loop().time() - began
+        return self.channel, None if seconds is None else seconds - spent
 
     def notify(self, method: str, args: _Arguments = None) -> None:
         """Call a method of the server and do not wait. Raises ChannelClosed if there is none."""
@@ -2210,6 +2294,8 @@ class PubSubClient(RpcClient):
         subscription = self._inbox.subscribe(topics, callback, pattern)
         self._unconfirmed.append(subscription)
         self._confirm()
+        if self.state == "closed":
+            self._end_subscriptions()
         return subscription
 
     def unsubscribe(self, topics: str | Iterable[str], *, pattern: bool = False) -> Awaitable[None]:
@@ -2227,16 +2313,22 @@ class PubSubClient(RpcClient):
         `call` does. Without, a failure is logged.
         """
         args = {"topics": _check_topics(topics), "data": data,
-                "notifier_id": uuid.uuid4().hex if include_self else self._notifier_id()}
+                "notifier_id": uuid.uuid4().hex if include_self else self._id}
         if self.channel is not None and self.state == "ready":
-            work = self.channel._outcome(*self.channel._start("publish", args, _UNSET))
+            work = self.channel._outcome(*self._start_publish(self.channel, args, _UNSET))
         else:
-            work = self.call("publish", args)
+            work = self._publish_later(args)
         return _Receipt(self._keep(asyncio.ensure_future(work)))
 
-    def _notifier_id(self) -> str | None:
-        old = self.channel is not None and self.channel._speaks is _OLD_WIRE
-        return None if old else self._id
+    async def _publish_later(self, args: dict[str, Any]) -> RpcResponse:
+        channel, seconds = await self._ready_channel(_UNSET)
+        return await channel._outcome(*self._start_publish(channel, args, seconds))
+
+    def _start_publish(self, channel: RpcChannel, args: dict[str, Any],
+                       timeout: _Timeout) -> tuple[int, "asyncio.Future[_Outcome]"]:
+        if channel._speaks is _OLD_WIRE and args["notifier_id"] == self._id:
+            args["notifier_id"] = None  # there, the channel's own stands for it
+        return channel._start("publish", args, timeout)
 
     def _keep(self, task: "asyncio.Task[_T]") -> "asyncio.Task[_T]":
         self._tasks.add(task)
@@ -2261,11 +2353,12 @@ class PubSubClient(RpcClient):
     def _set_state(self, state: str) -> None:
         super()._set_state(state)
         if state == "closed":
-            error = self._why_closed()
-            for subscriptions in [*self._inbox.topics.exact.values(),
-                                  *self._inbox.topics.patterns.values()]:
-                for subscription in subscriptions:
-                    subscription._settle(ended=True, error=typing.cast(RpcError, error))
+            self._end_subscriptions()
+
+    def _end_subscriptions(self) -> None:
+        tables = [*self._inbox.topics.exact.values(), *self._inbox.topics.patterns.values()]
+        for subscription in itertools.chain.from_iterable(tables):
+            subscription._settle(ended=True, error=self._why_closed())
 
     # telling the server: what is wanted and what it was told are two sets, and one is made the
     # other by requests for the difference
@@ -2308,7 +2401,15 @@ class PubSubClient(RpcClient):
             args["patterns"] = [name for name, pattern in keys if pattern]
             if method == "subscribe":
                 args |= {"subscriber_id": self._id, "max_size": self._max_size}
-        asked = channel._start(method, args, _UNSET)
+        try:
+            asked = channel._start(method, args, _UNSET)
+        except MessageTooLarge:
+            if len(keys) == 1:
+                raise
+            half = set(itertools.islice(keys, len(keys) // 2))
+            self._ask(channel, method, half)
+            self._ask(channel, method, keys - half)
+            return
         task = channel._spawn(self._answered(channel, method, keys, *asked))
         self._asking.add(task)
         task.add_done_callback(self._after)
@@ -2319,17 +2420,17 @@ class PubSubClient(RpcClient):
             response = await channel._outcome(id, future)
             if response.result is False:  # so do the servers of fastapi_websocket_pubsub refuse
                 raise Forbidden(f"{method} is refused", {"topics": [name for name, _ in keys]})
-        except (Forbidden, InvalidParams, MethodNotFound) as error:
+        except ChannelClosed:
+            pass  # all is asked for again at the next connection
+        except (RequestTimeout, Overloaded) as error:  # another connection may do better
+            logger.warning("%s failed: %s", method, error)
+            await channel.close(1011, f"{method} failed")
+        except RpcError as error:
             named = error.data.get("topics") if isinstance(error.data, dict) else None
             refused = {key for key in keys if named and key[0] in named} or keys
             self._told -= keys  # for none of them was granted
             self._refuse(refused, error)
             self._tell(keys - refused)
-        except ChannelClosed:
-            pass  # all is asked for again at the next connection
-        except RpcError as error:  # late, overloaded or failed: another connection may do better
-            logger.warning("%s failed: %s", method, error)
-            await channel.close(1011, f"{method} failed")
 
     def _after(self, task: "asyncio.Task[None]") -> None:
         self._asking.discard(task)
