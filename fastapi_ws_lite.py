@@ -92,8 +92,9 @@ METHOD_THREADS: Final = 40  # for plain def methods; as many as FastAPI has for 
 ARRAY_ITEMS: Final = 4096  # of a batch; what we send in 64 KiB is less than that
 FRAME_BYTES: Final = 64 * 2**10  # of messages that travel together; more brings no more speed
 LIVE_BYTES: Final = 64 * 2**10  # with more than this unsent, a subscriber is fed from the log
-ANSWERS_BYTES: Final = 2**20  # with more of them unsent, nothing more is read from that peer,
-PAUSE_SECONDS: Final = 1.0  # or little: one frame in this time, as it may wait for us likewise
+ANSWERS_BYTES: Final = 2**20  # with more of them unsent, reading from that peer pauses,
+PAUSE_BYTES_PER_SECOND: Final = 2**25  # the longer the more they are; not for ever, as the peer
+# may wait for us likewise: one that sends and never reads gets about 100 MiB before it is let go
 OUTBOX_BYTES: Final = 64 * 2**20  # with more than this unsent, calls raise Overloaded
 HELD_MESSAGES: Final = 1000  # that wait for the peer to show which dialect it speaks
 
@@ -246,7 +247,7 @@ def _decode(frame: str | bytes) -> Any:
         if "recursion" not in str(error):
             raise
         value = json.loads(frame)  # to_json writes 255 levels, from_json reads 200
-        _encode(value)  # raises for what json reads, and JSON has not
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # is it JSON indeed?
         return value
 
 
@@ -486,7 +487,7 @@ class _Method:
             else:
                 args, named = self._validator.validate_python(ArgsKwargs(args, named))
         except ValidationError as error:
-            raise _invalid_params(error) from error
+            raise _invalid_params(error, params) from error
         if self._channel is not None and len(args) > self._place:
             args = (*args[:self._place], channel, *args[self._place:])
         elif self._channel is not None:
@@ -494,14 +495,28 @@ class _Method:
         return functools.partial(self.function, *args, **named)
 
 
-def _invalid_params(error: ValidationError) -> InvalidParams:
+def _invalid_params(error: ValidationError, params: Any) -> InvalidParams:
     """What is wrong with which argument; without its value, or the name of a class of ours."""
-    problems: list[dict[str, Any]] = [
-        {"loc": e["loc"], "type": e["type"],
-         "msg": "Input should be an object" if "class_name" in e.get("ctx", {}) else e["msg"]}
-        for e in error.errors(include_url=False, include_input=False)]
+    problems = []
+    for e in error.errors(include_url=False, include_input=False):
+        named = {"class", "class_name"} & e.get("ctx", {}).keys()
+        problems.append({"loc": _path(e["loc"], params, e["type"]), "type": e["type"],
+                         "msg": "Input should be an object" if named else e["msg"]})
     summary = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in problems[:3])
     return InvalidParams(f"Invalid params: {summary}", problems)
+
+
+def _path(loc: tuple[int | str, ...], value: Any, kind: str) -> list[int | str]:
+    """Where it is in what was sent; pydantic also names the members of a union on the way."""
+    path: list[int | str] = []
+    for depth, part in enumerate(loc, 1):
+        try:
+            value = value[part]
+            path.append(part)
+        except (LookupError, TypeError):
+            if depth == len(loc) and kind.startswith("missing"):
+                path.append(part)
+    return path
 
 
 def _methods_of(instance: RpcMethodsBase | None) -> dict[str, _Method]:
@@ -512,7 +527,8 @@ def _methods_of(instance: RpcMethodsBase | None) -> dict[str, _Method]:
     for cls in reversed(type(instance).__mro__[:-1]):
         if cls is not RpcMethodsBase:
             found.update(vars(cls))
-    return {name: _Method(name, getattr(instance, name)) for name, value in found.items()
+    return {name: _Method(name, value.__get__(instance, type(instance)))
+            for name, value in found.items()
             if name[0] != "_" and inspect.isfunction(getattr(value, "__func__", value))}
 
 
@@ -850,6 +866,7 @@ class RpcChannel:
         self._closed: ChannelClosed | None = None
         self._end_waiters: list[asyncio.Future[None]] = []
         self._timer: asyncio.TimerHandle | None = None
+        self._close_timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf
         self._send_deadline: float | None = None
         self._feed: _Feed | None = None
@@ -898,6 +915,8 @@ class RpcChannel:
         request, now = _current.get(), self._loop.time()
         deadline = None if request is None else request.deadline
         if seconds is not None:
+            if math.isnan(seconds):
+                raise ValueError("a timeout is a number of seconds, or None")
             own = now + min(max(0.0, seconds), LONGEST_TIMEOUT_SECONDS)
             deadline = own if deadline is None else min(own, deadline)
         id, future = next(self._ids), self._loop.create_future()
@@ -950,7 +969,8 @@ class RpcChannel:
         if self._closing is None and self._closed is None:
             self._closing = (code, reason)
             self._stir()
-            self._loop.call_later(CLOSE_SECONDS, self._end, ChannelClosed(code, reason))
+            self._close_timer = self._loop.call_later(
+                CLOSE_SECONDS, self._end, ChannelClosed(code, reason))
         await self.wait_closed()
 
     async def wait_closed(self) -> ChannelClosed:
@@ -966,12 +986,13 @@ class RpcChannel:
         self._side._ended(self)
         self._outbox.clear()
         self._held.clear()
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._close_timer):
+            if timer is not None:
+                timer.cancel()
         for request in self._running:
             request.reply = None
             if request.task and not request.threaded and request.task not in self._spared:
-                request.task.cancel()
+                self._loop.call_soon(request.task.cancel)  # what came last has its first step
         for task in self._tasks - self._spared - {asyncio.current_task()}:
             task.cancel()
         for id in list(self._calls):
@@ -987,10 +1008,11 @@ class RpcChannel:
         self._reader = owner = asyncio.current_task()
         self._spawn(self._write())
         self._spawn(self._open(opened))
-        closed = ChannelClosed(1001, "cancelled")
+        closed = ChannelClosed(1011, "cannot receive")
         try:
             closed = await self._read()
         except asyncio.CancelledError:
+            closed = ChannelClosed(1001, "cancelled")
             if not self._interrupted or owner is None or owner.uncancel() > 0:
                 raise  # it was not `_end` that cancelled
         finally:
@@ -1035,13 +1057,10 @@ class RpcChannel:
                 self._receive(await self._socket.recv())
                 if self._answers_size > ANSWERS_BYTES:
                     with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(PAUSE_SECONDS):
+                        async with asyncio.timeout(self._answers_size / PAUSE_BYTES_PER_SECOND):
                             await _next_wake(self._room)
         except ChannelClosed as closed:
             return closed
-        except Exception:  # of the socket: no server or library is expected to
-            logger.exception("channel %s cannot receive", self.id)
-            return ChannelClosed(1011, "cannot receive")
 
     def _receive(self, frame: str | bytes) -> None:
         try:
@@ -1485,6 +1504,9 @@ class EventNotifier:
         The callback takes (data), (data, topic) or (event) and may be ``async def``; a plain one
         runs on the event loop too. Without one: ``async for event in notifier.subscribe(...)``.
         """
+        if self._loop is None:
+            with contextlib.suppress(RuntimeError):  # there is no loop yet
+                self._attach()
         return self._inbox.subscribe(topics, callback, pattern)
 
     def unsubscribe(self, topics: str | Iterable[str], *, pattern: bool = False) -> None:
@@ -1934,20 +1956,22 @@ class _ASGISocket:
         self._to_app: asyncio.Queue[Message] = asyncio.Queue()
         self._from_app: deque[Message] = deque()
         self._waiters: list[asyncio.Future[None]] = []
-        self._closed = False
+        self._closed: Message | None = None  # what we closed it with
         self._task = asyncio.ensure_future(app(scope, self._to_app.get, self._app_sends))
         self._task.add_done_callback(lambda _: _wake(self._waiters))
 
     async def _app_sends(self, message: Message) -> None:
-        while len(self._from_app) >= 16 and not self._closed:
+        while len(self._from_app) >= 16 and self._closed is None:
             await _next_wake(self._waiters)
-        if self._closed:
+        if self._closed is not None:
             raise OSError("the client has disconnected")
         self._from_app.append(message)
         _wake(self._waiters)
 
     async def _receive(self) -> Message:
         while not self._from_app:
+            if self._closed is not None:
+                return self._closed
             if self._task.done():
                 self._task.result()  # raises what the app raised
                 return {"type": "websocket.close", "code": 1006}
@@ -1974,11 +1998,15 @@ class _ASGISocket:
         return _received(await self._receive())
 
     async def close(self, code: int, reason: str) -> None:
-        self._closed = True
-        self._to_app.put_nowait({"type": "websocket.disconnect", "code": code, "reason": reason})
+        self._closed = {"type": "websocket.disconnect", "code": code, "reason": reason}
+        self._to_app.put_nowait(self._closed)
         _wake(self._waiters)
         await asyncio.wait([self._task], timeout=GRACE_SECONDS)
         self._task.cancel()
+
+
+class _SessionOver(Refused):
+    """There is nothing to connect with, ever again."""
 
 
 class SessionTransport:
@@ -1998,7 +2026,7 @@ class SessionTransport:
     async def open(self, uri: str, *, headers: Sequence[tuple[str, str]], subprotocols: list[str],
                    max_size: int) -> Socket:
         if self._used:
-            raise Refused(code=POLICY_VIOLATION, reason="a session is one connection, and it ended")
+            raise _SessionOver(reason="a session is one connection, and it has ended")
         self._used = True
         return self
 
@@ -2020,7 +2048,11 @@ class SessionTransport:
         return text
 
     async def close(self, code: int, reason: str) -> None:
-        await self._do(self._session.close, code, reason)
+        if self._is_async:  # its own close() would break the block that the user opened it in
+            from wsproto.events import CloseConnection
+            await self._session.send(CloseConnection(code, reason))
+        else:
+            await self._do(self._session.close, code, reason)
 
 
 # --------------------------------------------------------------------------------------- clients
@@ -2179,6 +2211,8 @@ class RpcClient(_Side):
         """Seconds until the next attempt: full jitter. Raises Refused if there is to be none."""
         status = error.status if isinstance(error, Refused) else None
         code = error.code if isinstance(error, ChannelClosed) else None
+        if isinstance(error, _SessionOver):
+            raise error
         if (status in FINAL_STATUS or code == POLICY_VIOLATION) and not self._was_ready:
             if not callable(self._headers) or self._tried_fresh_headers:
                 raise Refused(status, code or 1006, getattr(error, "reason", "")) from error
@@ -2328,6 +2362,8 @@ class PubSubClient(RpcClient):
                        timeout: _Timeout) -> tuple[int, "asyncio.Future[_Outcome]"]:
         if channel._speaks is _OLD_WIRE and args["notifier_id"] == self._id:
             args["notifier_id"] = None  # there, the channel's own stands for it
+        elif channel._speaks is _OLD_WIRE:
+            args["sync"] = False  # or the server waits for us to answer it before it reads on
         return channel._start("publish", args, timeout)
 
     def _keep(self, task: "asyncio.Task[_T]") -> "asyncio.Task[_T]":
