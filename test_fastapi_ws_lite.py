@@ -105,15 +105,18 @@ async def serving(app: Any, *, port: int = 0, ws: WSProtocolType = "auto",
                   **options: Any) -> AsyncIterator[str]:
     """A real server on a free port, in this process; yields ws://host:port."""
     config = uvicorn.Config(app, port=port, ws=ws, log_level="critical", lifespan="off", **options)
+    config.load()
     server = uvicorn.Server(config)
-    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
-    task = asyncio.create_task(server.serve())
-    await until(lambda: server.started or task.done())
+    server.lifespan = config.lifespan_class(config)
+    await server.startup()  # rather than serve(), which begins and ends by ticks of 0.1 s
     try:
         yield f"ws://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
-        server.should_exit = server.force_exit = True
-        await task
+        for listener in server.servers:
+            listener.close()
+        for connection in list(server.server_state.connections):
+            connection.shutdown()
+        await until(lambda: not server.server_state.tasks)
 
 
 class Link:
