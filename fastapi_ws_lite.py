@@ -1023,10 +1023,12 @@ class RpcChannel:
 
     async def _leave(self) -> None:
         tasks = self._tasks | {r.task for r in self._running if r.task and not r.threaded}
-        if waiting := tasks - self._spared:
-            _, left = await asyncio.wait(waiting, timeout=GRACE_SECONDS)
-            for task in left:
-                logger.warning("%r goes on, although its connection is closed", task.get_coro())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GRACE_SECONDS):
+                for task in tasks - self._spared:
+                    await asyncio.wait([task])
+        if left := [task.get_coro() for task in tasks - self._spared if not task.done()]:
+            logger.warning("these go on, although their connection is closed: %s", left)
         closed = await self.wait_closed()
         code = 1000 if closed.code in (1005, 1006, 1015) else closed.code  # these are never sent
         with contextlib.suppress(Exception):  # it may be closed already, from either side
@@ -2162,15 +2164,15 @@ class RpcClient(_Side):
         await asyncio.wait([self._closer])
 
     async def _close(self) -> None:
-        task = None if self._task in self._spared else self._task
-        if self.channel is not None:
-            self.channel._spared |= self._spared
-            await self.channel.close()
-            if task is not None:  # it has to close the socket and to run hooks
-                await asyncio.wait([task], timeout=CLOSE_SECONDS + GRACE_SECONDS)
-        if task is not None:
+        channel, task = self.channel, self._task
+        if channel is not None:
+            channel._spared |= self._spared
+            await channel.close()
+        if task is not None and task not in self._spared:
+            if channel is None:  # else it has to close the socket, and to run hooks
+                task.cancel()
+            await asyncio.wait([task], timeout=CLOSE_SECONDS + GRACE_SECONDS)
             task.cancel()
-            await asyncio.wait([task], timeout=GRACE_SECONDS)
         self._set_state("closed")
 
     def _ended(self, channel: RpcChannel) -> None:
@@ -2439,9 +2441,11 @@ class PubSubClient(RpcClient):
                 args |= {"subscriber_id": self._id, "max_size": self._max_size}
         try:
             asked = channel._start(method, args, _UNSET)
-        except MessageTooLarge:
+        except MessageTooLarge as error:
             if len(keys) == 1:
-                raise
+                self._told -= keys
+                self._refuse(keys, error)
+                return
             half = set(itertools.islice(keys, len(keys) // 2))
             self._ask(channel, method, half)
             self._ask(channel, method, keys - half)
@@ -2456,9 +2460,7 @@ class PubSubClient(RpcClient):
             response = await channel._outcome(id, future)
             if response.result is False:  # so do the servers of fastapi_websocket_pubsub refuse
                 raise Forbidden(f"{method} is refused", {"topics": [name for name, _ in keys]})
-        except ChannelClosed:
-            pass  # all is asked for again at the next connection
-        except (RequestTimeout, Overloaded) as error:  # another connection may do better
+        except (ChannelClosed, RequestTimeout, Overloaded) as error:  # the next may do better
             logger.warning("%s failed: %s", method, error)
             await channel.close(1011, f"{method} failed")
         except RpcError as error:

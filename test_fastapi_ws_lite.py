@@ -6265,6 +6265,203 @@ async def test_client_greeting_any_answer_is_an_answer() -> None:
             assert client.state == "ready"
 
 
+async def test_error_of_a_users_own_class_arrives_as_what_it_derives_from() -> None:
+    """Errors can be subclassed; the code is that of ours."""
+    class NotYours(Forbidden):
+        pass
+
+    endpoint = RpcEndpoint()
+
+    @endpoint.method
+    async def open_it() -> None:
+        raise NotYours("hands off", {"owner": "ann"})
+
+    async with RpcClient(transport=Inside(endpoint)) as client:
+        with pytest.raises(Forbidden, match="hands off") as caught:
+            await client.other.open_it()
+        assert caught.value.data == {"owner": "ann"}
+
+
+async def test_other_is_no_more_than_methods() -> None:
+    """Special names are not methods of the peer, and arguments go in one way."""
+    async with RpcClient(transport=Inside(RpcEndpoint(Calculator()))) as client:
+        assert not hasattr(client.other, "__wrapped__")
+        with pytest.raises(TypeError, match="by position or by name"):
+            await client.other.add(1, b=2)
+        with pytest.raises(TypeError, match="a mapping or a sequence, not str"):
+            await client.call("add", "ab")
+        with pytest.raises(InvalidParams):
+            await client.call("add", {1, 2, 3})  # type: ignore[arg-type]
+
+
+async def test_wake_passes_over_who_is_gone() -> None:
+    """A waiter that was cancelled, and has not run since, is left alone."""
+    gone = asyncio.get_running_loop().create_future()
+    gone.cancel()
+    waiters = [gone]
+    lib._wake(waiters)
+    assert not waiters
+
+
+async def test_main_loop_cancelled_by_its_route_closes() -> None:
+    """A route may set a limit to how long it serves."""
+    app, endpoint = FastAPI(), RpcEndpoint(Calculator())
+
+    @app.websocket("/")
+    async def route(websocket: WebSocket) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await endpoint.main_loop(websocket)
+
+    async with serving(app) as url, raw(url) as peer:
+        await peer.connection.wait_closed()
+        assert peer.connection.close_code == 1001
+        assert not endpoint.channels
+
+
+async def test_method_that_ignores_the_end_is_left_behind_and_logged(
+        monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The connection does not wait for it for ever."""
+    monkeypatch.setattr(lib, "GRACE_SECONDS", 0.05)
+    endpoint, gate = RpcEndpoint(), asyncio.Event()
+
+    @endpoint.method
+    async def stubborn() -> None:
+        while not gate.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await gate.wait()
+
+    async with serving(root_app(endpoint)) as url:
+        async with raw(url) as peer:
+            await peer.send({"jsonrpc": "2.0", "method": "stubborn", "id": 1})
+            await until(lambda: any(c._running for c in endpoint.channels.values()))
+        await until(lambda: not endpoint.channels)
+        gate.set()
+    assert "these go on, although their connection is closed" in caplog.text
+
+
+async def test_response_larger_than_our_limit_is_a_response_still() -> None:
+    """It has come through, so its caller gets it."""
+    class Long(RpcMethodsBase):
+        async def text(self) -> str:
+            return "x" * 1000
+
+    endpoint = RpcEndpoint(max_message_size=200)
+    async with RpcClient(methods=Long(), transport=Inside(endpoint)):
+        channel = next(iter(endpoint.channels.values()))
+        assert len((await channel.other.text()).result) == 1000
+
+
+async def test_method_interrupted_by_the_keyboard_passes_it_on() -> None:
+    """Ctrl-C in the middle of a method is answered for, and still interrupts."""
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    channel = RpcChannel(Link().ends[0], RpcEndpoint(), lib._WS_LITE, {})
+    request = lib._Request(1, "interrupt")
+    request.reply = channel._put_answer
+    method = lib._Method("interrupt", interrupt)
+    method.threaded = False
+    with pytest.raises(KeyboardInterrupt):
+        await channel._perform(request, method)
+    assert "-32603" in channel._outbox[0][0]
+    channel._end(ChannelClosed())
+    channel._put_answer("is dropped now")
+    assert not channel._outbox
+
+
+async def test_error_larger_than_the_peer_takes_is_replaced() -> None:
+    """An error whose data does not fit is answered as too large."""
+    endpoint = RpcEndpoint(max_message_size=500)
+
+    @endpoint.method
+    async def fail() -> None:
+        raise RpcError(1, "look at all this", "x" * 1000)
+
+    async with RpcClient(transport=Inside(endpoint)) as client:
+        with pytest.raises(MessageTooLarge):
+            await client.other.fail()
+
+
+async def test_callback_that_does_not_tell_its_parameters_gets_the_data() -> None:
+    """Some builtins have no signature."""
+    notifier, got = EventNotifier(), dict[str, int]()
+    notifier.subscribe("t", got.update)
+    notifier.publish("t", {"a": 1})
+    await until(lambda: got == {"a": 1})
+
+
+def test_subscribe_to_no_topic_is_refused() -> None:
+    """An empty list is a mistake, not a subscription that never ends."""
+    with pytest.raises(InvalidParams, match="no topic"):
+        EventNotifier().subscribe([])
+
+
+async def test_event_too_large_for_an_old_client_is_left_out(
+        caplog: pytest.LogCaptureFixture) -> None:
+    """Their library would close the connection; the next event arrives."""
+    endpoint = PubSubEndpoint()
+    async with serving(root_app(endpoint)) as url, raw(url) as one, raw(url) as two:
+        for peer in (one, two):
+            request = {"method": "subscribe", "arguments": {"topics": ["t"]}, "call_id": "1"}
+            assert (await peer.ask({"request": request}))["response"]["result"] is True
+        endpoint.publish("t", "x" * 2**20)
+        endpoint.publish("t", "small")
+        for peer in (one, two):
+            assert (await peer.recv())["request"]["arguments"]["data"] == "small"
+    assert "too large" in caplog.text
+
+
+async def test_unsubscribe_of_who_never_subscribed_is_nothing() -> None:
+    """There is nothing to end, and nobody to tell."""
+    told: list[Any] = []
+    endpoint = PubSubEndpoint(on_unsubscribe=lambda *args: told.append(args))
+    async with RpcClient(transport=Inside(endpoint)) as client:
+        assert (await client.other.unsubscribe(topics=["t"])).result is True
+    assert not told
+
+
+async def test_client_close_cancels_a_callback_that_runs() -> None:
+    """A callback that waits does not keep the client from closing."""
+    endpoint, cancelled, started = PubSubEndpoint(), list[bool](), asyncio.Event()
+
+    async def callback(data: Any) -> None:
+        started.set()
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            cancelled.append(True)
+
+    async with PubSubClient(transport=Inside(endpoint)) as client:
+        await client.subscribe("t", callback)
+        endpoint.publish("t")
+        await started.wait()
+    assert cancelled == [True]
+
+
+async def test_subscribe_to_a_topic_that_fits_no_message_is_refused(quick: None) -> None:
+    """The others are made; this one says why not."""
+    client = PubSubClient(transport=Inside(PubSubEndpoint()), max_message_size=400)
+    long, short = client.subscribe("x" * 500), client.subscribe("y")
+    async with client:
+        await short
+        with pytest.raises(MessageTooLarge):
+            await long
+
+
+async def test_channel_closed_twice_at_once_closes_once() -> None:
+    """The first code stands, and both return."""
+    endpoint = RpcEndpoint()
+    async with serving(root_app(endpoint)) as url, raw(url) as peer:
+        await until(lambda: endpoint.channels)
+        channel = next(iter(endpoint.channels.values()))
+        await asyncio.gather(channel.close(4001), channel.close(4002))
+        await channel.close(4003)
+        assert (await channel.wait_closed()).code == 4001
+        await peer.connection.wait_closed()
+        assert peer.connection.close_code == 4001
+
+
 # ------------------------------------------------------------------ the project around the module
 
 HERE = Path(__file__).parent
