@@ -104,7 +104,8 @@ class Calculator(RpcMethodsBase):
 async def serving(app: Any, *, port: int = 0, ws: WSProtocolType = "auto",
                   **options: Any) -> AsyncIterator[str]:
     """A real server on a free port, in this process; yields ws://host:port."""
-    config = uvicorn.Config(app, port=port, ws=ws, log_level="critical", lifespan="off", **options)
+    config = uvicorn.Config(app, port=port, ws=ws, log_config=None, lifespan="off",
+                            log_level="critical", **options)
     config.load()
     server = uvicorn.Server(config)
     server.lifespan = config.lifespan_class(config)
