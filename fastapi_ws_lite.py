@@ -1308,11 +1308,14 @@ _Key: TypeAlias = tuple[str, bool]  # a topic, and whether it is a pattern
 class _Queue(deque[tuple[Event, Sequence["Subscription"], int]]):
     """Events that wait, for whom, and their size; bounded in number and bytes."""
 
-    size = 0
+    size = lost = 0
 
     def put(self, event: Event, size: int, whom: Sequence["Subscription"] = ()) -> bool:
         if self and (len(self) >= QUEUE_EVENTS or self.size + size > QUEUE_BYTES):
-            logger.warning("lost: an event of %r, as %d others wait", event.topic, len(self))
+            self.lost += 1
+            if self.lost & (self.lost - 1) == 0:  # at 1, 2, 4, 8 ...
+                logger.warning("%d events lost, one of %r the last: callbacks or iterators are too "
+                               "slow, %d events wait", self.lost, event.topic, len(self))
             return False
         self.append((event, whom, size))
         self.size += size
