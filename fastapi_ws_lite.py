@@ -1575,31 +1575,38 @@ class _Feed:
     def __init__(self, channel: RpcChannel, notifier: EventNotifier) -> None:
         self._channel, self._notifier, self.subscriber_id = channel, notifier, channel.id
         self.lagging, self._cursor = False, 0
-        self.topics: dict[tuple[str, bool], tuple[int, _Pattern[None] | None]] = {}
+        self.topics: dict[str, int] = {}  # and since where in the log: if the connection
+        self.patterns: dict[str, tuple[int, _Pattern[None]]] = {}  # lags, nothing older is sent
         self.lock = asyncio.Lock()  # so that what is asked for later takes effect later
 
-    def add(self, names: Iterable[str], pattern: bool) -> None:
-        for name in names:
-            self._notifier._feeds.add(self, name, pattern)
-            since = self._notifier._log.end  # a lagging connection gets nothing older
-            self.topics.setdefault((name, pattern), (since, _Pattern(name) if pattern else None))
+    def __len__(self) -> int:
+        return len(self.topics) + len(self.patterns)
 
-    def remove(self, names: Iterable[str], pattern: bool) -> None:
-        for name in names:
-            self._notifier._feeds.discard(self, name, pattern)
-            self.topics.pop((name, pattern), None)
+    def add(self, topics: Iterable[str], patterns: Iterable[str]) -> None:
+        for name in topics:
+            self._notifier._feeds.add(self, name, False)
+            self.topics.setdefault(name, self._notifier._log.end)
+        for name in patterns:
+            self._notifier._feeds.add(self, name, True)
+            self.patterns.setdefault(name, (self._notifier._log.end, _Pattern(name)))
+
+    def remove(self, topics: Iterable[str], patterns: Iterable[str]) -> None:
+        for name in topics:
+            self._notifier._feeds.discard(self, name, False)
+            self.topics.pop(name, None)
+        for name in patterns:
+            self._notifier._feeds.discard(self, name, True)
+            self.patterns.pop(name, None)
 
     def clear(self) -> None:
-        for name, pattern in list(self.topics):
-            self.remove((name,), pattern)
+        self.remove(list(self.topics), list(self.patterns))
 
     def _wants(self, entry: _Entry) -> bool:
-        never = (entry.index + 1, None)
-        since = min(self.topics.get((entry.topic, False), never)[0],
-                    self.topics.get((ALL_TOPICS, False), never)[0])
+        never = entry.index + 1
+        since = min(self.topics.get(entry.topic, never), self.topics.get(ALL_TOPICS, never))
         return entry.index >= since or any(
-            entry.index >= since and pattern is not None and pattern.matches(entry.topic)
-            for since, pattern in self.topics.values())
+            entry.index >= since and pattern.matches(entry.topic)
+            for since, pattern in self.patterns.values())
 
     def offer(self, entry: _Entry) -> None:
         if not self.lagging and self._channel._outbox_size > LIVE_BYTES:
@@ -1773,7 +1780,7 @@ class PubSubEndpoint(RpcEndpoint):
         feeds = [c._feed for c in self.channels.values() if c._feed is not None]
         return super().stats() | {
             "topics": len(notifier._feeds.exact) + len(notifier._feeds.patterns),
-            "subscriptions": sum(len(feed.topics) for feed in feeds),
+            "subscriptions": sum(map(len, feeds)),
             "lagging": sum(feed.lagging for feed in feeds),
             "log_events": len(notifier._log), "log_bytes": notifier._log.size,
             "events_published": notifier._published, "events_delivered": notifier._delivered,
@@ -1798,10 +1805,14 @@ class PubSubEndpoint(RpcEndpoint):
                          patterns: list[str] | str | None = None,
                          subscriber_id: str | None = None, max_size: int | None = None) -> Any:
         names, globs = _check_topics(topics or ()), _check_topics(patterns or (), pattern=True)
-        feed = channel._feed = channel._feed or _Feed(channel, self.notifier)
+        if channel._feed is None:
+            channel._feed = _Feed(channel, self.notifier)
+        feed = channel._feed
         async with feed.lock:
-            asked = feed.topics.keys() | {(n, False) for n in names} | {(g, True) for g in globs}
-            if len(asked) > MAX_SUBSCRIPTIONS or sum(p for _, p in asked) > MAX_PATTERNS:
+            new = [name for name in names if name not in feed.topics]
+            new_patterns = [name for name in globs if name not in feed.patterns]
+            if (len(feed) + len(new) + len(new_patterns) > MAX_SUBSCRIPTIONS
+                    or len(feed.patterns) + len(new_patterns) > MAX_PATTERNS):
                 raise InvalidParams(f"a connection has at most {MAX_SUBSCRIPTIONS} subscriptions, "
                                     f"{MAX_PATTERNS} of them patterns")
             await self._check(channel, "subscribe", names + globs)
@@ -1809,9 +1820,9 @@ class PubSubEndpoint(RpcEndpoint):
                 raise ChannelClosed
             # from here on there is no await until the answer is queued: no event falls between
             feed.subscriber_id = subscriber_id or feed.subscriber_id
-            channel._peer_takes = min(channel._peer_takes, max_size or channel._peer_takes)
-            feed.add(names, False)
-            feed.add(globs, True)
+            if max_size is not None:
+                channel._peer_takes = min(channel._peer_takes, max_size)
+            feed.add(new, new_patterns)
             if self._on_subscribe:
                 channel._spawn(_run_hooks_logged(self._on_subscribe, channel, names + globs))
             return channel._speaks is _OLD_WIRE or {"position": self.notifier._log.position,
@@ -1822,8 +1833,7 @@ class PubSubEndpoint(RpcEndpoint):
         names, globs = _check_topics(topics or ()), _check_topics(patterns or ())
         if channel._feed is not None:
             async with channel._feed.lock:
-                channel._feed.remove(names, False)
-                channel._feed.remove(globs, True)
+                channel._feed.remove(names, globs)
             if self._on_unsubscribe:
                 channel._spawn(_run_hooks_logged(self._on_unsubscribe, channel, names + globs))
         return True

@@ -6152,6 +6152,28 @@ async def test_subscription_granted_after_the_connection_ended_leaves_nothing() 
         assert endpoint.stats()["topics"] == 0
 
 
+async def test_subscriptions_asked_for_at_once_are_of_one_connection(quick: None) -> None:
+    """While one waits for authorize, another does not begin anew."""
+    gate = asyncio.Event()
+
+    async def may(channel: RpcChannel, action: str, topics: tuple[str, ...]) -> bool:
+        await gate.wait()
+        return True
+
+    endpoint, got = PubSubEndpoint(authorize=may), list[int]()
+    async with PubSubClient(transport=Inside(endpoint)) as client:
+        one, two = client.subscribe("a", got.append), client.subscribe(ALL_TOPICS, got.append)
+        await until(lambda: endpoint.stats()["pending_calls"] == 0)
+        gate.set()
+        await one
+        await two
+        endpoint.publish("a", 1)
+        await until(lambda: got == [1, 1])  # sent once, for two callbacks
+        assert endpoint.stats()["events_delivered"] == 1
+    await until(lambda: not endpoint.channels)
+    assert endpoint.stats()["topics"] == 0
+
+
 async def test_callback_that_cancels_itself_stops_nothing() -> None:
     """CancelledError out of a callback is one more failure of it."""
     notifier, got = EventNotifier(), list[int]()
