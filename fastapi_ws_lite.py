@@ -1085,13 +1085,11 @@ class RpcChannel:
             for item in items:
                 if isinstance(item, _Request):
                     item.problem = MessageTooLarge(f"the limit is {self._side._max_size} bytes")
-        self._handle(items, is_batch=is_array and self._dialect is not _WS_LITE)
-
-    def _handle(self, items: list[_Message], is_batch: bool) -> None:
-        batch = _Batch(self._put_answer, self._peer_takes)
+        is_batch = is_array and self._dialect is not _WS_LITE
+        batch = _Batch(self._put_answer, self._peer_takes) if is_batch else None
         for item in items:
             if isinstance(item, _Request) and item.id is not _NO_ID:
-                item.reply = batch.expect(item.id) if is_batch else self._put_answer
+                item.reply = self._put_answer if batch is None else batch.expect(item.id)
         for item in items:
             if isinstance(item, _Response):
                 self._calls.settle(item.id, item.outcome)
