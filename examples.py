@@ -90,21 +90,26 @@ async def serve() -> None:
     await task
 
 
+def say(line: str) -> None:
+    """Print a line in one piece, as other processes print too."""
+    print(f"{line}\n", end="", flush=True)
+
+
 async def agent(url: str, name: str, other: str) -> None:
     """A client's process: calls, is called, subscribes, publishes, and waits for the other one."""
     greeted: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     def on_hello(data: str, topic: str) -> None:
-        print(f"{name}: {topic}: {data}", flush=True)
         if data == f"hello from {other}" and not greeted.done():
+            say(f"{name}: {topic}: {data}")
             greeted.set_result(data)
 
     async with PubSubClient(url, Agent()) as client:
         response = await client.other.add(a=1, b=2)
-        print(f"{name}: 1 + 2 = {response.result}", flush=True)
+        say(f"{name}: 1 + 2 = {response.result}")
         assert response.result == 3
         welcome = (await client.other.introduce(name=name)).result
-        print(f"{name}: {welcome}", flush=True)
+        say(f"{name}: {welcome}")
         assert welcome == f"welcome {name}, running 1.0"
         await client.subscribe("hello.*", on_hello, pattern=True)
         async with asyncio.timeout(30):

@@ -36,6 +36,7 @@ import asyncio
 import contextlib
 import fnmatch
 import functools
+import importlib
 import inspect
 import itertools
 import json
@@ -96,6 +97,7 @@ ANSWERS_BYTES: Final = 2**20  # with more of them unsent, reading from that peer
 PAUSE_BYTES_PER_SECOND: Final = 2**25  # the longer the more they are; not for ever, as the peer
 # may wait for us likewise: one that sends and never reads gets about 100 MiB before it is let go
 OUTBOX_BYTES: Final = 64 * 2**20  # with more than this unsent, calls raise Overloaded
+REQUESTS_AT_ONCE: Final = 256  # of a client's own publishes, and of its subscribes; others wait
 HELD_MESSAGES: Final = 1000  # that wait for the peer to show which dialect it speaks
 
 HISTORY_EVENTS: Final = 4096
@@ -206,7 +208,8 @@ class Refused(ChannelClosed):
     def __init__(self, status: int | None = None, code: int = 1006, reason: str = "") -> None:
         super().__init__(code, reason)
         self.status = status
-        self.message = f"the server refused the connection: {status or code} {reason}".rstrip()
+        how = f"HTTP status {status}" if status else f"close code {code}"
+        self.message = f"the server refused the connection: {how} {reason}".rstrip()
         self.args = (status, code, reason)
 
 
@@ -567,6 +570,8 @@ class Event(NamedTuple):
 
 def _check_topics(topics: str | Iterable[str], *, pattern: bool = False) -> tuple[str, ...]:
     """The topics, each once. Raises InvalidParams."""
+    if not isinstance(topics, Iterable):
+        raise InvalidParams(f"topics are a string or several, not {topics!r:.50}")
     names = (topics,) if isinstance(topics, str) else tuple(dict.fromkeys(topics))
     for name in names:
         if not isinstance(name, str) or len(name) > MAX_TOPIC_CHARACTERS:
@@ -898,7 +903,7 @@ class RpcChannel:
         ends, and then whether the method ran is not known; Overloaded while 64 MiB wait to be sent;
         MessageTooLarge, TypeError or ValueError for arguments that cannot be sent.
         """
-        return await self._outcome(*self._start(method, args, timeout))
+        return await self._outcome(method, *self._start(method, args, timeout))
 
     def notify(self, method: str, args: _Arguments = None) -> None:
         """Call a method of the peer and do not wait: there is no answer, not even an error.
@@ -929,13 +934,15 @@ class RpcChannel:
         self._watch(deadline)
         return id, future
 
-    async def _outcome(self, id: int, future: "asyncio.Future[_Outcome]") -> RpcResponse:
+    async def _outcome(self, method: str, id: int,
+                       future: "asyncio.Future[_Outcome]") -> RpcResponse:
         try:
             outcome = await future
         finally:
             if self._calls.pop(id, None):  # still there: the caller was cancelled
                 self._send_cancel(id)
         if isinstance(outcome, RpcError):
+            outcome.add_note(f"(in a call of {method!r} at the peer)")
             raise outcome
         return outcome
 
@@ -1042,8 +1049,8 @@ class RpcChannel:
             code = POLICY_VIOLATION if isinstance(error, Forbidden) else 1011
             await self.close(code, error.message)
         except Exception:  # a hook's
-            logger.exception("a connection is closed because its hook failed")
-            await self.close(1011)
+            logger.exception("a connection is closed because its on_connect failed")
+            await self.close(1011, "on_connect failed")
 
     def _spawn(self, work: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":
         task = self._loop.create_task(work)
@@ -1145,7 +1152,9 @@ class RpcChannel:
         except BaseException as error:  # SystemExit too: a method must not end the server
             told = error if isinstance(error, RpcError) else None
             if told is None or isinstance(error, ChannelClosed):
-                logger.exception("%s failed", request.method)
+                gone = isinstance(error, ChannelClosed) and self._closed is not None
+                logger.log(logging.DEBUG if gone else logging.ERROR, "%s failed", request.method,
+                           exc_info=True)
                 told = InternalError()
             self._fail(request, told)
             if isinstance(error, KeyboardInterrupt):
@@ -1330,22 +1339,29 @@ def _caller(callback: _Callback) -> Callable[[Event], Any]:
     try:
         signature = inspect.signature(callback)
     except ValueError:  # some builtins do not tell
-        return lambda event: callback(event.data)
+        signature = inspect.signature(lambda data, /: None)
     shown = signature.parameters.values()
     names = {p.name for p in shown if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     if any(p.kind is p.VAR_KEYWORD for p in shown):
         names |= {"data", "topic"}
-    for given in ({"event"}, {"data", "topic"}, {"data"}, {"topic"}):
+
+    def fits(*args: None, **named: None) -> bool:
         with contextlib.suppress(TypeError):
-            signature.bind(**dict.fromkeys(given))
-            if given <= names:
-                return lambda event: callback(
-                    **{name: getattr(event, name, event) for name in given})
-    try:
-        signature.bind(None)
-    except TypeError as error:
-        raise TypeError(f"a callback takes (data), (data, topic) or (event): {error}") from None
-    return lambda event: callback(event.data)
+            return bool(signature.bind(*args, **named))
+        return False
+
+    shapes = ({"event"}, {"data", "topic"}, {"data"}, {"topic"})
+    given = next((g for g in shapes if g <= names and fits(**dict.fromkeys(g))), None)
+    if given is None and not fits(None):
+        raise TypeError(f"a callback takes (data), (data, topic) or (event), not {signature}")
+
+    @functools.wraps(callback)  # for what the log says
+    def call(event: Event) -> Any:
+        if given is None:
+            return callback(event.data)
+        return callback(**{name: getattr(event, name, event) for name in given})
+
+    return call
 
 
 class Subscription:
@@ -1415,15 +1431,15 @@ class _Inbox:
         return subscription
 
     def unsubscribe(self, topics: str | Iterable[str], pattern: bool) -> None:
-        for topic in _check_topics(topics):
-            for subscription in list(self.topics.having(topic, pattern)):
-                self.remove(subscription, (topic,))
+        names = _check_topics(topics)
+        for subscription in {s: None for name in names for s in self.topics.having(name, pattern)}:
+            self.remove(subscription, names)
 
     def remove(self, subscription: Subscription, topics: Sequence[str],
                error: RpcError | None = None) -> None:
         for topic in topics:
             self.topics.discard(subscription, topic, subscription.pattern)
-        subscription.topics = tuple(t for t in subscription.topics if t not in topics)
+        subscription.topics = tuple(dict.fromkeys(subscription.topics).keys() - set(topics))
         if not subscription.topics:
             subscription._settle(ended=True, error=error)
         self._changed({(topic, subscription.pattern) for topic in topics})
@@ -1458,8 +1474,8 @@ class _Receipt(Awaitable[_T]):
     Cancelling one who waits cancels nothing else.
     """
 
-    def __init__(self, task: "asyncio.Future[_T]") -> None:
-        self._task, self._awaited = task, False
+    def __init__(self, task: "asyncio.Future[_T]", what: str) -> None:
+        self._task, self._what, self._awaited = task, what, False
         task.add_done_callback(self._done)
 
     def __await__(self) -> Generator[Any, None, _T]:
@@ -1468,7 +1484,7 @@ class _Receipt(Awaitable[_T]):
 
     def _done(self, task: "asyncio.Future[_T]") -> None:
         if not task.cancelled() and (error := task.exception()) and not self._awaited:
-            logger.error("failed, and nobody waited for it: %s", error)
+            logger.error("%.200s failed, and nobody waited for it: %s", self._what, error)
 
 
 class _Done(Awaitable[None]):
@@ -1789,7 +1805,8 @@ class PubSubEndpoint(RpcEndpoint):
         if not await self._allows(channel, action, topics):
             refused = [topic for topic in topics
                        if len(topics) == 1 or not await self._allows(channel, action, (topic,))]
-            raise Forbidden(f"{action} is forbidden", {"topics": refused or topics})
+            raise Forbidden(f"{action} is forbidden: {', '.join(refused or topics):.200}",
+                            {"topics": refused or topics})
 
     async def _allows(self, channel: RpcChannel, action: str, topics: tuple[str, ...]) -> bool:
         try:
@@ -1898,30 +1915,30 @@ class NetworkTransport:
     async def open(self, uri: str, *, headers: Sequence[tuple[str, str]], subprotocols: list[str],
                    max_size: int) -> Socket:
         try:
-            from websockets import InvalidHandshake, InvalidStatus
-            from websockets.asyncio.client import connect
+            library = importlib.import_module("websockets")
+            connect = importlib.import_module("websockets.asyncio.client").connect
         except ImportError as error:
             raise ImportError("a client needs the websockets library: pip install websockets, "
                               "or 'fastapi-ws-lite[standard]'") from error
         try:
-            offered: Any = subprotocols
-            return _NetworkSocket(await connect(uri, additional_headers=headers, max_size=max_size,
-                                                subprotocols=offered, **self._options))
-        except InvalidStatus as error:
+            return _NetworkSocket(await connect(
+                uri, additional_headers=headers, subprotocols=subprotocols, max_size=max_size,
+                **self._options), library.ConnectionClosed)
+        except library.InvalidStatus as error:
             raise Refused(error.response.status_code) from error
-        except InvalidHandshake as error:
+        except library.InvalidHandshake as error:
             raise ChannelClosed(1006, str(error)) from error
 
 
 class _NetworkSocket:
-    def __init__(self, connection: Any) -> None:
-        self._connection, self.subprotocol = connection, connection.subprotocol
+    def __init__(self, connection: Any, closed: type[Exception]) -> None:
+        self._connection, self._closed = connection, closed
+        self.subprotocol: str | None = connection.subprotocol
 
     async def _do(self, work: Awaitable[Any]) -> Any:
-        from websockets import ConnectionClosed
         try:
             return await work
-        except ConnectionClosed as error:
+        except self._closed as error:
             raise ChannelClosed(self._connection.close_code or 1006,
                                 self._connection.close_reason or "") from error
 
@@ -1948,7 +1965,7 @@ class ASGITransport:
     async def open(self, uri: str, *, headers: Sequence[tuple[str, str]], subprotocols: list[str],
                    max_size: int) -> Socket:
         url = urlsplit(uri)
-        named = [("host", url.netloc), *headers]
+        named = [("host", url.netloc.rpartition("@")[2]), *headers]
         socket = _ASGISocket(self._app, {
             "type": "websocket", "asgi": {"version": "3.0", "spec_version": "2.4"},
             "http_version": "1.1", "scheme": url.scheme, "path": unquote(url.path or "/"),
@@ -2062,8 +2079,8 @@ class SessionTransport:
 
     async def close(self, code: int, reason: str) -> None:
         if self._is_async:  # its own close() would break the block that the user opened it in
-            from wsproto.events import CloseConnection
-            await self._session.send(CloseConnection(code, reason))
+            events = importlib.import_module("wsproto.events")  # which comes with httpx-ws
+            await self._session.send(events.CloseConnection(code, reason))
         else:
             await self._do(self._session.close, code, reason)
 
@@ -2108,9 +2125,13 @@ class RpcClient(_Side):
                  connect_timeout: float | None = None, **options: Unpack[_Options]) -> None:
         super().__init__(methods, **options)
         self.server_uri, self.state = server_uri, "new"
+        url = urlsplit(server_uri)  # for the log, where user, password and query do not belong
+        self._name = f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}"
         self.last_error: Exception | None = None
         self.channel: RpcChannel | None = None
         self._headers, self._transport = headers, transport or NetworkTransport()
+        if wire not in ("old", "jsonrpc"):
+            raise ValueError(f"wire is 'old' or 'jsonrpc', not {wire!r}")
         self._fallback = _JSONRPC if wire == "jsonrpc" else _OLD_WIRE
         self._connect_timeout = connect_timeout
         self._task: asyncio.Task[None] | None = None
@@ -2139,8 +2160,8 @@ class RpcClient(_Side):
                 await self.wait_until_ready()
         except TimeoutError as error:
             await self.close()
-            raise RequestTimeout(f"no connection to {self.server_uri} in {self._connect_timeout} s:"
-                                 f" {self.last_error!r}") from error
+            raise RequestTimeout(f"no connection to {self._name} in {self._connect_timeout} s: "
+                                 f"{self.last_error!r}") from error
         except BaseException:
             await self.close()
             raise
@@ -2195,7 +2216,7 @@ class RpcClient(_Side):
 
     def _set_state(self, state: str) -> None:
         if self.state not in (state, "closed"):
-            logger.debug("%s: %s, then %s", self.server_uri, self.state, state)
+            logger.debug("%s: %s, then %s", self._name, self.state, state)
             self.state = state
             _wake(self._waiters)
 
@@ -2209,13 +2230,13 @@ class RpcClient(_Side):
                 self._set_state("connecting")
                 self.last_error = error = await self._connect()
                 delay = self._delay(error)
-                level = logging.INFO if self._closer else logging.WARNING
-                logger.log(level, "%s: %s: again in %.1f s", self.server_uri, error or
-                           type(error).__name__, delay)
-                self._set_state("waiting")
-                await asyncio.sleep(0 if self._closer else delay)
+                if self._closer is None:
+                    logger.warning("%s: %s: again in %.1f s", self._name, str(error) or
+                                   type(error).__name__, delay)
+                    self._set_state("waiting")
+                    await asyncio.sleep(delay)
         except Exception as error:  # Refused, or what trying again would not mend
-            logger.warning("%s: %r: given up", self.server_uri, error)
+            logger.warning("%s: %s: given up", self._name, error or repr(error))
             self.last_error = self._fatal = error
         finally:
             self._set_state("closed")
@@ -2329,6 +2350,8 @@ class PubSubClient(RpcClient):
         self._greeted: RpcChannel | None = None
         self._told: set[_Key] = set()  # what the server was asked for, on this connection
         self._asking: set[asyncio.Task[None]] = set()
+        self._later: set[_Key] = set()  # what to tell when there is less to be answered
+        self._publishing = asyncio.Semaphore(REQUESTS_AT_ONCE)
         self._unconfirmed: list[Subscription] = []
 
     def subscribe(self, topics: str | Iterable[str], callback: _Callback | None = None, *,
@@ -2350,7 +2373,7 @@ class PubSubClient(RpcClient):
         self._inbox.unsubscribe(topics, pattern)
         if not self._asking:
             return _DONE
-        return _Receipt(self._keep(asyncio.ensure_future(self._asked())))
+        return _Receipt(self._keep(asyncio.ensure_future(self._asked())), "unsubscribe")
 
     def publish(self, topics: str | Iterable[str], data: Any = None, *,
                 include_self: bool = False) -> Awaitable[RpcResponse]:
@@ -2361,23 +2384,17 @@ class PubSubClient(RpcClient):
         """
         args = {"topics": _check_topics(topics), "data": data,
                 "notifier_id": uuid.uuid4().hex if include_self else self._id}
-        if self.channel is not None and self.state == "ready":
-            work = self.channel._outcome(*self._start_publish(self.channel, args, _UNSET))
-        else:
-            work = self._publish_later(args)
-        return _Receipt(self._keep(asyncio.ensure_future(work)))
+        task = self._keep(asyncio.ensure_future(self._publish(args)))
+        return _Receipt(task, f"publish to {args['topics']}")
 
-    async def _publish_later(self, args: dict[str, Any]) -> RpcResponse:
-        channel, seconds = await self._ready_channel(_UNSET)
-        return await channel._outcome(*self._start_publish(channel, args, seconds))
-
-    def _start_publish(self, channel: RpcChannel, args: dict[str, Any],
-                       timeout: _Timeout) -> tuple[int, "asyncio.Future[_Outcome]"]:
-        if channel._speaks is _OLD_WIRE and args["notifier_id"] == self._id:
-            args["notifier_id"] = None  # there, the channel's own stands for it
-        elif channel._speaks is _OLD_WIRE:
-            args["sync"] = False  # or the server waits for us to answer it before it reads on
-        return channel._start("publish", args, timeout)
+    async def _publish(self, args: dict[str, Any]) -> RpcResponse:
+        async with self._publishing:
+            channel, seconds = await self._ready_channel(_UNSET)
+            if channel._speaks is _OLD_WIRE and args["notifier_id"] == self._id:
+                args["notifier_id"] = None  # there, the channel's own stands for it
+            elif channel._speaks is _OLD_WIRE:
+                args["sync"] = False  # or the server waits for us to answer it before it reads on
+            return await channel.call("publish", args, timeout=seconds)
 
     def _keep(self, task: "asyncio.Task[_T]") -> "asyncio.Task[_T]":
         self._tasks.add(task)
@@ -2429,6 +2446,9 @@ class PubSubClient(RpcClient):
         channel = self.channel
         if channel is None or self._greeted is not channel or channel._closed is not None:
             return
+        if len(self._asking) >= REQUESTS_AT_ONCE:
+            self._later |= keys
+            return
         wanted = {key for key in keys if self._inbox.topics.having(*key)}
         if channel._speaks is _OLD_WIRE:
             if patterns := {key for key in wanted if key[1]}:
@@ -2468,7 +2488,7 @@ class PubSubClient(RpcClient):
     async def _answered(self, channel: RpcChannel, method: str, keys: set[_Key],
                         id: int, future: "asyncio.Future[_Outcome]") -> None:
         try:
-            response = await channel._outcome(id, future)
+            response = await channel._outcome(method, id, future)
             if response.result is False:  # so do the servers of fastapi_websocket_pubsub refuse
                 raise Forbidden(f"{method} is refused", {"topics": [name for name, _ in keys]})
         except (ChannelClosed, RequestTimeout, Overloaded) as error:  # the next may do better
@@ -2483,6 +2503,9 @@ class PubSubClient(RpcClient):
 
     def _after(self, task: "asyncio.Task[None]") -> None:
         self._asking.discard(task)
+        later, self._later = self._later, set()
+        if later:
+            self._tell(later)
         self._confirm()
 
     def _refuse(self, keys: set[_Key], error: RpcError) -> None:

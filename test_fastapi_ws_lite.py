@@ -1192,7 +1192,7 @@ async def test_arguments_validated_inside_a_method_are_its_own_affair() -> None:
         Point.model_validate("the secret")
 
     async with client_of(endpoint) as client:
-        with pytest.raises(InternalError, match=r"^Internal error$"):
+        with pytest.raises(InternalError, match=r"^Internal error"):
             await client.call("inside")
 
 
@@ -1740,7 +1740,8 @@ def test_error_is_copied_and_pickled(error: RpcError) -> None:
     (RpcError(1, "m", 2), "m"), (Overloaded(), "Overloaded"), (Forbidden("no"), "no"),
     (Forbidden(""), ""), (ChannelClosed(4000, "why"), "the connection is closed: 4000 why"),
     (ChannelClosed(), "the connection is closed: 1006"),
-    (Refused(403), "the server refused the connection: 403")])
+    (Refused(403), "the server refused the connection: HTTP status 403"),
+    (Refused(code=1008), "the server refused the connection: close code 1008")])
 def test_error_says_its_message(error: RpcError, text: str) -> None:
     """str() of an error is for people."""
     assert str(error) == text
@@ -3393,7 +3394,8 @@ async def test_hook_of_subscribe_that_raises_is_logged_only(
 
 
 @pytest.mark.parametrize(("error", "code", "reason"), [
-    (ValueError("the secret"), 1011, ""), (RpcError(7, "not today"), 1011, "not today"),
+    (ValueError("the secret"), 1011, "on_connect failed"),
+    (RpcError(7, "not today"), 1011, "not today"),
     (Forbidden("not you"), 1008, "not you")])
 async def test_hook_on_connect_that_raises_closes_the_connection(
         error: Exception, code: int, reason: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -6488,6 +6490,77 @@ async def test_channel_closed_twice_at_once_closes_once() -> None:
         assert peer.connection.close_code == 4001
 
 
+async def test_subscriptions_by_the_thousand_do_not_overload(quick: None) -> None:
+    """Not awaited, subscribed and given up at once: asked for as fast as they are answered."""
+    endpoint = PubSubEndpoint()
+    inside = Inside(endpoint)
+    async with PubSubClient(transport=inside) as client:
+        many = [client.subscribe(f"t{n}", print) for n in range(3000)]
+        await asyncio.gather(*many)
+        assert endpoint.stats()["subscriptions"] == 3000
+        await client.unsubscribe([f"t{n}" for n in range(2000)])
+        assert endpoint.stats()["subscriptions"] == 1000
+        for subscription in many:
+            subscription.cancel()
+        await until(lambda: endpoint.stats()["subscriptions"] == 0)
+    assert inside.attempts == 1
+
+
+async def test_publishes_by_the_thousand_do_not_overload() -> None:
+    """Not awaited, they wait for each other, and arrive in order."""
+    endpoint, got = PubSubEndpoint(), list[int]()
+    endpoint.subscribe("t", got.append)
+    async with PubSubClient(transport=Inside(endpoint)) as client:
+        for n in range(3000):
+            client.publish("t", n)
+        await until(lambda: len(got) == 3000)
+    assert got == list(range(3000))
+
+
+async def test_method_whose_connection_ended_fails_quietly(
+        caplog: pytest.LogCaptureFixture) -> None:
+    """That the peer has gone is nobody's error."""
+    endpoint = RpcEndpoint(Calculator())
+    async with RpcClient(transport=Inside(endpoint)) as client:
+        call = asyncio.create_task(client.other.back(n=1))
+        await until(lambda: any(c._running for c in endpoint.channels.values()) or call.done())
+    await asyncio.gather(call, return_exceptions=True)
+    assert not caplog.records
+
+
+async def test_client_log_has_no_secrets_of_the_address(
+        quick: None, caplog: pytest.LogCaptureFixture) -> None:
+    """User, password and query are not logged; nor is anything about an ordinary end."""
+    inside = Inside(RpcEndpoint())
+    inside.up = False
+    client = RpcClient("ws://ann:pa55@test/?token=s3cret", transport=inside)
+    client.start()
+    await until(lambda: inside.attempts == 2)
+    inside.up = True
+    await client.wait_until_ready()
+    assert "ws://test/: down: again in" in caplog.text
+    caplog.clear()
+    await client.close()
+    assert not caplog.text
+
+
+def test_options_that_cannot_be_meant_are_refused() -> None:
+    """What is given is named, and what is expected."""
+    with pytest.raises(ValueError, match="wire is 'old' or 'jsonrpc', not 'json'"):
+        RpcClient(wire="json")  # type: ignore[arg-type]
+    with pytest.raises(InvalidParams, match="topics are a string or several, not 7"):
+        EventNotifier().subscribe(7)  # type: ignore[arg-type]
+
+
+async def test_error_notes_which_call_it_was_of() -> None:
+    """Among many calls, the traceback says which one failed."""
+    async with RpcClient(transport=Inside(RpcEndpoint())) as client:
+        with pytest.raises(MethodNotFound) as caught:
+            await client.other.nope()
+    assert str(caught.value) == "Method not found"
+    assert caught.value.__notes__ == ["(in a call of 'nope' at the peer)"]
+
+
 # ------------------------------------------------------------------ the project around the module
 
 HERE = Path(__file__).parent
@@ -6545,7 +6618,9 @@ async def test_readme_blocks_run_and_print_what_they_say(tmp_path: Path) -> None
     async with serving(namespace["app"]) as url:
         for name, code, output in blocks[1:]:
             (tmp_path / name).write_text(code.replace("ws://localhost:8000", url))
-            assert await asyncio.to_thread(run, sys.executable, name, cwd=tmp_path) == output
+            how = ["-m", "pytest", "-q"] if name.startswith("test_") else []
+            printed = await asyncio.to_thread(run, sys.executable, *how, name, cwd=tmp_path)
+            assert "passed" in printed if how else printed == output
 
 
 def test_readme_second_command_is_what_ci_runs() -> None:
