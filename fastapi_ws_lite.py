@@ -116,6 +116,7 @@ MAX_PATTERNS: Final = 100  # per connection; each costs time at every publish, a
 SEND_SECONDS: Final = 10.0  # a peer that takes nothing for so long is let go,
 SEND_BYTES_PER_SECOND: Final = 64 * 2**10  # with more time for a large message
 CLOSE_SECONDS: Final = 2.0  # for a close to take place; then the connection is left as it is
+ASK_AGAIN_SECONDS: Final = 1.0  # at most, until a subscribe is repeated that was too much
 GRACE_SECONDS: Final = 1.0  # for what was cancelled to end; then it is left behind, and logged
 GREETING_SECONDS: Final = 10.0  # for the server's first answer on a new connection
 TICK_SECONDS: Final = 0.005  # deadlines closer together than this share one timer
@@ -577,6 +578,10 @@ def _check_topics(topics: str | Iterable[str], *, pattern: bool = False) -> tupl
         if not isinstance(name, str) or len(name) > MAX_TOPIC_CHARACTERS:
             raise InvalidParams(f"a topic is a string of at most {MAX_TOPIC_CHARACTERS} characters,"
                                 f" not {name!r:.50}")
+        try:
+            _quoted(name)
+        except ValueError as error:
+            raise InvalidParams(f"a topic is Unicode text: {error}") from error
         if pattern and name.count("*") > MAX_PATTERN_STARS:
             raise InvalidParams(f"a pattern has at most {MAX_PATTERN_STARS} stars: {name!r:.50}")
     return names
@@ -757,8 +762,9 @@ async def _run_hooks_logged(hooks: Sequence[_Hook], *args: Any) -> None:
     for hook in hooks:
         try:
             await _run_hooks((hook,), *args)
-        except (Exception, asyncio.CancelledError):  # its failure is nobody else's
-            if (task := asyncio.current_task()) and task.cancelling():
+        except BaseException as error:  # its failure is nobody else's
+            task, own = asyncio.current_task(), isinstance(error, asyncio.CancelledError)
+            if not isinstance(error, Exception) and not (own and task and not task.cancelling()):
                 raise
             logger.exception("%r failed", hook)
 
@@ -1030,12 +1036,17 @@ class RpcChannel:
 
     async def _leave(self) -> None:
         tasks = self._tasks | {r.task for r in self._running if r.task and not r.threaded}
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(GRACE_SECONDS):
-                for task in tasks - self._spared:
-                    await asyncio.wait([task])
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(GRACE_SECONDS):
+                    for task in tasks - self._spared:
+                        await asyncio.wait([task])
+        finally:
+            await self._close_socket()
         if left := [task.get_coro() for task in tasks - self._spared if not task.done()]:
             logger.warning("these go on, although their connection is closed: %s", left)
+
+    async def _close_socket(self) -> None:
         closed = await self.wait_closed()
         code = 1000 if closed.code in (1005, 1006, 1015) else closed.code  # these are never sent
         with contextlib.suppress(Exception):  # it may be closed already, from either side
@@ -1415,10 +1426,11 @@ class Subscription:
 class _Inbox:
     """The subscriptions of one side. ``changed`` is called with (topic, pattern) of what did."""
 
-    def __init__(self, changed: Callable[[set[_Key]], None], *, confirmed: bool) -> None:
+    def __init__(self, changed: Callable[[set[_Key]], object], *, confirmed: bool) -> None:
         self.topics: _Topics[Subscription] = _Topics()
         self.task: asyncio.Task[None] | None = None
         self._changed, self._confirmed, self._queue = changed, confirmed, _Queue()
+        self.unconfirmed: dict[Subscription, float] = {}  # each with the last question before it
 
     def subscribe(self, topics: str | Iterable[str], callback: _Callback | None,
                   pattern: bool) -> Subscription:
@@ -1427,7 +1439,12 @@ class _Inbox:
         subscription = Subscription(self, names, pattern, callback, self._confirmed)
         for name in names:
             self.topics.add(subscription, name, pattern)
-        self._changed({(name, pattern) for name in names})
+        try:
+            self._changed({(name, pattern) for name in names})
+        except BaseException:  # too much waits to be sent, and nothing was
+            for name in names:
+                self.topics.discard(subscription, name, pattern)
+            raise
         return subscription
 
     def unsubscribe(self, topics: str | Iterable[str], pattern: bool) -> None:
@@ -1441,6 +1458,7 @@ class _Inbox:
             self.topics.discard(subscription, topic, subscription.pattern)
         subscription.topics = tuple(dict.fromkeys(subscription.topics).keys() - set(topics))
         if not subscription.topics:
+            self.unconfirmed.pop(subscription, None)
             subscription._settle(ended=True, error=error)
         self._changed({(topic, subscription.pattern) for topic in topics})
 
@@ -1453,19 +1471,16 @@ class _Inbox:
                 _wake(subscription._waiters)
         if called and self._queue.put(event, size, called):
             loop = asyncio.get_running_loop()
-            if self.task is None or self.task.get_loop() is not loop:
+            if self.task is None or self.task.done() or self.task.get_loop() is not loop:
                 self.task = loop.create_task(self._run())
 
     async def _run(self) -> None:
         _current.set(None)  # whoever published, its deadline is not that of callbacks
-        try:
-            while self._queue:
-                event, subscriptions = self._queue.take()
-                for subscription in subscriptions:
-                    if subscription._call is not None and not subscription._ended:
-                        await _run_hooks_logged((subscription._call,), event)
-        finally:
-            self.task = None
+        while self._queue:
+            event, subscriptions = self._queue.take()
+            for subscription in subscriptions:
+                if subscription._call is not None and not subscription._ended:
+                    await _run_hooks_logged((subscription._call,), event)
 
 
 class _Receipt(Awaitable[_T]):
@@ -2141,7 +2156,7 @@ class RpcClient(_Side):
         self._tasks: set[asyncio.Task[Any]] = set()
         self._fatal: Exception | None = None  # why it gave up
         self._failures, self._ready_at = 0, math.inf
-        self._was_ready = self._tried_fresh_headers = False
+        self._was_ready = self._tried_fresh_headers = self._serving = False
 
     # its life
 
@@ -2198,10 +2213,12 @@ class RpcClient(_Side):
     async def _close(self) -> None:
         channel, task = self.channel, self._task
         if channel is not None:
+            if under_way := self._tasks - self._spared:  # publishes that nobody waited for
+                await asyncio.wait(under_way, timeout=GRACE_SECONDS)
             channel._spared |= self._spared
             await channel.close()
         if task is not None and task not in self._spared:
-            if channel is None:  # else it has to close the socket, and to run hooks
+            if not self._serving:  # else it has to close the socket, and to run hooks
                 task.cancel()
             await asyncio.wait([task], timeout=CLOSE_SECONDS + GRACE_SECONDS)
             task.cancel()
@@ -2278,10 +2295,12 @@ class RpcClient(_Side):
             return error
         dialect = _WS_LITE if socket.subprotocol == SUBPROTOCOL else self._fallback
         self.channel = channel = RpcChannel(socket, self, dialect, {})
+        self._serving = True
         try:
             return await channel._run(lambda: self._opened(channel))
         finally:
             await _run_hooks_logged(self._on_disconnect, channel)
+            self._serving = False
 
     async def _opened(self, channel: RpcChannel) -> None:
         await self._greet(channel)
@@ -2348,21 +2367,21 @@ class PubSubClient(RpcClient):
         self._id = uuid.uuid4().hex  # by which the server knows what it has published
         self._inbox = _Inbox(self._tell, confirmed=False)
         self._greeted: RpcChannel | None = None
-        self._told: set[_Key] = set()  # what the server was asked for, on this connection
-        self._asking: set[asyncio.Task[None]] = set()
+        self._told: dict[_Key, int] = {}  # what the server was asked for, and by which question
+        self._asking: dict[int, asyncio.Task[None]] = {}  # the questions that are not answered
+        self._questions = 0
         self._later: set[_Key] = set()  # what to tell when there is less to be answered
         self._publishing = asyncio.Semaphore(REQUESTS_AT_ONCE)
-        self._unconfirmed: list[Subscription] = []
 
     def subscribe(self, topics: str | Iterable[str], callback: _Callback | None = None, *,
                   pattern: bool = False) -> Subscription:
         """Subscribe, now and at each connection; await what it returns to have it confirmed.
 
         As `EventNotifier.subscribe`: the callback takes (data), (data, topic) or (event), and
-        without one, iterate over what is returned.
+        without one, iterate over what is returned. Cancelling the wait leaves it subscribed.
         """
         subscription = self._inbox.subscribe(topics, callback, pattern)
-        self._unconfirmed.append(subscription)
+        self._inbox.unconfirmed[subscription] = math.inf if self._later else self._questions
         self._confirm()
         if self.state == "closed":
             self._end_subscriptions()
@@ -2426,45 +2445,51 @@ class PubSubClient(RpcClient):
         for subscription in itertools.chain.from_iterable(tables):
             subscription._settle(ended=True, error=self._why_closed())
 
-    # telling the server: what is wanted and what it was told are two sets, and one is made the
-    # other by requests for the difference
+    # Telling the server. What is wanted and what it was told are kept apart, and questions make the
+    # one the other. They are numbered; the server answers them in any order. A subscription is
+    # confirmed when all questions are answered that were asked before it was made, and its own.
 
     async def _greet(self, channel: RpcChannel) -> None:
-        self._told, self._greeted = set(), channel
+        self._greeted, self._told, self._later = channel, {}, set()
         exact, patterns = self._inbox.topics.exact, self._inbox.topics.patterns
-        self._tell({(name, False) for name in exact} | {(name, True) for name in patterns})
-        if not self._asking:
+        asked = self._tell({(name, False) for name in exact} | {(name, True) for name in patterns})
+        for subscription in self._inbox.unconfirmed:
+            self._inbox.unconfirmed[subscription] = self._questions
+        if asked:
+            await asyncio.wait(asked)
+        else:
             await super()._greet(channel)
-        await self._asked()
+        self._confirm()
 
     async def _asked(self) -> None:
-        while self._asking:
-            await asyncio.wait(self._asking)
+        while self._later and self._asking:
+            await asyncio.wait(self._asking.values(), return_when=asyncio.FIRST_COMPLETED)
+        if self._asking:
+            await asyncio.wait(self._asking.values())
 
-    def _tell(self, keys: set[_Key]) -> None:
+    def _tell(self, keys: set[_Key]) -> list["asyncio.Task[None]"]:
         """Ask the server for those of the keys that it does not know of, and to end the others."""
         channel = self.channel
-        if channel is None or self._greeted is not channel or channel._closed is not None:
-            return
+        if channel is None or self._greeted is not channel:
+            return []
         if len(self._asking) >= REQUESTS_AT_ONCE:
             self._later |= keys
-            return
+            return []
         wanted = {key for key in keys if self._inbox.topics.having(*key)}
         if channel._speaks is _OLD_WIRE:
             if patterns := {key for key in wanted if key[1]}:
                 self._refuse(patterns, InvalidParams("fastapi_websocket_pubsub has no patterns"))
             # those servers send an event once for each match, so ask for all topics or for some
             everything = ALL_TOPICS in self._inbox.topics.exact
-            keys = self._told | {(name, False) for name in self._inbox.topics.exact}
+            keys = self._told.keys() | {(name, False) for name in self._inbox.topics.exact}
             wanted = {key for key in keys if everything == (key[0] == ALL_TOPICS)}
-        new, old = wanted - self._told, (keys - wanted) & self._told
-        self._told = (self._told | new) - old
-        if new:
-            self._ask(channel, "subscribe", new)
-        if old:
-            self._ask(channel, "unsubscribe", old)
+        return [*self._ask(channel, "subscribe", wanted - self._told.keys()),
+                *self._ask(channel, "unsubscribe", (keys - wanted) & self._told.keys())]
 
-    def _ask(self, channel: RpcChannel, method: str, keys: set[_Key]) -> None:
+    def _ask(self, channel: RpcChannel, method: str,
+             keys: set[_Key]) -> list["asyncio.Task[None]"]:
+        if not keys:
+            return []
         args: dict[str, Any] = {"topics": [name for name, pattern in keys if not pattern]}
         if channel._speaks is not _OLD_WIRE:
             args["patterns"] = [name for name, pattern in keys if pattern]
@@ -2474,38 +2499,51 @@ class PubSubClient(RpcClient):
             asked = channel._start(method, args, _UNSET)
         except MessageTooLarge as error:
             if len(keys) == 1:
-                self._told -= keys
                 self._refuse(keys, error)
-                return
+                return []
             half = set(itertools.islice(keys, len(keys) // 2))
-            self._ask(channel, method, half)
-            self._ask(channel, method, keys - half)
-            return
-        task = channel._spawn(self._answered(channel, method, keys, *asked))
-        self._asking.add(task)
-        task.add_done_callback(self._after)
+            return [*self._ask(channel, method, half), *self._ask(channel, method, keys - half)]
+        self._questions += 1
+        number = self._questions
+        for key in keys:
+            if method == "subscribe":
+                self._told[key] = number
+            else:
+                del self._told[key]
+        task = channel._spawn(self._answered(channel, method, keys, number, *asked))
+        self._asking[number] = task
+        task.add_done_callback(functools.partial(self._after, number))
+        return [task]
 
-    async def _answered(self, channel: RpcChannel, method: str, keys: set[_Key],
+    async def _answered(self, channel: RpcChannel, method: str, keys: set[_Key], number: int,
                         id: int, future: "asyncio.Future[_Outcome]") -> None:
         try:
             response = await channel._outcome(method, id, future)
             if response.result is False:  # so do the servers of fastapi_websocket_pubsub refuse
                 raise Forbidden(f"{method} is refused", {"topics": [name for name, _ in keys]})
-        except (ChannelClosed, RequestTimeout, Overloaded) as error:  # the next may do better
-            logger.warning("%s failed: %s", method, error)
-            await channel.close(1011, f"{method} failed")
         except RpcError as error:
             named = error.data.get("topics") if isinstance(error.data, dict) else None
             refused = {key for key in keys if named and key[0] in named} or keys
-            self._told -= keys  # for none of them was granted
-            self._refuse(refused, error)
-            self._tell(keys - refused)
+            keys = {key for key in keys if self._told.get(key) == number}  # not asked for since
+            for key in keys:
+                del self._told[key]
+            if isinstance(error, (RequestTimeout, Overloaded)):  # it may do better soon
+                logger.warning("%s: %s: again", method, error)
+                await asyncio.sleep(random.uniform(0, ASK_AGAIN_SECONDS))
+            elif not isinstance(error, ChannelClosed):
+                self._refuse(keys & refused, error)
+                keys -= refused
+            if again := self._tell(keys):
+                await asyncio.wait(again)
 
-    def _after(self, task: "asyncio.Task[None]") -> None:
-        self._asking.discard(task)
+    def _after(self, number: int, task: "asyncio.Task[None]") -> None:
+        del self._asking[number]
         later, self._later = self._later, set()
         if later:
             self._tell(later)
+            for subscription, question in self._inbox.unconfirmed.items():
+                if question == math.inf:
+                    self._inbox.unconfirmed[subscription] = self._questions
         self._confirm()
 
     def _refuse(self, keys: set[_Key], error: RpcError) -> None:
@@ -2515,9 +2553,11 @@ class PubSubClient(RpcClient):
                 self._inbox.remove(subscription, subscription.topics, error)
 
     def _confirm(self) -> None:
-        """When every question is answered, and the connection is there, all is confirmed."""
         channel = self.channel if self.channel is self._greeted else None
-        if not self._asking and channel is not None and channel._closed is None:
-            for subscription in self._unconfirmed:
+        if channel is not None:
+            unanswered = min(self._asking, default=math.inf)
+            confirmed = list(itertools.takewhile(
+                lambda item: item[1] < unanswered, self._inbox.unconfirmed.items()))
+            for subscription, _ in confirmed:
+                del self._inbox.unconfirmed[subscription]
                 subscription._settle()
-            self._unconfirmed.clear()

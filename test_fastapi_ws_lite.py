@@ -4976,8 +4976,10 @@ async def test_pubsub_subscribe_unconfirmed_raises_when_closed() -> None:
         await subscription
 
 
-async def test_pubsub_subscribe_that_times_out_tries_another_connection(quick: None) -> None:
-    """Rather than leaving the subscription unconfirmed for ever."""
+async def test_pubsub_subscribe_that_times_out_is_asked_again(
+        quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rather than leaving the subscription unconfirmed for ever, or dropping the connection."""
+    monkeypatch.setattr(lib, "ASK_AGAIN_SECONDS", 0.01)
     asked: list[RpcChannel] = []
 
     async def may(channel: RpcChannel, action: str, topics: tuple[str, ...]) -> bool:
@@ -4988,7 +4990,7 @@ async def test_pubsub_subscribe_that_times_out_tries_another_connection(quick: N
     transport = Inside(endpoint)
     async with PubSubClient(transport=transport, default_response_timeout=0.05) as client:
         await client.subscribe("news", print)
-        assert transport.attempts == 2
+        assert (transport.attempts, len(asked)) == (1, 2)
 
 
 async def test_pubsub_subscribe_is_confirmed_by_its_own_answer() -> None:
@@ -5388,7 +5390,7 @@ async def test_pubsub_subscription_cancelled_drops_what_waits() -> None:
         last = await client.subscribe("last")
         endpoint.publish("t", 1)
         endpoint.publish(["t", "last"], 2)
-        await until(lambda: last._queue and client._inbox.task is None)
+        await until(lambda: last._queue and client._inbox.task and client._inbox.task.done())
         assert got == [1]
 
 
@@ -6559,6 +6561,179 @@ async def test_error_notes_which_call_it_was_of() -> None:
             await client.other.nope()
     assert str(caught.value) == "Method not found"
     assert caught.value.__notes__ == ["(in a call of 'nope' at the peer)"]
+
+
+async def test_subscribe_that_is_too_much_for_the_server_is_repeated(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Overloaded is no refusal: the connection and its calls stay, and it is asked again."""
+    monkeypatch.setattr(lib, "ASK_AGAIN_SECONDS", 0.01)
+    endpoint = PubSubEndpoint(Calculator(), max_concurrent_requests=2)
+    inside = Inside(endpoint)
+    async with PubSubClient(transport=inside) as client:
+        calls = [asyncio.create_task(client.call("wait")) for _ in range(2)]
+        channel = next(iter(endpoint.channels.values()))
+        await until(lambda: len(channel._running) == 2)
+        subscription = client.subscribe("t")
+        await until(lambda: client._questions > 1)
+        calls[0].cancel()
+        await subscription
+        assert inside.attempts == 1
+        assert not calls[1].done()
+        calls[1].cancel()
+
+
+async def test_subscribe_is_confirmed_though_others_keep_asking() -> None:
+    """Its own question and those before it count; not the ones that come after."""
+    async def may(channel: RpcChannel, action: str, topics: tuple[str, ...]) -> bool:
+        await asyncio.sleep(0.005)
+        return True
+
+    endpoint, busy = PubSubEndpoint(authorize=may), True
+    async with PubSubClient(transport=Inside(endpoint)) as client:
+        async def churn() -> None:
+            while busy:
+                client.subscribe("churn").cancel()
+                await asyncio.sleep(0.002)
+
+        churning = asyncio.create_task(churn())
+        await until(lambda: client._asking)
+        async with asyncio.timeout(5):
+            await client.subscribe("x")
+        assert client._asking
+        busy = False
+        await churning
+
+
+async def test_subscribe_that_cannot_be_sent_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It raises, and leaves nothing behind: later it can be made as if for the first time."""
+    endpoint, got = PubSubEndpoint(), list[int]()
+    async with PubSubClient(transport=Inside(endpoint)) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(lib, "OUTBOX_BYTES", -1)
+            with pytest.raises(Overloaded):
+                client.subscribe("t", got.append)
+        await client.subscribe("t", got.append)
+        assert endpoint.stats()["subscriptions"] == 1
+        endpoint.publish("t", 1)
+        await until(lambda: got)
+    assert got == [1]
+
+
+def test_topic_that_is_no_text_is_refused() -> None:
+    """A lone surrogate is not Unicode, and no JSON."""
+    with pytest.raises(InvalidParams, match="a topic is Unicode text"):
+        PubSubClient().subscribe("\ud800", print)
+
+
+async def test_subscription_refused_for_an_earlier_question_stays_what_it_is_now() -> None:
+    """An answer is about its own question, not about what was asked for since."""
+    def may(channel: RpcChannel, action: str, topics: tuple[str, ...]) -> bool:
+        return "bad" not in topics
+
+    endpoint = PubSubEndpoint(authorize=may)
+    async with PubSubClient(transport=Inside(endpoint)) as client:
+        client.subscribe(["b", "bad"])
+        client.unsubscribe("b")
+        again = client.subscribe(["b", "bad"])
+        with pytest.raises(Forbidden):
+            await again
+        await until(lambda: not client._asking)
+        assert endpoint.stats()["subscriptions"] == len(client._told) == 0
+
+
+async def test_hook_that_fails_does_not_swallow_a_cancellation() -> None:
+    """The hooks after it run, and who cancelled the route sees it cancelled."""
+    ran, endpoint = list[str](), RpcEndpoint()
+
+    def fails(channel: RpcChannel) -> None:
+        raise ValueError
+
+    endpoint._on_disconnect = (fails, lambda channel: ran.append("second"))
+    socket: Any = LinkEnd(Link(), 0, None)
+    task = asyncio.current_task()
+    assert task
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.sleep(0)
+    await lib._run_hooks_logged(endpoint._on_disconnect, socket)
+    task.uncancel()
+    assert ran == ["second"]
+
+
+async def test_hook_that_is_cancelled_is_cancelled() -> None:
+    """A cancellation that comes while a hook waits is not logged away."""
+    async def waits() -> None:
+        await asyncio.sleep(3600)
+
+    task = asyncio.create_task(lib._run_hooks_logged((waits,)))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_client_close_lets_on_disconnect_finish() -> None:
+    """A hook that runs when close() is called runs to its end."""
+    endpoint, began, ended = RpcEndpoint(), asyncio.Event(), list[bool]()
+
+    async def hook(channel: RpcChannel) -> None:
+        began.set()
+        await asyncio.sleep(0.05)
+        ended.append(True)
+
+    async with RpcClient(transport=Inside(endpoint), on_disconnect=hook):
+        await endpoint.close()
+        await began.wait()
+    assert ended == [True]
+
+
+async def test_channel_cancelled_while_it_leaves_closes_its_socket(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if nobody waits for the methods that go on, the connection does not stay."""
+    endpoint, gate = RpcEndpoint(), asyncio.Event()
+
+    @endpoint.method
+    async def stubborn() -> None:
+        while not gate.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await gate.wait()
+
+    link = Link()
+    channel = RpcChannel(link.ends[0], endpoint, lib._WS_LITE, {})
+    running = asyncio.create_task(channel._run(lambda: asyncio.sleep(0)))
+    await link.ends[1].send('{"jsonrpc":"2.0","method":"stubborn","id":1}')
+    await until(lambda: channel._running)
+    channel._end(ChannelClosed(4000))
+    await asyncio.sleep(0.01)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    with pytest.raises(ChannelClosed) as caught:
+        await link.ends[1].recv()
+    assert caught.value.code == 4000
+    gate.set()
+
+
+async def test_subscriptions_come_and_go_while_away_leave_nothing() -> None:
+    """What was cancelled before it could be asked for is forgotten."""
+    inside = Inside(PubSubEndpoint())
+    inside.up = False
+    client = PubSubClient(transport=inside)
+    client.start()
+    for _ in range(100):
+        client.subscribe("t").cancel()
+    assert not client._inbox.unconfirmed
+    await client.close()
+
+
+async def test_client_publish_just_before_it_leaves_is_published(
+        caplog: pytest.LogCaptureFixture) -> None:
+    """close() gives what is under way its answer."""
+    endpoint, got = PubSubEndpoint(), list[int]()
+    endpoint.subscribe("t", got.append)
+    async with PubSubClient(transport=Inside(endpoint)) as client:
+        client.publish("t", 1)
+    await until(lambda: got == [1])
+    assert not caplog.text
 
 
 # ------------------------------------------------------------------ the project around the module
