@@ -2464,8 +2464,8 @@ class PubSubClient(RpcClient):
     async def _asked(self) -> None:
         while self._later and self._asking:
             await asyncio.wait(self._asking.values(), return_when=asyncio.FIRST_COMPLETED)
-        if self._asking:
-            await asyncio.wait(self._asking.values())
+        for task in list(self._asking.values()):
+            await asyncio.wait([task])
 
     def _tell(self, keys: set[_Key]) -> list["asyncio.Task[None]"]:
         """Ask the server for those of the keys that it does not know of, and to end the others."""
@@ -2527,10 +2527,10 @@ class PubSubClient(RpcClient):
             keys = {key for key in keys if self._told.get(key) == number}  # not asked for since
             for key in keys:
                 del self._told[key]
-            if isinstance(error, (RequestTimeout, Overloaded)):  # it may do better soon
+            if isinstance(error, (ChannelClosed, RequestTimeout, Overloaded)):  # better soon
                 logger.warning("%s: %s: again", method, error)
                 await asyncio.sleep(random.uniform(0, ASK_AGAIN_SECONDS))
-            elif not isinstance(error, ChannelClosed):
+            else:
                 self._refuse(keys & refused, error)
                 keys -= refused
             if again := self._tell(keys):

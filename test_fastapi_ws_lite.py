@@ -6687,6 +6687,18 @@ async def test_client_close_lets_on_disconnect_finish() -> None:
     assert ended == [True]
 
 
+async def test_channel_whose_socket_cannot_send_ends() -> None:
+    """Whatever a server raises for a connection that is broken is the end of it."""
+    class Broken(LinkEnd):
+        async def send(self, text: str) -> None:
+            raise RuntimeError("broken")
+
+    channel = RpcChannel(Broken(Link(), 0, None), RpcEndpoint(), lib._WS_LITE, {})
+    running = asyncio.create_task(channel._run(lambda: asyncio.sleep(0)))
+    channel.notify("x")
+    assert (await running).code == 1006
+
+
 async def test_channel_cancelled_while_it_leaves_closes_its_socket(
         monkeypatch: pytest.MonkeyPatch) -> None:
     """Even if nobody waits for the methods that go on, the connection does not stay."""
