@@ -1183,31 +1183,24 @@ class RpcChannel:
                 request.threaded = False
 
     def _respond(self, request: _Request, value: Any) -> None:
-        if request.reply is None:
-            return
         kind = type(value).__name__ if type(value).__module__ == "builtins" else "object"
-        try:
-            text = self._speaks.result(request.id, _encode(value), kind)
-        except ValueError:
-            logger.exception("the result of %s is not JSON", request.method)
-            self._fail(request, InternalError())
-            return
-        if _size(text) > self._peer_takes:
-            self._fail(request, MessageTooLarge(f"the result has {_size(text)} bytes"))
-        else:
-            request.reply(text)
-            request.reply = None
+        self._answer(request, lambda: self._speaks.result(request.id, _encode(value), kind))
 
     def _fail(self, request: _Request, error: RpcError) -> None:
+        self._answer(request, lambda: self._speaks.error(request.id, error))
+
+    def _answer(self, request: _Request, make: Callable[[], str]) -> None:
+        """Give the one answer; if it cannot be sent, say so in its place."""
         if request.reply is None:
             return
         try:
-            text = self._speaks.error(request.id, error)
+            text = make()
         except ValueError:
-            logger.exception("the error that %s raised is not JSON", request.method)
+            logger.exception("the answer of %s is not JSON", request.method)
             text = self._speaks.error(request.id, InternalError())
-        if _size(text) > self._peer_takes:
-            text = self._speaks.error(request.id, MessageTooLarge("the error is too large"))
+        if (size := _size(text)) > self._peer_takes:
+            problem = MessageTooLarge(f"the answer has {size} bytes")
+            text = self._speaks.error(request.id, problem)
         request.reply(text)
         request.reply = None
 

@@ -1235,7 +1235,7 @@ async def test_result_that_is_not_json_is_an_internal_error(
     async with client_of(endpoint, wire=wire) as client:
         with pytest.raises(InternalError):
             await client.call("give")
-        assert "the result of give is not JSON" in caplog.text
+        assert "the answer of give is not JSON" in caplog.text
         assert (await client.call("_ping_")).result == "pong"
 
 
