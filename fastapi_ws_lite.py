@@ -1563,8 +1563,9 @@ class EventNotifier:
             raise Overloaded(f"{len(self._incoming)} events wait to be published")
         else:
             self._incoming.append((names, text, notifier_id))
-            if self._loop is not None and not self._loop.is_closed():
-                self._loop.call_soon_threadsafe(self._take_incoming)
+            if self._loop is not None:
+                with contextlib.suppress(RuntimeError):  # it is closed: the next one takes them
+                    self._loop.call_soon_threadsafe(self._take_incoming)
         return self
 
     def __await__(self) -> Generator[Any, None, None]:
