@@ -6748,6 +6748,79 @@ async def test_client_publish_just_before_it_leaves_is_published(
     assert not caplog.text
 
 
+async def test_subscription_of_a_lagging_connection_gets_nothing_older() -> None:
+    """It is fed from the log, which also has what was published before it subscribed."""
+    endpoint, link, texts = PubSubEndpoint(), Link(), list[str]()
+    channel = RpcChannel(link.ends[0], endpoint, lib._WS_LITE, {})
+    endpoint._attach()
+    running = asyncio.create_task(channel._run(lambda: asyncio.sleep(0)))
+
+    def subscribe(topic: str) -> None:
+        params = json.dumps({"topics": [topic]})
+        link.queues[0].put_nowait(lib._JSONRPC.request(1, "subscribe", params, None))
+
+    subscribe("a")
+    await link.ends[1].recv()
+    link.gate.clear()
+    for n in range(20):
+        endpoint.publish(["a", "b"], f"{n}" + "x" * 20_000)
+    subscribe("b")
+    await until(lambda: channel._feed is not None and len(channel._feed) == 2)
+    endpoint.publish("b", "new")
+    link.gate.set()
+    while '"new"' not in "".join(texts[-1:]):
+        texts.append(str(await asyncio.wait_for(link.ends[1].recv(), 10)))
+    everything = "".join(texts)
+    assert (everything.count('"topic":"a"'), everything.count('"topic":"b"')) == (20, 1)
+    await channel.close()
+    await running
+
+
+async def test_channel_close_with_a_stuck_writer_ends_in_time(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits to be sent to a peer that takes nothing is given up."""
+    monkeypatch.setattr(lib, "CLOSE_SECONDS", 0.05)
+    link = Link()
+    channel = RpcChannel(link.ends[0], RpcEndpoint(), lib._WS_LITE, {})
+    running = asyncio.create_task(channel._run(lambda: asyncio.sleep(0)))
+    link.gate.clear()
+    channel.notify("x")
+    async with asyncio.timeout(5):
+        await channel.close(4000)
+        assert (await running).code == 4000
+
+
+async def test_response_with_an_id_that_only_equals_ours_is_ignored() -> None:
+    """True is not 1, though Python says so."""
+    link = Link()
+    channel = RpcChannel(link.ends[0], RpcEndpoint(), lib._WS_LITE, {})
+    running = asyncio.create_task(channel._run(lambda: asyncio.sleep(0)))
+    call = asyncio.create_task(channel.call("x"))
+    await link.ends[1].recv()
+    await link.ends[1].send('[{"jsonrpc":"2.0","result":"no","id":true},'
+                            '{"jsonrpc":"2.0","result":"yes","id":1}]')
+    assert await call == RpcResponse("yes")
+    await channel.close()
+    await running
+
+
+async def test_unsubscribe_after_a_subscribe_that_is_slow_ends_it() -> None:
+    """What is asked for later takes effect later, however long authorize takes."""
+    gate = asyncio.Event()
+
+    async def may(channel: RpcChannel, action: str, topics: tuple[str, ...]) -> bool:
+        return await gate.wait()
+
+    endpoint = PubSubEndpoint(authorize=may)
+    async with serving(root_app(endpoint)) as url, raw(url) as peer:
+        for id, method in enumerate(("subscribe", "unsubscribe")):
+            await peer.send({"jsonrpc": "2.0", "method": method, "params": [["t"]], "id": id})
+        await until(lambda: any(len(c._running) == 2 for c in endpoint.channels.values()))
+        gate.set()
+        assert [(await peer.recv())["id"] for _ in range(2)] == [0, 1]
+        assert endpoint.stats()["subscriptions"] == 0
+
+
 # ------------------------------------------------------------------ the project around the module
 
 HERE = Path(__file__).parent
