@@ -523,7 +523,7 @@ def _path(loc: tuple[int | str, ...], value: Any, kind: str) -> list[int | str]:
     return path
 
 
-def _methods_of(instance: RpcMethodsBase | None) -> dict[str, _Method]:
+def _methods_of(instance: RpcMethodsBase | None) -> dict[str, Callable[..., Any]]:
     """The public functions of an instance's class and of those it inherits from."""
     if instance is not None and not isinstance(instance, RpcMethodsBase):
         raise TypeError(f"methods is {instance!r}, not an instance of a class of RpcMethodsBase")
@@ -531,8 +531,7 @@ def _methods_of(instance: RpcMethodsBase | None) -> dict[str, _Method]:
     for cls in reversed(type(instance).__mro__[:-1]):
         if cls is not RpcMethodsBase:
             found.update(vars(cls))
-    return {name: _Method(name, value.__get__(instance, type(instance)))
-            for name, value in found.items()
+    return {name: value.__get__(instance, type(instance)) for name, value in found.items()
             if name[0] != "_" and inspect.isfunction(getattr(value, "__func__", value))}
 
 
@@ -715,6 +714,14 @@ async def _next_wake(waiters: list["asyncio.Future[None]"]) -> None:
             waiters.remove(waiter)
 
 
+def _hold(tasks: set["asyncio.Task[Any]"], work: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":
+    """Start a task that its owner holds until it is done."""
+    task = asyncio.get_running_loop().create_task(work)
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)
+    return task
+
+
 class Socket(Protocol):
     """An open connection, as a transport makes it. One task receives, one other sends."""
 
@@ -741,8 +748,6 @@ _Timeout: TypeAlias = float | _Unset | None
 _Arguments: TypeAlias = Mapping[str, Any] | Sequence[Any] | None
 _Inline: TypeAlias = Callable[["RpcChannel", Any], object]  # runs in the reader: it must not wait
 _Table: TypeAlias = dict[str, _Method | _Inline]
-
-
 _Hook: TypeAlias = Callable[..., Any]
 _Hooks: TypeAlias = _Hook | Sequence[_Hook]
 
@@ -762,10 +767,11 @@ async def _run_hooks_logged(hooks: Sequence[_Hook], *args: Any) -> None:
     for hook in hooks:
         try:
             await _run_hooks((hook,), *args)
-        except BaseException as error:  # its failure is nobody else's
-            task, own = asyncio.current_task(), isinstance(error, asyncio.CancelledError)
-            if not isinstance(error, Exception) and not (own and task and not task.cancelling()):
-                raise
+        except asyncio.CancelledError:
+            if (task := asyncio.current_task()) is None or task.cancelling():
+                raise  # else the hook itself raised it
+            logger.exception("%r failed", hook)
+        except Exception:  # its failure is nobody else's
             logger.exception("%r failed", hook)
 
 
@@ -808,7 +814,7 @@ class _Side:
         self._table: _Table = {"$/cancelRequest": _cancel_request}
         self._add({"_ping_": _ping, "_get_channel_id_": _get_channel_id})
         self._add({name: getattr(self, own) for name, own in self._own.items()})
-        self._add({name: m.function for name, m in _methods_of(methods).items()})
+        self._add(_methods_of(methods))
 
     def _make_limiters(self) -> None:
         """Of plain def methods; for each event loop anew."""
@@ -819,6 +825,9 @@ class _Side:
         if taken := functions.keys() & self._table.keys():
             raise ValueError(f"there is a method {', '.join(sorted(taken))} already")
         self._table.update({name: _Method(name, f) for name, f in functions.items()})
+
+    def _seconds(self, timeout: _Timeout) -> float | None:
+        return self._timeout if isinstance(timeout, _Unset) else timeout
 
     def _ended(self, channel: "RpcChannel") -> None:
         """Called when a connection has ended, before anyone who waits for it goes on."""
@@ -922,7 +931,7 @@ class RpcChannel:
                timeout: _Timeout) -> tuple[int, "asyncio.Future[_Outcome]"]:
         """Send a request. Not a coroutine, so that what is called first is sent first."""
         params = _params(args)
-        seconds = self._side._timeout if isinstance(timeout, _Unset) else timeout
+        seconds = self._side._seconds(timeout)
         request, now = _current.get(), self._loop.time()
         deadline = None if request is None else request.deadline
         if seconds is not None:
@@ -1064,10 +1073,7 @@ class RpcChannel:
             await self.close(1011, "on_connect failed")
 
     def _spawn(self, work: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":
-        task = self._loop.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+        return _hold(self._tasks, work)
 
     # receiving
 
@@ -1306,7 +1312,6 @@ def _params(args: _Arguments) -> str | None:
     return params
 
 
-
 # ----------------------------------------------------------------------------- events in process
 # An inbox hands events to the callbacks of one side: one at a time, in order, from one queue, by a
 # task that lives only while there are events. An iterator has a queue of its own, so that one that
@@ -1449,7 +1454,8 @@ class _Inbox:
                error: RpcError | None = None) -> None:
         for topic in topics:
             self.topics.discard(subscription, topic, subscription.pattern)
-        subscription.topics = tuple(dict.fromkeys(subscription.topics).keys() - set(topics))
+        gone = set(topics)
+        subscription.topics = tuple(topic for topic in subscription.topics if topic not in gone)
         if not subscription.topics:
             self.unconfirmed.pop(subscription, None)
             subscription._settle(ended=True, error=error)
@@ -1598,38 +1604,34 @@ class _Feed:
     def __init__(self, channel: RpcChannel, notifier: EventNotifier) -> None:
         self._channel, self._notifier, self.subscriber_id = channel, notifier, channel.id
         self.lagging, self._cursor = False, 0
-        self.topics: dict[str, int] = {}  # and since where in the log: if the connection
-        self.patterns: dict[str, tuple[int, _Pattern[None]]] = {}  # lags, nothing older is sent
+        self.topics: dict[str, int] = {}  # and since where in the log: if the connection lags,
+        self.patterns: dict[str, int] = {}  # nothing older is sent
         self.lock = asyncio.Lock()  # so that what is asked for later takes effect later
 
     def __len__(self) -> int:
         return len(self.topics) + len(self.patterns)
 
     def add(self, topics: Iterable[str], patterns: Iterable[str]) -> None:
-        for name in topics:
-            self._notifier._feeds.add(self, name, False)
-            self.topics.setdefault(name, self._notifier._log.end)
-        for name in patterns:
-            self._notifier._feeds.add(self, name, True)
-            self.patterns.setdefault(name, (self._notifier._log.end, _Pattern(name)))
+        for mine, names in ((self.topics, topics), (self.patterns, patterns)):
+            for name in names:
+                self._notifier._feeds.add(self, name, mine is self.patterns)
+                mine.setdefault(name, self._notifier._log.end)
 
     def remove(self, topics: Iterable[str], patterns: Iterable[str]) -> None:
-        for name in topics:
-            self._notifier._feeds.discard(self, name, False)
-            self.topics.pop(name, None)
-        for name in patterns:
-            self._notifier._feeds.discard(self, name, True)
-            self.patterns.pop(name, None)
+        for mine, names in ((self.topics, topics), (self.patterns, patterns)):
+            for name in names:
+                self._notifier._feeds.discard(self, name, mine is self.patterns)
+                mine.pop(name, None)
 
     def clear(self) -> None:
         self.remove(list(self.topics), list(self.patterns))
 
     def _wants(self, entry: _Entry) -> bool:
-        never = entry.index + 1
-        since = min(self.topics.get(entry.topic, never), self.topics.get(ALL_TOPICS, never))
-        return entry.index >= since or any(
-            entry.index >= since and pattern.matches(entry.topic)
-            for since, pattern in self.patterns.values())
+        index, known = entry.index, self._notifier._feeds.patterns
+        return (self.topics.get(entry.topic, math.inf) <= index
+                or self.topics.get(ALL_TOPICS, math.inf) <= index
+                or any(since <= index and known[name].matches(entry.topic)
+                       for name, since in self.patterns.items()))
 
     def offer(self, entry: _Entry) -> None:
         if not self.lagging and self._channel._outbox_size > LIVE_BYTES:
@@ -1735,9 +1737,10 @@ class RpcEndpoint(_Side):
             logger.warning("refused a connection from the origin %r", origin)
             await websocket.close(POLICY_VIOLATION)
             return None
-        offered = SUBPROTOCOL in websocket.scope.get("subprotocols", ())
-        await websocket.accept(SUBPROTOCOL if offered else None)
-        return SUBPROTOCOL if offered else None
+        offered = websocket.scope.get("subprotocols", ())
+        chosen = SUBPROTOCOL if SUBPROTOCOL in offered else None
+        await websocket.accept(chosen)
+        return chosen
 
     def _attach(self) -> None:
         loop = asyncio.get_running_loop()
@@ -2328,7 +2331,7 @@ class RpcClient(_Side):
         """The connection, once there is one, and the seconds that are left."""
         if self.state == "new":
             raise RuntimeError("the client is not started: use 'async with', or start()")
-        seconds = self._timeout if isinstance(timeout, _Unset) else timeout
+        seconds = self._seconds(timeout)
         began = asyncio.get_running_loop().time()
         try:
             async with asyncio.timeout(None if self.state == "ready" else seconds):
@@ -2386,7 +2389,7 @@ class PubSubClient(RpcClient):
         self._inbox.unsubscribe(topics, pattern)
         if not self._asking:
             return _DONE
-        return _Receipt(self._keep(asyncio.ensure_future(self._asked())), "unsubscribe")
+        return _Receipt(_hold(self._tasks, self._asked()), "unsubscribe")
 
     def publish(self, topics: str | Iterable[str], data: Any = None, *,
                 include_self: bool = False) -> Awaitable[RpcResponse]:
@@ -2397,8 +2400,7 @@ class PubSubClient(RpcClient):
         """
         args = {"topics": _check_topics(topics), "data": data,
                 "notifier_id": uuid.uuid4().hex if include_self else self._id}
-        task = self._keep(asyncio.ensure_future(self._publish(args)))
-        return _Receipt(task, f"publish to {args['topics']}")
+        return _Receipt(_hold(self._tasks, self._publish(args)), f"publish to {args['topics']}")
 
     async def _publish(self, args: dict[str, Any]) -> RpcResponse:
         async with self._publishing:
@@ -2408,11 +2410,6 @@ class PubSubClient(RpcClient):
             elif channel._speaks is _OLD_WIRE:
                 args["sync"] = False  # or the server waits for us to answer it before it reads on
             return await channel.call("publish", args, timeout=seconds)
-
-    def _keep(self, task: "asyncio.Task[_T]") -> "asyncio.Task[_T]":
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
 
     def _on_event(self, channel: RpcChannel, params: Any) -> None:
         fields = params if type(params) is dict else {}
