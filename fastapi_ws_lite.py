@@ -68,7 +68,7 @@ from starlette.websockets import WebSocketState
 __version__ = "0.1.0"
 
 __all__ = [
-    "ALL_TOPICS", "Event", "EventNotifier", "RpcChannel", "RpcMethodsBase", "RpcResponse",
+    "ALL_TOPICS", "Codec", "Event", "EventNotifier", "RpcChannel", "RpcMethodsBase", "RpcResponse",
     "Subscription",
     # the server, and the client with what carries it
     "PubSubEndpoint", "RpcEndpoint",
@@ -255,6 +255,37 @@ def _decode(frame: str | bytes) -> Any:
         value = json.loads(frame)  # to_json writes 255 levels, from_json reads 200
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # is it JSON indeed?
         return value
+
+
+class Codec(Protocol):
+    """What can take the place of pydantic_core: a module like orjson, or an object."""
+
+    def dumps(self, value: Any, /) -> bytes | str:
+        """The JSON text of a value. Raises TypeError for what it does not know, ValueError."""
+
+    def loads(self, text: Any, /) -> Any:
+        """The value of a JSON text, which may be str or bytes. Raises an Exception."""
+
+
+def _coders(codec: Codec | None) -> tuple[Callable[[object], str], Callable[[str | bytes], Any]]:
+    """How to encode and to decode; models, which another codec does not know, are encoded here."""
+    if codec is None:
+        return _encode, _decode
+
+    def encode(value: object) -> str:
+        try:
+            raw = codec.dumps(value)
+        except TypeError:
+            return _encode(value)
+        return raw if isinstance(raw, str) else raw.decode()
+
+    def decode(frame: str | bytes) -> Any:
+        try:
+            return codec.loads(frame)
+        except Exception as error:  # each library has its own
+            raise ValueError(str(error)) from error
+
+    return encode, decode
 
 
 def _size(text: str) -> int:
@@ -544,20 +575,29 @@ def _methods_of(instance: RpcMethodsBase | None) -> dict[str, Callable[..., Any]
 # --------------------------------------------------------------------- pending calls and streams
 # The calls of one side that wait for an answer. An entry is made before its request is sent, and
 # is gone before its future is set, whatever the outcome. Futures are set to a value, never to an
-# exception, so that none goes unretrieved.
+# exception, so that none goes unretrieved. ``then`` is called with the outcome where it is read, for
+# those who must know it before the next message is looked at.
 
 
-class _Calls(dict[int, tuple["asyncio.Future[_Outcome]", float | None]]):
+class _Pending(NamedTuple):
+    future: "asyncio.Future[_Outcome]"
+    deadline: float | None
+    then: Callable[[_Outcome], None] | None
+
+
+class _Calls(dict[int, _Pending]):
     def settle(self, id: int | None, outcome: _Outcome) -> None:
-        future, _ = self.pop(id, (None, None)) if id is not None else (None, None)
-        if future is not None and not future.done():
-            future.set_result(outcome)
+        call = self.pop(id, None) if id is not None else None
+        if call is not None and not call.future.done():
+            call.future.set_result(outcome)
+            if call.then is not None:
+                call.then(outcome)
 
     def expired(self, now: float) -> list[int]:
-        return [id for id, (_, deadline) in self.items() if (deadline or math.inf) <= now]
+        return [id for id, call in self.items() if (call.deadline or math.inf) <= now]
 
     def deadlines(self) -> Iterator[float]:
-        return (deadline for _, deadline in self.values() if deadline is not None)
+        return (call.deadline for call in self.values() if call.deadline is not None)
 
 
 # -------------------------------------------------------------------------------- topics and log
@@ -860,6 +900,7 @@ class _Options(TypedDict, total=False):
     default_response_timeout: float | None
     max_message_size: int
     max_concurrent_requests: int
+    codec: Codec | None
 
 
 class _Side:
@@ -870,7 +911,9 @@ class _Side:
     def __init__(self, methods: RpcMethodsBase | None = None, *, on_connect: _Hooks = (),
                  on_disconnect: _Hooks = (), max_message_size: int = MAX_MESSAGE_BYTES,
                  default_response_timeout: float | None = DEFAULT_RESPONSE_TIMEOUT_SECONDS,
-                 max_concurrent_requests: int = MAX_CONCURRENT_REQUESTS) -> None:
+                 max_concurrent_requests: int = MAX_CONCURRENT_REQUESTS,
+                 codec: Codec | None = None) -> None:
+        self._encode, self._decode = _coders(codec)
         self._timeout, self._max_size = default_response_timeout, max_message_size
         self._max_requests = max_concurrent_requests
         self._make_limiters()
@@ -1038,12 +1081,13 @@ class RpcChannel:
 
         Raises what `call` raises before it sends.
         """
-        self._send_request(None, method, _params(args), None)
+        self._send_request(None, method, _params(self._side._encode, args), None)
 
-    def _start(self, method: str, args: _Arguments,
-               timeout: _Timeout) -> tuple[int, "asyncio.Future[_Outcome]"]:
+    def _start(self, method: str, args: _Arguments, timeout: _Timeout,
+               then: Callable[[_Outcome], None] | None = None,
+               ) -> tuple[int, "asyncio.Future[_Outcome]"]:
         """Send a request. Not a coroutine, so that what is called first is sent first."""
-        params = _params(args)
+        params = _params(self._side._encode, args)
         seconds = self._side._seconds(timeout)
         request, now = _current.get(), self._loop.time()
         deadline = None if request is None else request.deadline
@@ -1053,7 +1097,7 @@ class RpcChannel:
             own = now + min(max(0.0, seconds), LONGEST_TIMEOUT_SECONDS)
             deadline = own if deadline is None else min(own, deadline)
         id, future = next(self._ids), self._loop.create_future()
-        self._calls[id] = (future, deadline)
+        self._calls[id] = _Pending(future, deadline, then)
         try:
             self._send_request(id, method, params, None if deadline is None else deadline - now)
         except BaseException:
@@ -1239,7 +1283,7 @@ class RpcChannel:
     def _receive(self, frame: str | bytes) -> Sequence[_Message]:
         self._receiving = True
         try:
-            message = _decode(frame)
+            message = self._side._decode(frame)
         except (ValueError, RecursionError) as error:
             logger.debug("channel %s: not JSON: %s", self.id, error)
             return (_Request(None, problem=_PARSE_ERROR),)
@@ -1349,7 +1393,8 @@ class RpcChannel:
     def _respond(self, request: _Request, value: Any) -> None:
         try:
             if request.open:
-                self._answer(request, self._speaks.result(request.id, _encode(value), value))
+                text = self._side._encode(value)
+                self._answer(request, self._speaks.result(request.id, text, value))
         except ValueError:
             logger.exception("the answer of %s is not JSON", request.method)
             self._fail(request, InternalError())
@@ -1492,8 +1537,8 @@ def _short(reason: str) -> str:
     return reason.encode()[:123].decode(errors="ignore")
 
 
-def _params(args: _Arguments) -> str | None:
-    params = None if args is None else _encode(args)
+def _params(encode: Callable[[object], str], args: _Arguments) -> str | None:
+    params = None if args is None else encode(args)
     if params is not None and params[0] not in "{[":
         raise TypeError(f"arguments are a mapping or a sequence, not {type(args).__name__}")
     return params
@@ -1705,7 +1750,8 @@ class EventNotifier:
     """
 
     def __init__(self, *, history: int = HISTORY_EVENTS, history_bytes: int = HISTORY_BYTES,
-                 max_message_size: int = MAX_MESSAGE_BYTES) -> None:
+                 max_message_size: int = MAX_MESSAGE_BYTES, codec: Codec | None = None) -> None:
+        self._encode, self._decode = _coders(codec)
         self._history, self._max_size = (history, history_bytes), max_message_size
         self._feeds: _Topics[_Feed] = _Topics()
         self._inbox = _Inbox(lambda keys: None, confirmed=True)
@@ -1743,7 +1789,7 @@ class EventNotifier:
         that is not JSON, MessageTooLarge, InvalidParams for a topic, and Overloaded while 10,000
         events of other threads wait; then nothing was published.
         """
-        names, text = _check_topics(topics), _encode(data)
+        names, text = _check_topics(topics), self._encode(data)
         size = _size(text) + max((_size(_quoted(name)) for name in names), default=0)
         if size + EVENT_FRAME_BYTES > self._max_size:
             raise MessageTooLarge(f"an event of {size} bytes, the limit is {self._max_size}")
@@ -1790,7 +1836,7 @@ class EventNotifier:
             if self._pending_size > FRAME_BYTES:
                 self._deliver()
             if self._inbox.topics.match(topic):
-                self._inbox.put(Event(topic, _decode(data), entry.position), entry.size)
+                self._inbox.put(Event(topic, self._decode(data), entry.position), entry.size)
 
     def _deliver(self) -> None:
         """Give the events of this turn to the connections that keep up.
@@ -1932,6 +1978,7 @@ class RpcEndpoint(_Side):
         default_response_timeout: seconds for calls to clients; None for no limit.
         max_message_size: bytes, of messages in either direction; the server has a limit too.
         max_concurrent_requests: of one connection; more are answered Overloaded.
+        codec: in place of pydantic_core, a module with dumps and loads, like orjson.
     """
 
     def __init__(self, methods: RpcMethodsBase | None = None, *,
@@ -2034,7 +2081,8 @@ class PubSubEndpoint(RpcEndpoint):
                  **options: Unpack[_EndpointOptions]) -> None:
         super().__init__(methods, **options)
         self.notifier = EventNotifier(history=history, history_bytes=history_bytes,
-                                      max_message_size=self._max_size)
+                                      max_message_size=self._max_size,
+                                      codec=options.get("codec"))
         self.publish, self.subscribe = self.notifier.publish, self.notifier.subscribe
         self.unsubscribe = self.notifier.unsubscribe
         self._authorize = authorize
@@ -2401,7 +2449,7 @@ class RpcClient(_Side):
             fastapi_websocket_rpc, or "jsonrpc".
         connect_timeout: seconds that ``async with`` waits for the connection; None for ever.
         on_connect, on_disconnect, default_response_timeout, max_message_size,
-            max_concurrent_requests: as in RpcEndpoint.
+            max_concurrent_requests, codec: as in RpcEndpoint.
 
     Attributes:
         state: "new", "connecting", "ready", "waiting" (to connect again) or "closed".
