@@ -68,8 +68,8 @@ from starlette.websockets import WebSocketState
 __version__ = "0.1.0"
 
 __all__ = [
-    "ALL_TOPICS", "Codec", "Event", "EventNotifier", "RpcChannel", "RpcMethodsBase", "RpcResponse",
-    "Subscription",
+    "ALL_TOPICS", "Codec", "Event", "EventNotifier", "Gap", "RpcChannel", "RpcMethodsBase",
+    "RpcResponse", "Subscription",
     # the server, and the client with what carries it
     "PubSubEndpoint", "RpcEndpoint",
     "ASGITransport", "NetworkTransport", "PubSubClient", "RpcClient", "SessionTransport", "Socket",
@@ -94,7 +94,8 @@ METHOD_THREADS: Final = 40  # for plain def methods; as many as FastAPI has for 
 
 ARRAY_ITEMS: Final = 4096  # of a batch; what we send in 64 KiB is less than that
 FRAME_BYTES: Final = 64 * 2**10  # of messages that travel together; more brings no more speed
-LIVE_BYTES: Final = 64 * 2**10  # with more than this unsent, a subscriber is fed from the log
+LIVE_BYTES: Final = 64 * 2**10  # with more than this unsent, a subscriber is fed from the log,
+FEED_EVENTS: Final = 512  # and no more of it is looked through before others run
 ANSWERS_BYTES: Final = 2**20  # with more of them unsent, reading from that peer pauses,
 PAUSE_BYTES_PER_SECOND: Final = 2**25  # the longer the more they are; not for ever, as the peer
 # may wait for us likewise: one that sends and never reads gets about 100 MiB before it is let go
@@ -104,6 +105,8 @@ HELD_MESSAGES: Final = 1000  # that wait for the peer to show which dialect it s
 
 HISTORY_EVENTS: Final = 4096
 HISTORY_BYTES: Final = 16 * 2**20
+MARK_SECONDS: Final = 20.0  # after which quiet subscribers are told where the log is, or after
+MARK_FRACTION: Final = 4  # one part in so many of the history
 BURST_BYTES: Final = 2**18  # published by one task before others run, in awaited publishes;
 BURST_EVENT_BYTES: Final = 2**10  # added to the size of each, so that 256 are a burst, too
 QUEUE_EVENTS: Final = 10_000  # that wait for callbacks, or to be published by other threads
@@ -614,6 +617,26 @@ class Event(NamedTuple):
     position: str | None
 
 
+class Gap(NamedTuple):
+    """A hole: what was published after ``since``, up to ``position``, may be missing.
+
+    Either is None where it is not known. ``reason`` is "history" (the server keeps no more of it),
+    "size" (one event, larger than this client takes), "queue" (a callback or iterator that is too
+    slow, and the server cannot repeat; ``topics`` are the iterator's), "log" (the server's log
+    began anew) or "reconnect" (to a server that knows no positions). Without topics, it is all.
+    """
+    since: str | None
+    position: str | None
+    reason: str
+    topics: tuple[str, ...] = ()
+
+
+def _offset(position: str | None) -> int:
+    """The place of a position, to compare it with others of the same log; -1 if it has none."""
+    number = (position or "").partition("-")[0]
+    return int(number) if number.isascii() and number.isdigit() and len(number) < 20 else -1
+
+
 def _check_topics(topics: str | Iterable[str], *, pattern: bool = False) -> tuple[str, ...]:
     """The topics, each once. Raises InvalidParams."""
     if not isinstance(topics, Iterable):
@@ -676,14 +699,17 @@ class _Topics(Generic[_Sink]):
 
 
 class _Entry:
-    """An event in the log. Its data is the end of its text in JSON-RPC, and kept only there."""
+    """An event in the log. Its data is the end of its text in JSON-RPC, and kept only there.
+
+    One without a topic is a mark: nobody gets it, but it has a position.
+    """
 
     __slots__ = ("_data_at", "_old", "index", "origin", "position", "size", "text", "topic")
 
-    def __init__(self, index: int, position: str, topic: str, data: str,
+    def __init__(self, index: int, position: str, topic: str | None, data: str,
                  origin: str | None) -> None:
         self.index, self.position, self.topic, self.origin = index, position, topic, origin
-        head = (f'{{"jsonrpc":"2.0","method":"notify","params":{{"topic":{_quoted(topic)},'
+        head = (f'{{"jsonrpc":"2.0","method":"notify","params":{{"topic":{_quoted(topic or "")},'
                 f'"position":"{position}","data":')
         self.text, self._data_at = f"{head}{data}}}}}", len(head)
         self.size = _size(self.text)
@@ -696,34 +722,46 @@ class _Entry:
     @property
     def old_text(self) -> str:
         if self._old is None:
-            arguments = f'{{"subscription":{{"topic":{_quoted(self.topic)}}},"data":{self.data}}}'
+            topic = _quoted(self.topic or "")
+            arguments = f'{{"subscription":{{"topic":{topic}}},"data":{self.data}}}'
             self._old = _OLD_WIRE.request(None, "notify", arguments, None)
         return self._old
 
 
 class _Log(dict[int, _Entry]):
-    """The last events by index, from ``first`` to ``end`` - 1; bounded in number and bytes.
+    """The last entries by index, from ``first`` to ``end`` - 1; bounded in number and bytes.
 
-    Its id tells its positions from those of another log, or of an earlier process.
+    ``position`` is that of the newest entry and ``before`` that of the last one dropped; in the
+    beginning, both are of the beginning. The log's id tells its positions from those of another.
     """
 
     def __init__(self, max_events: int, max_bytes: int) -> None:
         self._max_events, self._max_bytes, self._id = max_events, max_bytes, uuid.uuid4().hex[:12]
+        self._places: dict[str, int] = {}
         self.first = self.end = 1
-        self.size = 0
+        self.size = self.total = 0  # bytes that are here, and that ever were
+        self.position = self.before = f"0-{self._id}"
 
-    @property
-    def position(self) -> str:
-        """That of the newest event, or of the beginning."""
-        return f"{self.end - 1}-{self._id}"
+    def find(self, position: str) -> int | None:
+        """The index of the entry with this position, if all that came after it is here."""
+        if position == self.before and self._max_events:
+            return self.first - 1
+        return self._places.get(position)
 
-    def append(self, topic: str, data: str, origin: str | None) -> _Entry:
+    def append(self, topic: str | None, data: str, origin: str | None,
+               position: str | None = None) -> _Entry:
         index, self.end = self.end, self.end + 1
+        self.position = position or f"{index}-{self._id}"
         entry = self[index] = _Entry(index, self.position, topic, data, origin)
+        self._places[self.position] = index
         self.size += entry.size
+        self.total += entry.size
         while len(self) > self._max_events or self.size > self._max_bytes:
-            self.size -= self.pop(self.first).size
+            dropped = self.pop(self.first)
             self.first += 1
+            self.size -= dropped.size
+            self.before = dropped.position
+            self._places.pop(dropped.position, None)
         return entry
 
 
@@ -1473,36 +1511,36 @@ class RpcChannel:
     def _flush(self) -> None:
         """Write to the socket; what it does not take now is the writer's."""
         self._receiving = False
-        while self._outbox and self._writer is None:
+        while self._writer is None and (self._outbox or self._refill()):
             if self._direct is None or not self._direct.ready():
                 self._writer = self._spawn(self._write())
                 return
             self._direct.write(_frames(self._take(), self._dialect))
-            self._sent()
         if self._writer is None and self._closed is None:
             self._go_live(self._direct)
 
     def _go_live(self, direct: "_Direct | None") -> None:
         """Let events be written past the outbox, while that is empty."""
         if self._feed is not None:
-            self._feed.direct = direct
+            self._feed.direct = None if self._feed.lagging else direct
 
-    def _sent(self) -> None:
-        if self._feed is not None and self._feed.lagging:
-            self._feed.refill()
+    def _refill(self) -> bool:
+        """See who can go on, as there is room; returns whether there is more to send."""
         if self._room and self._answers_size <= ANSWERS_BYTES:
             _wake(self._room)
+        if self._feed is not None and self._feed.lagging:
+            self._feed.refill()
+        return bool(self._outbox)
 
     async def _write(self) -> None:
         try:
-            while self._outbox:
+            while self._outbox or self._refill():
                 frame = _joined(self._take())
                 limit = SEND_SECONDS + len(frame) / SEND_BYTES_PER_SECOND
                 self._send_deadline = self._loop.time() + limit
                 self._watch(self._send_deadline)
                 await self._socket.send(frame)
                 self._send_deadline = None
-                self._sent()
             if self._closing is None:
                 self._writer = None
                 self._go_live(self._direct)
@@ -1750,8 +1788,15 @@ class EventNotifier:
     """
 
     def __init__(self, *, history: int = HISTORY_EVENTS, history_bytes: int = HISTORY_BYTES,
-                 max_message_size: int = MAX_MESSAGE_BYTES, codec: Codec | None = None) -> None:
+                 max_message_size: int = MAX_MESSAGE_BYTES, codec: Codec | None = None,
+                 on_slow: Literal["gap", "close"] = "gap") -> None:
+        if on_slow not in ("gap", "close"):
+            raise ValueError(f"on_slow is 'gap' or 'close', not {on_slow!r}")
         self._encode, self._decode = _coders(codec)
+        self._on_slow = on_slow
+        self._connected: dict[_Feed, None] = {}
+        self._mark_timer: asyncio.TimerHandle | None = None
+        self._mark_end = self._mark_total = 0
         self._history, self._max_size = (history, history_bytes), max_message_size
         self._feeds: _Topics[_Feed] = _Topics()
         self._inbox = _Inbox(lambda keys: None, confirmed=True)
@@ -1759,7 +1804,7 @@ class EventNotifier:
         self._incoming: deque[tuple[tuple[str, ...], str, str | None]] = deque()
         self._pending: list[_Entry] = []  # published in this turn of the loop
         self._pending_size = 0
-        self._published = self._delivered = self._slow_closed = self._burst = 0
+        self._published = self._delivered = self._slow_closed = self._gaps_told = self._burst = 0
 
     @functools.cached_property
     def _log(self) -> _Log:
@@ -1817,7 +1862,7 @@ class EventNotifier:
     def _attach(self) -> None:
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
-            self._loop, self._pending, self._pending_size = loop, [], 0
+            self._loop, self._pending, self._pending_size, self._mark_timer = loop, [], 0, None
         self._take_incoming()
 
     def _take_incoming(self) -> None:
@@ -1849,15 +1894,19 @@ class EventNotifier:
         topics = {entry.topic for entry in entries}
         if len(topics) != 1 or (size > FRAME_BYTES and len(entries) > 1):
             for entry in entries:
-                for feed in self._feeds.match(entry.topic):
+                for feed in self._feeds.match(entry.topic or ""):
                     if entry.index >= feed.next:
                         feed.offer(entry)
-            return
-        size += OLD_WIRE_EXTRA_BYTES * len(entries)
+        else:
+            self._broadcast(topics.pop() or "", entries, size + OLD_WIRE_EXTRA_BYTES * len(entries))
+        if self._log.end >= self._mark_end or self._log.total >= self._mark_total:
+            self._mark()
+
+    def _broadcast(self, topic: str, entries: Sequence[_Entry], size: int) -> None:
         origins = {entry.origin for entry in entries if entry.origin is not None}
-        first, written = entries[0].index, 0
+        first, last, written = entries[0].index, entries[-1].index, 0
         frames: dict[_Dialect, bytes] = {}
-        for feed in self._feeds.match(topics.pop()):
+        for feed in self._feeds.match(topic):
             direct, dialect = feed.direct, feed.dialect
             if (direct is None or feed.next > first or size > feed.takes
                     or (origins and feed.subscriber_id in origins) or not direct.ready()):
@@ -1868,34 +1917,72 @@ class EventNotifier:
             if dialect not in frames:
                 frames[dialect] = _frames([dialect.event(entry) for entry in entries], dialect)
             direct.write(frames[dialect])
+            feed.told = last
             written += len(entries)
         self._delivered += written
 
+    def _mark(self) -> None:
+        """Tell those who are live, but hear nothing, where the log is: they can resume there."""
+        log = self._log
+        self._mark_end = log.end + max(1, self._history[0] // MARK_FRACTION)
+        self._mark_total = log.total + self._history[1] // MARK_FRACTION
+        if self._mark_timer is not None:
+            self._mark_timer.cancel()
+            self._mark_timer = None
+        if self._connected and self._loop is not None and self._history[0]:
+            self._mark_timer = self._loop.call_later(MARK_SECONDS, self._mark)
+            text = _told("position", position=log.position)
+            for feed in self._connected:
+                if not feed.lagging and feed.told < log.end - 1 and len(feed):
+                    feed.mark(text, log.end - 1)
+
+
+def _told(method: str, **params: Any) -> str:
+    return _JSONRPC.request(None, method, _encode(params), None)
+
 
 class _Feed:
-    """A connection's place in the log: live while it keeps up, else fed as its outbox drains."""
+    """A connection's place in the log: live while it keeps up, else fed as its outbox drains.
+
+    Its topics and patterns each have a floor: no older entry is sent because of them.
+    """
 
     __slots__ = ("_channel", "_notifier", "dialect", "direct", "lagging", "lock", "next",
-                 "patterns", "subscriber_id", "takes", "topics")
+                 "patterns", "subscriber_id", "takes", "told", "topics")
 
     def __init__(self, channel: RpcChannel, notifier: EventNotifier) -> None:
         self._channel, self._notifier, self.subscriber_id = channel, notifier, channel.id
         self.direct: _Direct | None = None  # while the connection keeps up
         self.dialect, self.takes = channel._speaks, channel._peer_takes
         self.lagging, self.next = False, 0  # what is in the log before that place is done with
-        self.topics: dict[str, int] = {}  # and since where in the log: if the connection lags,
-        self.patterns: dict[str, int] = {}  # nothing older is sent
+        self.told = notifier._log.end - 1  # the newest entry whose position the peer knows
+        self.topics: dict[str, int] = {}
+        self.patterns: dict[str, int] = {}
         self.lock = asyncio.Lock()  # so that what is asked for later takes effect later
+        notifier._connected[self] = None
+        if notifier._mark_timer is None:
+            notifier._mark()
 
     def __len__(self) -> int:
         return len(self.topics) + len(self.patterns)
 
-    def add(self, topics: Iterable[str], patterns: Iterable[str]) -> None:
+    def subscribe(self, topics: Iterable[str], patterns: Iterable[str],
+                  since: str | None) -> bool | None:
+        """Returns whether all that came after ``since`` is there; None if none was given."""
         self._notifier._deliver()
+        log = self._notifier._log
+        found = None if since is None else log.find(since)
+        floor = log.end if found is None else found + 1
+        reached = self.next if self.lagging else log.end
+        if floor < reached:  # go back, but with nothing that is not asked for
+            for mine in (self.topics, self.patterns):
+                mine.update({name: max(reached, at) for name, at in mine.items()})
+            self.next, self.lagging = floor, True
         for mine, names in ((self.topics, topics), (self.patterns, patterns)):
             for name in names:
                 self._notifier._feeds.add(self, name, mine is self.patterns)
-                mine.setdefault(name, self._notifier._log.end)
+                mine[name] = min(floor, mine.get(name, floor))
+        return None if since is None else found is not None
 
     def remove(self, topics: Iterable[str], patterns: Iterable[str]) -> None:
         self._notifier._deliver()
@@ -1906,13 +1993,15 @@ class _Feed:
 
     def clear(self) -> None:
         self.remove(list(self.topics), list(self.patterns))
+        self._notifier._connected.pop(self, None)
 
     def _wants(self, entry: _Entry) -> bool:
-        index, known = entry.index, self._notifier._feeds.patterns
-        return (self.topics.get(entry.topic, math.inf) <= index
-                or self.topics.get(ALL_TOPICS, math.inf) <= index
-                or any(since <= index and known[name].matches(entry.topic)
-                       for name, since in self.patterns.items()))
+        index, topic, known = entry.index, entry.topic, self._notifier._feeds.patterns
+        return topic is not None and (
+            self.topics.get(topic, math.inf) <= index
+            or self.topics.get(ALL_TOPICS, math.inf) <= index
+            or any(since <= index and known[name].matches(topic) is not None
+                   for name, since in self.patterns.items()))
 
     def catch_up(self) -> None:
         """Have what was published before this moment go before what is said next."""
@@ -1932,26 +2021,51 @@ class _Feed:
     def _send(self, entry: _Entry) -> None:
         if entry.origin is not None and entry.origin == self.subscriber_id:
             return
-        channel = self._channel
-        if entry.size + OLD_WIRE_EXTRA_BYTES > channel._peer_takes:
+        channel, self.told = self._channel, entry.index
+        if entry.size + OLD_WIRE_EXTRA_BYTES <= channel._peer_takes:
+            self._notifier._delivered += 1
+            channel._put(channel._speaks.event(entry), entry.size)
+        elif channel._speaks is _OLD_WIRE:
             logger.warning("an event of %r is too large for %s", entry.topic, channel.id)
-            return
-        self._notifier._delivered += 1
-        channel._put(channel._speaks.event(entry), entry.size)
+        else:
+            self._tell_gap(entry.position, "size")
+
+    def _tell_gap(self, position: str, reason: str) -> None:
+        self._notifier._gaps_told += 1
+        self._channel._put(_told("gap", position=position, reason=reason))
+
+    def mark(self, text: str, index: int) -> None:
+        """Tell a position; not in the old wire, which knows none."""
+        self.told = index
+        if isinstance(self._channel._speaks, _JsonRpc):
+            self._channel._put(text)
 
     def refill(self) -> None:
         """Send what there is room for; at the end of the log, be live again."""
         log, channel = self._notifier._log, self._channel
-        if self.next < log.first:
-            self._notifier._slow_closed += 1
-            self.clear()
-            channel._spawn(channel.close(TOO_SLOW, "too slow"))
-        while log.first <= self.next < log.end and channel._outbox_size <= LIVE_BYTES:
+        if self.next < log.first and not self._skip():
+            return
+        stop = min(log.end, self.next + FEED_EVENTS)
+        while self.next < stop and channel._outbox_size <= LIVE_BYTES:
             entry = log[self.next]
             self.next += 1
             if self._wants(entry):
                 self._send(entry)
-        self.lagging = log.first <= self.next < log.end
+        self.lagging = self.next < log.end
+        if self.lagging and not channel._outbox:
+            channel._side._stir(channel)
+
+    def _skip(self) -> bool:
+        """What comes next is not in the log any more: say so, or end the connection."""
+        if self._notifier._on_slow == "gap" and self._channel._speaks is not _OLD_WIRE:
+            self._tell_gap(self._notifier._log.before, "history")
+            self.next = self._notifier._log.first
+            return True
+        self._notifier._slow_closed += 1
+        self.clear()
+        self.lagging = False
+        self._channel._spawn(self._channel.close(TOO_SLOW, "too slow"))
+        return False
 
 
 # ------------------------------------------------------------------------------------- endpoints
@@ -2067,8 +2181,10 @@ class PubSubEndpoint(RpcEndpoint):
         authorize: called with (channel, action, topics), where action is "subscribe" or "publish";
             ``def`` or ``async def``. False, or a raised RpcError, refuses the whole call.
         on_subscribe, on_unsubscribe: hooks, called with (channel, topics) after the fact.
-        history, history_bytes: what is kept for subscribers that fall behind; beyond it, they are
-            disconnected with 1013.
+        history, history_bytes: what is kept, once for all, for subscribers that fall behind or
+            come back: a number of events (0 for none), and bytes.
+        on_slow: what becomes of a subscriber that falls behind by more: it is told a "gap" and goes
+            on after it, or "close": it is disconnected with 1013. Those of the old wire always are.
     """
 
     _own: ClassVar[Mapping[str, str]] = {"subscribe": "_subscribe", "unsubscribe": "_unsubscribe",
@@ -2078,11 +2194,12 @@ class PubSubEndpoint(RpcEndpoint):
                  authorize: _Authorize | None = None,
                  on_subscribe: _Hooks = (), on_unsubscribe: _Hooks = (),
                  history: int = HISTORY_EVENTS, history_bytes: int = HISTORY_BYTES,
+                 on_slow: Literal["gap", "close"] = "gap",
                  **options: Unpack[_EndpointOptions]) -> None:
         super().__init__(methods, **options)
-        self.notifier = EventNotifier(history=history, history_bytes=history_bytes,
-                                      max_message_size=self._max_size,
-                                      codec=options.get("codec"))
+        self.notifier = EventNotifier(
+            history=history, history_bytes=history_bytes, max_message_size=self._max_size,
+            codec=options.get("codec"), on_slow=on_slow)
         self.publish, self.subscribe = self.notifier.publish, self.notifier.subscribe
         self.unsubscribe = self.notifier.unsubscribe
         self._authorize = authorize
@@ -2102,7 +2219,7 @@ class PubSubEndpoint(RpcEndpoint):
             "lagging": sum(feed.lagging for feed in feeds),
             "log_events": len(notifier._log), "log_bytes": notifier._log.size,
             "events_published": notifier._published, "events_delivered": notifier._delivered,
-            "slow_closed": notifier._slow_closed}
+            "gaps_told": notifier._gaps_told, "slow_closed": notifier._slow_closed}
 
     async def _check(self, channel: RpcChannel, action: str, topics: tuple[str, ...]) -> None:
         """Raises Forbidden, whose data names the topics that are refused."""
@@ -2121,7 +2238,7 @@ class PubSubEndpoint(RpcEndpoint):
             return False
 
     async def _subscribe(self, channel: RpcChannel, topics: list[str] | str | None = None,
-                         patterns: list[str] | str | None = None,
+                         patterns: list[str] | str | None = None, since: str | None = None,
                          subscriber_id: str | None = None, max_size: int | None = None) -> Any:
         names, globs = _check_topics(topics or ()), _check_topics(patterns or (), pattern=True)
         if channel._feed is None:
@@ -2141,11 +2258,11 @@ class PubSubEndpoint(RpcEndpoint):
             feed.subscriber_id = subscriber_id or feed.subscriber_id
             if max_size is not None:
                 feed.takes = channel._peer_takes = min(channel._peer_takes, max_size)
-            feed.add(new, new_patterns)
+            recovered = feed.subscribe(names, globs, since)
             if self._on_subscribe:
                 channel._spawn(_run_hooks_logged(self._on_subscribe, channel, names + globs))
-            return channel._speaks is _OLD_WIRE or {"position": self.notifier._log.position,
-                                                    "recovered": None}
+            position = since if recovered else self.notifier._log.position
+            return channel._speaks is _OLD_WIRE or {"position": position, "recovered": recovered}
 
     async def _unsubscribe(self, channel: RpcChannel, topics: list[str] | str | None = None,
                            patterns: list[str] | str | None = None) -> bool:

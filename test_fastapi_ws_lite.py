@@ -2094,8 +2094,8 @@ async def test_event_for_one_that_reads_slowly_keeps_its_order() -> None:
 
 
 async def test_event_past_the_history_ends_a_slow_connection() -> None:
-    """A subscriber that falls off the log is closed with 1013, and counted."""
-    endpoint = PubSubEndpoint(history=100)
+    """A subscriber that falls off the log is closed with 1013, if so asked for, and counted."""
+    endpoint = PubSubEndpoint(history=100, on_slow="close")
     async with plain(endpoint) as peer:
         await subscribed(peer, "t")
         for n in range(1000):
@@ -2164,7 +2164,8 @@ async def test_stats_are_numbers_that_return_to_zero() -> None:
         del stats["log_bytes"]
         assert stats == {
             "channels": 1, "topics": 3, "subscriptions": 3, "pending_calls": 0, "lagging": 0,
-            "log_events": 3, "events_published": 3, "events_delivered": 2, "slow_closed": 0}
+            "log_events": 3, "events_published": 3, "events_delivered": 2, "gaps_told": 0,
+            "slow_closed": 0}
     await until(lambda: not endpoint.channels)
     stats = endpoint.stats()
     assert [stats[k] for k in ("channels", "topics", "subscriptions")] == [0, 0, 0]
@@ -3239,7 +3240,7 @@ async def test_stats_count_what_is_there_and_what_was() -> None:
         assert endpoint.stats() == {
             "channels": 1, "pending_calls": 0, "topics": 3, "subscriptions": 3, "lagging": 0,
             "log_events": 2, "log_bytes": endpoint.stats()["log_bytes"], "events_published": 2,
-            "events_delivered": 1, "slow_closed": 0}
+            "events_delivered": 1, "gaps_told": 0, "slow_closed": 0}
     await until(lambda: endpoint.stats()["channels"] == 0)
     stats = endpoint.stats()
     assert (stats["topics"], stats["subscriptions"], stats["events_delivered"]) == (0, 0, 1)
