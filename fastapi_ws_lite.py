@@ -578,8 +578,8 @@ def _methods_of(instance: RpcMethodsBase | None) -> dict[str, Callable[..., Any]
 # --------------------------------------------------------------------- pending calls and streams
 # The calls of one side that wait for an answer. An entry is made before its request is sent, and
 # is gone before its future is set, whatever the outcome. Futures are set to a value, never to an
-# exception, so that none goes unretrieved. ``then`` is called with the outcome where it is read, for
-# those who must know it before the next message is looked at.
+# exception, so that none goes unretrieved. ``then`` is called with the outcome where it is read,
+# for those who must know it before the next message is looked at.
 
 
 class _Pending(NamedTuple):
@@ -1584,33 +1584,41 @@ def _params(encode: Callable[[object], str], args: _Arguments) -> str | None:
 
 # ----------------------------------------------------------------------------- events in process
 # An inbox hands events to the callbacks of one side: one at a time, in order, from one queue, by a
-# task that lives only while there are events. An iterator has a queue of its own, so that one that
-# nobody reads delays nobody else. What does not fit into a queue is lost, and said so in the log.
+# task that lives only while there are events. An event stays in its queue until it was handled, and
+# says what came before it, so that the heads of the queues tell how far all are. Past its bound the
+# queue takes no more until it is empty; then its owner can have the rest sent again. An iterator
+# has a queue of its own, so that one that nobody reads delays nobody else: past the bound it is
+# emptied, and that is a gap. Each subscription knows the place of its last event, and takes none
+# from there or before: whatever is sent again, it is handled once.
 
 _Callback: TypeAlias = Callable[..., Any]
 _Key: TypeAlias = tuple[str, bool]  # a topic, and whether it is a pattern
 
 
-class _Queue(deque[tuple[Event, Sequence["Subscription"], int]]):
-    """Events that wait, for whom, and their size; bounded in number and bytes."""
+class _Item(NamedTuple):
+    event: Event | Gap
+    whom: Sequence["Subscription"]
+    size: int
+    previous: str | None  # the position before it
 
-    size = lost = 0
 
-    def put(self, event: Event, size: int, whom: Sequence["Subscription"] = ()) -> bool:
-        if self and (len(self) >= QUEUE_EVENTS or self.size + size > QUEUE_BYTES):
-            self.lost += 1
-            if self.lost & (self.lost - 1) == 0:  # at 1, 2, 4, 8 ...
-                logger.warning("%d events lost, one of %r the last: callbacks or iterators are too "
-                               "slow, %d events wait", self.lost, event.topic, len(self))
+class _Queue(deque[_Item]):
+    """What waits, bounded in number and bytes; something always fits into an empty one."""
+
+    size = 0
+
+    def put(self, item: _Item) -> bool:
+        if self and (len(self) >= QUEUE_EVENTS or self.size + item.size > QUEUE_BYTES):
             return False
-        self.append((event, whom, size))
-        self.size += size
+        self.append(item)
+        self.size += item.size
         return True
 
-    def take(self) -> tuple[Event, Sequence["Subscription"]]:
-        event, whom, size = self.popleft()
-        self.size -= size
-        return event, whom
+    def done(self, item: _Item) -> None:
+        """Remove the first one; if it is still there."""
+        if self and self[0] is item:
+            self.popleft()
+            self.size -= item.size
 
 
 def _caller(callback: _Callback) -> Callable[[Event], Any]:
@@ -1651,11 +1659,12 @@ class Subscription:
     """
 
     def __init__(self, inbox: "_Inbox", topics: tuple[str, ...], pattern: bool,
-                 callback: _Callback | None, confirmed: bool) -> None:
+                 callback: _Callback | None, since: str | None, confirmed: bool) -> None:
         self.topics, self.pattern = topics, pattern
         self._inbox, self._call = inbox, None if callback is None else _caller(callback)
         self._queue = _Queue()
         self._waiters: list[asyncio.Future[None]] = []
+        self._since, self._place = since, _offset(since)  # wished for; of its last event
         self._confirmed, self._ended = confirmed, False
         self._error: Exception | None = None
 
@@ -1676,10 +1685,11 @@ class Subscription:
     async def __aiter__(self) -> AsyncIterator[Event]:
         try:
             while self._queue or not self._ended:
-                if self._queue:
-                    yield self._queue.take()[0]
-                else:
+                if not self._queue:
                     await _next_wake(self._waiters)
+                elif isinstance(event := (item := self._queue[0]).event, Event):
+                    yield event
+                    self._queue.done(item)
             if self._error is not None and type(self._error) is not ChannelClosed:
                 raise self._error
         finally:
@@ -1692,19 +1702,27 @@ class Subscription:
 
 
 class _Inbox:
-    """The subscriptions of one side. ``changed`` is called with (topic, pattern) of what did."""
+    """The subscriptions of one side. ``changed`` is called with (topic, pattern) of what did,
+    ``missed`` with a gap in its turn, ``drained`` when the queue that was full is empty.
+    """
 
-    def __init__(self, changed: Callable[[set[_Key]], object], *, confirmed: bool) -> None:
+    def __init__(self, changed: Callable[[set[_Key]], object],
+                 missed: Callable[[Gap], Awaitable[None]],
+                 drained: Callable[[], None], *, confirmed: bool) -> None:
         self.topics: _Topics[Subscription] = _Topics()
         self.task: asyncio.Task[None] | None = None
-        self._changed, self._confirmed, self._queue = changed, confirmed, _Queue()
+        self.queue, self.full = _Queue(), False
+        self._begun: _Item | None = None  # which is the first in the queue until it is done
+        self.iterators: dict[Subscription, None] = {}
+        self._changed, self._missed, self._drained = changed, missed, drained
+        self._confirmed = confirmed  # from the start, as there is nobody to ask
         self.unconfirmed: dict[Subscription, float] = {}  # each with the last question before it
 
-    def subscribe(self, topics: str | Iterable[str], callback: _Callback | None,
-                  pattern: bool) -> Subscription:
+    def subscribe(self, topics: str | Iterable[str], callback: _Callback | None, pattern: bool,
+                  since: str | None = None) -> Subscription:
         if not (names := _check_topics(topics, pattern=pattern)):
             raise InvalidParams("there is no topic to subscribe to")
-        subscription = Subscription(self, names, pattern, callback, self._confirmed)
+        subscription = Subscription(self, names, pattern, callback, since, self._confirmed)
         for name in names:
             self.topics.add(subscription, name, pattern)
         try:
@@ -1713,6 +1731,8 @@ class _Inbox:
             for name in names:
                 self.topics.discard(subscription, name, pattern)
             raise
+        if callback is None:
+            self.iterators[subscription] = None
         return subscription
 
     def unsubscribe(self, topics: str | Iterable[str], pattern: bool) -> None:
@@ -1728,28 +1748,68 @@ class _Inbox:
         subscription.topics = tuple(topic for topic in subscription.topics if topic not in gone)
         if not subscription.topics:
             self.unconfirmed.pop(subscription, None)
+            self.iterators.pop(subscription, None)
             subscription._settle(ended=True, error=error)
         self._changed({(topic, subscription.pattern) for topic in topics})
 
-    def put(self, event: Event, size: int) -> None:
+    def put(self, event: Event, size: int, previous: str | None = None, place: int = -1) -> bool:
+        """Take an event for those who want it; returns whether callbacks will get all so far."""
         called = []
         for subscription in self.topics.match(event.topic):
+            if 0 <= place <= subscription._place:
+                continue  # it had this one
             if subscription._call is not None:
                 called.append(subscription)
-            elif subscription._queue.put(event, size):
-                _wake(subscription._waiters)
-        if called and self._queue.put(event, size, called):
-            loop = asyncio.get_running_loop()
-            if self.task is None or self.task.done() or self.task.get_loop() is not loop:
-                self.task = loop.create_task(self._run())
+            else:
+                self._put_iterator(subscription, _Item(event, (), size, previous))
+                subscription._place = place
+        if called and not self.full:
+            self.full = not self.queue.put(_Item(event, called, size, previous))
+            if not self.full:
+                for subscription in called:
+                    subscription._place = place
+            self._start()
+        return not self.full
+
+    def _put_iterator(self, subscription: Subscription, item: _Item) -> None:
+        queue = subscription._queue
+        if not queue.put(item):
+            self.miss(Gap(queue[0].previous, item.previous, "queue", subscription.topics))
+            subscription._queue = queue = _Queue()
+            queue.put(item)
+        _wake(subscription._waiters)
+
+    def miss(self, gap: Gap) -> None:
+        """Tell of a gap when what was queued before it is done; of several in a row, as of one."""
+        last = self.queue[-1].event if self.queue else None
+        if not isinstance(last, Gap) or last.topics != gap.topics:
+            self.queue.append(_Item(gap, (), 0, gap.since))
+            self._start()
+
+    def _start(self) -> None:
+        loop = asyncio.get_running_loop()
+        if self.task is None or self.task.done() or self.task.get_loop() is not loop:
+            self.task = loop.create_task(self._run())
 
     async def _run(self) -> None:
         _current.set(None)  # whoever published, its deadline is not that of callbacks
-        while self._queue:
-            event, subscriptions = self._queue.take()
-            for subscription in subscriptions:
+        if self._begun is not None:  # by a task that was cancelled
+            self.queue.done(self._begun)
+        while self.queue:
+            item = self._begun = self.queue[0]
+            if isinstance(item.event, Gap):
+                await self._missed(item.event)
+            for subscription in item.whom:
                 if subscription._call is not None and not subscription._ended:
-                    await _run_hooks_logged((subscription._call,), event)
+                    await _run_hooks_logged((subscription._call,), item.event)
+            self.queue.done(item)
+            self._begun = None
+            if self.full and not self.queue:
+                self._drained()
+
+
+async def _log_gap(gap: Gap) -> None:
+    logger.warning("events were missed: %s", gap)
 
 
 class _Receipt(Awaitable[_T]):
@@ -1799,7 +1859,7 @@ class EventNotifier:
         self._mark_end = self._mark_total = 0
         self._history, self._max_size = (history, history_bytes), max_message_size
         self._feeds: _Topics[_Feed] = _Topics()
-        self._inbox = _Inbox(lambda keys: None, confirmed=True)
+        self._inbox = _Inbox(lambda keys: None, _log_gap, self._drained, confirmed=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._incoming: deque[tuple[tuple[str, ...], str, str | None]] = deque()
         self._pending: list[_Entry] = []  # published in this turn of the loop
@@ -1882,6 +1942,10 @@ class EventNotifier:
                 self._deliver()
             if self._inbox.topics.match(topic):
                 self._inbox.put(Event(topic, self._decode(data), entry.position), entry.size)
+
+    def _drained(self) -> None:
+        self._inbox.full = False
+        self._inbox.miss(Gap(None, None, "queue"))
 
     def _deliver(self) -> None:
         """Give the events of this turn to the connections that keep up.
@@ -1966,16 +2030,19 @@ class _Feed:
     def __len__(self) -> int:
         return len(self.topics) + len(self.patterns)
 
-    def subscribe(self, topics: Iterable[str], patterns: Iterable[str],
+    def subscribe(self, topics: Sequence[str], patterns: Sequence[str],
                   since: str | None) -> bool | None:
-        """Returns whether all that came after ``since`` is there; None if none was given."""
+        """Subscribe, from now on or again from ``since`` on; to nothing new: again, with all.
+
+        Returns whether all that came after ``since`` is there; None if none was given.
+        """
         self._notifier._deliver()
         log = self._notifier._log
         found = None if since is None else log.find(since)
         floor = log.end if found is None else found + 1
         reached = self.next if self.lagging else log.end
-        if floor < reached:  # go back, but with nothing that is not asked for
-            for mine in (self.topics, self.patterns):
+        if floor < reached:
+            for mine in (self.topics, self.patterns) if topics or patterns else ():
                 mine.update({name: max(reached, at) for name, at in mine.items()})
             self.next, self.lagging = floor, True
         for mine, names in ((self.topics, topics), (self.patterns, patterns)):
@@ -2795,32 +2862,58 @@ class RpcClient(_Side):
 class PubSubClient(RpcClient):
     """An RpcClient that can also subscribe and publish; it subscribes again at each connection.
 
-    Callbacks run one at a time, in the order of the events, across all subscriptions.
+    Callbacks run one at a time, in the order of the events, across all subscriptions. What was
+    published while the connection was away arrives when it is back, or a gap is told.
+
+    Args, beside those of RpcClient:
+        on_gap: hooks, called with a Gap where events are missing, before the first one after it.
+        since: where subscriptions begin, unless they say so themselves: a position, as of an
+            earlier process.
     """
 
-    def __init__(self, server_uri: str = "ws://localhost", methods: RpcMethodsBase | None = None,
+    def __init__(self, server_uri: str = "ws://localhost", methods: RpcMethodsBase | None = None, *,
+                 on_gap: _Hooks = (), since: str | None = None,
                  **options: Unpack[_ClientOptions]) -> None:
         super().__init__(server_uri, methods, **options)
-        if "notify" in self._table:
-            raise ValueError("a client that subscribes has a method 'notify' of its own")
-        self._table["notify"] = self._on_event
+        own: dict[str, _Inline] = {"notify": self._on_event, "gap": self._on_gap_told,
+                                   "position": self._on_position}
+        if taken := own.keys() & self._table.keys():
+            raise ValueError(f"a client that subscribes has a method {min(taken)!r} of its own")
+        self._table.update(own)
         self._id = uuid.uuid4().hex  # by which the server knows what it has published
-        self._inbox = _Inbox(self._tell, confirmed=False)
+        self._on_gap, self._since = _hooks(on_gap), since
+        self._inbox = _Inbox(self._tell, self._missed, self._drained, confirmed=False)
+        self._received = since  # all up to there was taken into the queues
+        self._top = _offset(since)  # the newest place that is known of
         self._greeted: RpcChannel | None = None
         self._told: dict[_Key, int] = {}  # what the server was asked for, and by which question
+        self._known: set[_Key] = set()  # what some server has agreed to: it is resumed
         self._asking: dict[int, asyncio.Task[None]] = {}  # the questions that are not answered
         self._questions = 0
         self._later: set[_Key] = set()  # what to tell when there is less to be answered
         self._publishing = asyncio.Semaphore(REQUESTS_AT_ONCE)
 
+    @property
+    def position(self) -> str | None:
+        """All up to there was handled: callbacks have returned, iterators have asked for the next.
+
+        Keep it, and give it as ``since`` to the client of a later process. None if not known.
+        """
+        queues = [self._inbox.queue, *(s._queue for s in self._inbox.iterators)]
+        return min((q[0].previous for q in queues if q), key=_offset, default=self._received)
+
     def subscribe(self, topics: str | Iterable[str], callback: _Callback | None = None, *,
-                  pattern: bool = False) -> Subscription:
+                  pattern: bool = False, since: str | None = None) -> Subscription:
         """Subscribe, now and at each connection; await what it returns to have it confirmed.
 
         As `EventNotifier.subscribe`: the callback takes (data), (data, topic) or (event), and
-        without one, iterate over what is returned. Cancelling the wait leaves it subscribed.
+        without one, iterate over what is returned. ``since`` is a position: what the server still
+        has of the events after it comes first. Cancelling the wait leaves it subscribed.
         """
-        subscription = self._inbox.subscribe(topics, callback, pattern)
+        before = self._questions
+        subscription = self._inbox.subscribe(topics, callback, pattern, since or self._since)
+        if self._questions == before and not self._later and self._greeted is self.channel:
+            subscription._place = self._top  # its topics are subscribed already
         self._inbox.unconfirmed[subscription] = math.inf if self._later else self._questions
         self._confirm()
         if self.state == "closed":
@@ -2854,13 +2947,93 @@ class PubSubClient(RpcClient):
                 args["sync"] = False  # or the server waits for us to answer it before it reads on
             return await channel.call("publish", args, timeout=seconds)
 
+    # what the server tells
+
     def _on_event(self, channel: RpcChannel, params: Any) -> None:
         fields = params if type(params) is dict else {}
         old = fields.get("subscription")
         topic = old.get("topic") if type(old) is dict else fields.get("topic")
         if type(topic) is str:
-            event = Event(topic, fields.get("data"), fields.get("position"))
-            self._inbox.put(event, channel._share)
+            position = fields.get("position")
+            place = _offset(position) if type(position) is str else -1
+            event = Event(topic, fields.get("data"), position if place >= 0 else None)
+            if self._inbox.put(event, channel._share, self._received, place) and place >= 0:
+                self._received = position
+            self._top = max(self._top, place)
+
+    def _on_position(self, channel: RpcChannel, params: Any) -> None:
+        position = params.get("position") if type(params) is dict else None
+        if type(position) is str and not self._inbox.full:
+            self._received, self._top = position, max(self._top, _offset(position))
+
+    def _on_gap_told(self, channel: RpcChannel, params: Any) -> None:
+        fields = params if type(params) is dict else {}
+        position, reason = fields.get("position"), fields.get("reason")
+        if type(position) is str and type(reason) is str and not self._inbox.full:
+            self._lose(self._received, position, reason)
+            if reason == "log":
+                self._restart_at(position, self._told)
+
+    def _lose(self, since: str | None, position: str | None, reason: str) -> None:
+        self._inbox.miss(Gap(since, position, reason))
+        self._received = position
+
+    def _restart_at(self, position: str, keys: Iterable[_Key]) -> None:
+        """The places of before mean nothing in the log that is there now."""
+        self._top = _offset(position)
+        for subscription in {s: None for key in keys for s in self._inbox.topics.having(*key)}:
+            subscription._place = self._top
+
+    async def _missed(self, gap: Gap) -> None:
+        logger.log(logging.DEBUG if self._on_gap else logging.WARNING, "missed: %s", gap)
+        await _run_hooks_logged(self._on_gap, gap)
+
+    def _drained(self) -> None:
+        """The callbacks have caught up: have sent again what the queue did not take."""
+        channel = self.channel
+        if channel is None or channel is not self._greeted:
+            return  # the next connection begins with it
+        if channel._speaks is _OLD_WIRE or self._received is None:
+            self._inbox.full = False
+            self._lose(None, None, "queue")
+        else:
+            channel._spawn(self._rewind(channel))
+
+    async def _rewind(self, channel: RpcChannel) -> None:
+        args = {"since": self._received, "subscriber_id": self._id, "max_size": self._max_size}
+        while True:
+            try:
+                asked = channel._start("subscribe", args, _UNSET, self._rewound)
+                await channel._outcome("subscribe", *asked)
+                break
+            except ChannelClosed:
+                break
+            except RpcError as error:
+                logger.warning("subscribe: %s: again", error)
+                await asyncio.sleep(random.uniform(0, ASK_AGAIN_SECONDS))
+
+    def _rewound(self, outcome: _Outcome) -> None:
+        if isinstance(outcome, RpcResponse):
+            self._inbox.full = False
+            self._placed(self._told.keys(), self._received, outcome)
+
+    def _placed(self, keys: Iterable[_Key], since: str | None, outcome: _Outcome) -> None:
+        """The answer to a subscribe, before anything that comes after it is looked at."""
+        result = outcome.result if isinstance(outcome, RpcResponse) else False
+        self._known.update(keys if result is not False else ())
+        if type(result) is not dict or type(position := result.get("position")) is not str:
+            return
+        if since is not None and result.get("recovered") is not True:
+            self._lose(since, position, "history")
+            self._restart_at(position, keys)
+        elif since is None and self._received is None:
+            self._received = position
+        elif since is not None and _offset(since) < _offset(self._received):
+            self._received = since
+        for subscription in {s: None for key in keys for s in self._inbox.topics.having(*key)}:
+            if not subscription._confirmed and subscription._place < 0:
+                subscription._place = _offset(position)
+            subscription._since = None
 
     async def _close(self) -> None:
         await super()._close()
@@ -2884,11 +3057,13 @@ class PubSubClient(RpcClient):
     # confirmed when all questions are answered that were asked before it was made, and its own.
 
     async def _greet(self, channel: RpcChannel) -> None:
-        self._greeted, self._told, self._later = channel, {}, set()
+        self._greeted, self._told, self._later, self._inbox.full = channel, {}, set(), False
         exact, patterns = self._inbox.topics.exact, self._inbox.topics.patterns
         asked = self._tell({(name, False) for name in exact} | {(name, True) for name in patterns})
         for subscription in self._inbox.unconfirmed:
             self._inbox.unconfirmed[subscription] = self._questions
+        if channel._speaks is _OLD_WIRE and self._known:
+            self._lose(None, None, "reconnect")
         if asked:
             await asyncio.wait(asked)
         else:
@@ -2917,26 +3092,37 @@ class PubSubClient(RpcClient):
             everything = ALL_TOPICS in self._inbox.topics.exact
             keys = self._told.keys() | {(name, False) for name in self._inbox.topics.exact}
             wanted = {key for key in keys if everything == (key[0] == ALL_TOPICS)}
-        return [*self._ask(channel, "subscribe", wanted - self._told.keys()),
-                *self._ask(channel, "unsubscribe", (keys - wanted) & self._told.keys())]
+        new: dict[str | None, set[_Key]] = {}
+        for key in wanted:
+            wishes = [s._since for s in self._inbox.topics.having(*key) if s._since is not None]
+            if wishes or key not in self._told:
+                known = self._received if key in self._known else None
+                new.setdefault(min(wishes, key=_offset, default=known), set()).add(key)
+        gone = (keys - wanted) & self._told.keys()
+        self._known -= gone
+        return [*itertools.chain.from_iterable(
+            self._ask(channel, "subscribe", new[since], since) for since in new),
+            *self._ask(channel, "unsubscribe", gone)]
 
-    def _ask(self, channel: RpcChannel, method: str,
-             keys: set[_Key]) -> list["asyncio.Task[None]"]:
+    def _ask(self, channel: RpcChannel, method: str, keys: set[_Key],
+             since: str | None = None) -> list["asyncio.Task[None]"]:
         if not keys:
             return []
         args: dict[str, Any] = {"topics": [name for name, pattern in keys if not pattern]}
+        then = functools.partial(self._placed, keys, since) if method == "subscribe" else None
         if channel._speaks is not _OLD_WIRE:
             args["patterns"] = [name for name, pattern in keys if pattern]
-            if method == "subscribe":
-                args |= {"subscriber_id": self._id, "max_size": self._max_size}
+            if then is not None:
+                args |= {"since": since, "subscriber_id": self._id, "max_size": self._max_size}
         try:
-            asked = channel._start(method, args, _UNSET)
+            asked = channel._start(method, args, _UNSET, then)
         except MessageTooLarge as error:
             if len(keys) == 1:
                 self._refuse(keys, error)
                 return []
             half = set(itertools.islice(keys, len(keys) // 2))
-            return [*self._ask(channel, method, half), *self._ask(channel, method, keys - half)]
+            return [*self._ask(channel, method, half, since),
+                    *self._ask(channel, method, keys - half, since)]
         self._questions += 1
         number = self._questions
         for key in keys:

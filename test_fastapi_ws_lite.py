@@ -47,7 +47,7 @@ from uvicorn.config import WSProtocolType
 import examples
 import fastapi_ws_lite as lib
 from fastapi_ws_lite import (
-    ALL_TOPICS, ASGITransport, Cancelled, ChannelClosed, Event, EventNotifier, Forbidden,
+    ALL_TOPICS, ASGITransport, Cancelled, ChannelClosed, Event, EventNotifier, Forbidden, Gap,
     InternalError, InvalidParams, MessageTooLarge, MethodNotFound, NetworkTransport, Overloaded,
     PubSubClient, PubSubEndpoint, Refused, RequestTimeout, RpcChannel, RpcClient, RpcEndpoint,
     RpcError, RpcMethodsBase, RpcResponse, SessionTransport, Socket,
@@ -2010,14 +2010,16 @@ async def test_publish_from_threads_is_bounded(monkeypatch: pytest.MonkeyPatch) 
 
 async def test_publish_to_a_full_queue_of_callbacks_is_logged(
         monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """What does not fit is lost for these callbacks, and said so."""
+    """What does not fit is lost for these callbacks, and said so, where it is missing."""
     monkeypatch.setattr(lib, "QUEUE_EVENTS", 10)
     notifier, got = EventNotifier(), list[Any]()
     notifier.subscribe("t", got.append)
     for n in range(12):
         notifier.publish("t", n)
-    await until(lambda: len(got) >= 10)
-    assert (got, caplog.text.count("lost")) == (list(range(10)), 2)
+    await until(lambda: "events were missed" in caplog.text)
+    notifier.publish("t", 12)
+    await until(lambda: got[-1] == 12)
+    assert (got, caplog.text.count("missed")) == ([*range(10), 12], 1)
 
 
 @pytest.mark.parametrize("options", [{"history": 10}, {"history_bytes": 1000}])
@@ -5293,44 +5295,61 @@ async def test_pubsub_iterator_that_nobody_reads_delays_nobody() -> None:
         await until(lambda: got == list(range(100)))
 
 
-@pytest.mark.parametrize("iterating", [False, True])
-async def test_pubsub_queue_that_is_full_loses_with_a_warning(
-        monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
-        iterating: bool) -> None:
-    """A callback, or a loop, that is too slow does not fill the memory."""
+async def test_pubsub_queue_that_is_full_is_filled_again_from_the_log(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """A callback that is too slow does not fill the memory, and misses nothing."""
     monkeypatch.setattr(lib, "QUEUE_EVENTS", 3)
-    endpoint, got, gate = PubSubEndpoint(), list[Any](), asyncio.Event()
+    endpoint, got, gate, gaps = PubSubEndpoint(), list[Any](), asyncio.Event(), list[Gap]()
 
     async def slow(data: Any) -> None:
         await gate.wait()
         got.append(data)
 
-    async with PubSubClient(transport=Inside(endpoint)) as client:
-        subscription = await client.subscribe("t", None if iterating else slow)
+    async with PubSubClient(transport=Inside(endpoint), on_gap=gaps.append) as client:
+        await client.subscribe("t", slow)
         for n in range(10):
             endpoint.publish("t", n)
-        queue = subscription._queue if iterating else client._inbox._queue
-        await until(lambda: queue.lost >= 6)
-        assert "4 events lost, one of 't' the last" in caplog.text
+        await until(lambda: client._inbox.full)
+        assert len(client._inbox.queue) == 3 and client.position == endpoint.notifier._log.before
         gate.set()
-        while iterating and subscription._queue:
-            got.append(subscription._queue.take()[0].data)
-        await until(lambda: len(got) >= 3)
-        assert got == list(range(len(got)))
-        assert len(got) + queue.lost == 10
+        await until(lambda: len(got) == 10)
+        assert (got, gaps) == (list(range(10)), [])
+        await until(lambda: client.position == endpoint.notifier._log.position)
 
 
-async def test_pubsub_queue_is_bounded_in_bytes(
-        monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+async def test_pubsub_iterator_that_nobody_reads_has_its_own_gap(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """It loses what it did not read, is told so, and delays no callback."""
+    monkeypatch.setattr(lib, "QUEUE_EVENTS", 3)
+    endpoint, got, gaps = PubSubEndpoint(), list[Any](), list[Gap]()
+    async with PubSubClient(transport=Inside(endpoint), on_gap=gaps.append) as client:
+        iterator = await client.subscribe("t")
+        await client.subscribe("t", got.append)
+        for n in range(5):
+            endpoint.publish("t", n)
+            await until(functools.partial(got.__contains__, n))
+        await until(lambda: gaps)
+        here = endpoint.notifier._log._id
+        assert gaps == [Gap(f"0-{here}", f"3-{here}", "queue", ("t",))]
+        assert client.position == f"3-{here}"
+        async for event in iterator:
+            if event.data == 4:
+                break
+            assert event.data == 3
+        await until(lambda: client.position == f"5-{here}")
+
+
+async def test_pubsub_queue_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few large events fill it as many small ones do; one alone always fits."""
     monkeypatch.setattr(lib, "QUEUE_BYTES", 1000)
-    endpoint = PubSubEndpoint()
-    async with PubSubClient(transport=Inside(endpoint)) as client:
+    endpoint, gaps = PubSubEndpoint(), list[Gap]()
+    async with PubSubClient(transport=Inside(endpoint), on_gap=gaps.append) as client:
         subscription = await client.subscribe("t")
         endpoint.publish("t", "x" * 2000)
         endpoint.publish("t", "y")
-        await until(lambda: "lost" in caplog.text)
-        assert [event.data for event, _, _ in subscription._queue] == ["x" * 2000]
+        await until(lambda: gaps)
+        assert [item.event.data for item in subscription._queue
+                if isinstance(item.event, Event)] == ["y"]
 
 
 # unsubscribing
