@@ -42,15 +42,17 @@ import itertools
 import json
 import logging
 import math
+import os
 import random
 import re
 import struct
 import sys
+import threading
 import typing
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Generic, Literal, NamedTuple, Protocol, Self, TypeAlias
@@ -60,8 +62,10 @@ from urllib.parse import unquote, urlsplit
 import anyio.to_thread
 from fastapi import APIRouter, FastAPI, WebSocket
 from fastapi.params import Depends
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-from pydantic_core import ArgsKwargs, from_json, to_json
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+from pydantic.errors import PydanticInvalidForJsonSchema, PydanticUndefinedAnnotation
+from pydantic.json_schema import GenerateJsonSchema
+from pydantic_core import ArgsKwargs, PydanticOmit, from_json, to_json
 from starlette.types import ASGIApp, Message
 from starlette.websockets import WebSocketState
 
@@ -74,6 +78,8 @@ __all__ = [
     "PubSubEndpoint", "RpcEndpoint",
     "ASGITransport", "NetworkTransport", "PubSubClient", "RpcClient", "SessionTransport", "Socket",
     "Transport",
+    # without an event loop
+    "Remote", "connect",
     # errors
     "Cancelled", "ChannelClosed", "Forbidden", "InternalError", "InvalidParams", "MessageTooLarge",
     "MethodNotFound", "Overloaded", "Refused", "RequestTimeout", "RpcError",
@@ -484,6 +490,8 @@ class _Method:
         self._validator = adapter.validator
         # only from JSON text are bytes base64, and dates in a strict model strings
         self._from_json = bool(re.search("'bytes'|'strict': True", repr(adapter.core_schema)))
+        self.parameters, self.returns = list(shown.parameters.values()), hints.get("return", Any)
+        self.adapter = adapter
 
     def bind(self, channel: "RpcChannel", params: Any) -> tuple[Sequence[Any], dict[str, Any]]:
         """The arguments for the function. Raises InvalidParams."""
@@ -536,6 +544,93 @@ def _methods_of(instance: RpcMethodsBase | None) -> dict[str, Callable[..., Any]
             found.update(vars(cls))
     return {name: value.__get__(instance, type(instance)) for name, value in found.items()
             if name[0] != "_" and inspect.isfunction(getattr(value, "__func__", value))}
+
+
+# ---------------------------------------------------------------------------- describing methods
+# What rpc.discover answers: an OpenRPC document (https://spec.open-rpc.org). Its schemas are made
+# from what validates the arguments, and only when someone asks.
+
+
+class _Schemas(GenerateJsonSchema):
+    """Pydantic's, with an empty schema where a hint has none."""
+
+    def emit_warning(self, kind: Any, detail: str) -> None:
+        """Say nothing: a default that is not JSON is left out."""
+
+    def generate_inner(self, schema: Any) -> dict[str, Any]:
+        try:
+            return super().generate_inner(schema)
+        except (PydanticInvalidForJsonSchema, PydanticOmit):
+            return {}
+
+    def bytes_schema(self, schema: Any) -> dict[str, Any]:
+        return {"type": "string", "contentEncoding": "base64"}
+
+    def arguments_schema(self, schema: Any) -> dict[str, Any]:
+        """Those of a function by name, however they are passed; a named tuple's are an array."""
+        if schema.get("metadata", {}).get("pydantic_js_prefer_positional_arguments"):
+            return super().arguments_schema(schema)
+        found = self.kw_arguments_schema(schema["arguments_schema"], None)
+        for rest in ("var_args_schema", "var_kwargs_schema"):
+            if rest in schema:
+                found["properties"][rest] = self.generate_inner(schema[rest])
+        return found
+
+
+_VARIADIC: Final = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+_ONLY: Final = {inspect.Parameter.POSITIONAL_ONLY: "by-position",
+                inspect.Parameter.VAR_POSITIONAL: "by-position",
+                inspect.Parameter.KEYWORD_ONLY: "by-name",
+                inspect.Parameter.VAR_KEYWORD: "by-name"}
+
+
+def _openrpc(owner: type, methods: Mapping[str, _Method]) -> Any:
+    """The document about methods, named after the class that has them and its module's version."""
+    asked: list[tuple[str, Literal["validation", "serialization"], TypeAdapter[Any]]] = []
+    for name, method in methods.items():
+        asked.append((name, "validation", method.adapter))
+        asked.append((name, "serialization", _result_adapter(method)))
+    found, definitions = TypeAdapter.json_schemas(
+        asked, ref_template="#/components/schemas/{model}", schema_generator=_Schemas)
+    version = getattr(sys.modules.get(owner.__module__), "__version__", "0")
+    info = {"title": owner.__name__, "version": str(version)}
+    if owner.__doc__:
+        info["description"] = inspect.cleandoc(owner.__doc__)
+    described = [_method_object(name, method, found[name, "validation"],
+                                found[name, "serialization"]) for name, method in methods.items()]
+    document = {"openrpc": "1.3.2", "info": info, "methods": described,
+                "components": {"schemas": definitions.get("$defs", {})}}
+    return from_json(to_json(document, inf_nan_mode="null"))  # a default may be infinite
+
+
+def _result_adapter(method: _Method) -> TypeAdapter[Any]:
+    """Of what the method returns, or its stream carries."""
+    hint = method.returns
+    if getattr(method, "streams", False):
+        hint = (*typing.get_args(hint), Any)[0]
+    try:
+        return TypeAdapter(hint)
+    except (PydanticUndefinedAnnotation, PydanticUserError):  # pydantic makes nothing of it
+        return TypeAdapter(Any)
+
+
+def _method_object(name: str, method: _Method, arguments: dict[str, Any],
+                   result: dict[str, Any]) -> dict[str, Any]:
+    parameters = sorted(method.parameters, key=lambda p: p.kind in _VARIADIC)
+    params: list[dict[str, Any]] = []
+    for p, (own, schema) in zip(parameters, arguments["properties"].items(), strict=True):
+        rest = p.kind in _VARIADIC
+        params.append({"name": p.name if rest else own, "schema": schema,
+                       "required": own in arguments.get("required", ()),
+                       **({"x-variadic": True} if rest else {})})
+    only = {_ONLY[p.kind] for p in parameters if p.kind in _ONLY}
+    text = inspect.getdoc(method.function) or ""
+    return {"name": name,
+            **({"summary": text.partition("\n")[0], "description": text} if text else {}),
+            "paramStructure": max(only, default="either"),  # by position, if there are both
+            "params": sorted(params, key=lambda param: not param["required"]),
+            "result": {"name": "result", "schema": result},
+            **({"x-stream": True} if getattr(method, "streams", False) else {})}
 
 
 # --------------------------------------------------------------------- pending calls and streams
@@ -846,6 +941,7 @@ class _Side:
     """What an endpoint and a client have in common."""
 
     _own: ClassVar[Mapping[str, str]] = {}  # methods of ours: name on the wire, name here
+    _document: Any = None  # what rpc.discover answers, once it was asked
 
     def __init__(self, methods: RpcMethodsBase | None = None, *, on_connect: _Hooks = (),
                  on_disconnect: _Hooks = (), max_message_size: int = MAX_MESSAGE_BYTES,
@@ -856,8 +952,11 @@ class _Side:
         self._make_limiters()
         self._on_connect, self._on_disconnect = _hooks(on_connect), _hooks(on_disconnect)
         self._table: _Table = {"$/cancelRequest": _cancel_request}
-        self._add({"_ping_": _ping, "_get_channel_id_": _get_channel_id})
+        self._add({"_ping_": _ping, "_get_channel_id_": _get_channel_id,
+                   "rpc.discover": self._discover})
         self._add({name: getattr(self, own) for name, own in self._own.items()})
+        self._owner = type(self if methods is None else methods)
+        self._built_in = frozenset(self._table)
         self._add(_methods_of(methods))
 
     def _make_limiters(self) -> None:
@@ -870,6 +969,14 @@ class _Side:
         if taken := functions.keys() & self._table.keys():
             raise ValueError(f"there is a method {', '.join(sorted(taken))} already")
         self._table.update({name: _Method(name, f) for name, f in functions.items()})
+        self._document = None
+
+    async def _discover(self, channel: "RpcChannel") -> Any:
+        if self._document is None:
+            methods = {name: method for name, method in self._table.items()
+                       if isinstance(method, _Method) and name not in self._built_in}
+            self._document = _openrpc(self._owner, methods)
+        return self._document
 
     def _seconds(self, timeout: _Timeout) -> float | None:
         return self._timeout if isinstance(timeout, _Unset) else timeout
@@ -1920,8 +2027,9 @@ class PubSubEndpoint(RpcEndpoint):
     """An RpcEndpoint whose clients can also subscribe and publish.
 
     Args, beside those of RpcEndpoint:
-        authorize: called with (channel, action, topics), where action is "subscribe" or "publish";
-            ``def`` or ``async def``. False, or a raised RpcError, refuses the whole call.
+        authorize: called with (channel, action, topics), where action is "subscribe", "publish", or
+            "discover", which has no topics; ``def`` or ``async def``. False, or a raised RpcError,
+            refuses the whole call.
         on_subscribe, on_unsubscribe: hooks, called with (channel, topics) after the fact.
         history, history_bytes: what is kept for subscribers that fall behind; beyond it, they are
             disconnected with 1013.
@@ -2021,6 +2129,11 @@ class PubSubEndpoint(RpcEndpoint):
 
     async def _pong(self) -> str:
         return "pong"
+
+    async def _discover(self, channel: RpcChannel) -> Any:
+        if not await self._allows(channel, "discover", ()):
+            raise Forbidden("discover is forbidden")
+        return {**await super()._discover(channel), "x-events": True}
 
 
 # ------------------------------------------------------------------------------------ transports
@@ -2731,3 +2844,322 @@ class PubSubClient(RpcClient):
             for subscription, _ in confirmed:
                 del self._inbox.unconfirmed[subscription]
                 subscription._settle()
+
+
+# -------------------------------------------------------------------------- without an event loop
+# A PubSubClient on a loop of its own, in a thread of its own (anyio's blocking portal). A thread
+# that asks for something waits for a future; interrupted there, by Ctrl-C, it cancels the work.
+# Work is handed over under a lock, and none when the client is closed: no thread waits for a loop
+# that has ended.
+
+_END: Final = object()  # of an iterator
+
+
+class Remote:
+    """A server, for code without an event loop; `connect` makes it. Several threads may use it.
+
+    ``remote.add(a=1, b=2)`` calls a method and returns its result; `call` also reaches those whose
+    names are taken here. What waits raises what PubSubClient raises, and ends at once at Ctrl-C.
+    """
+
+    def __init__(self, client: PubSubClient) -> None:
+        self._client, self._loop = client, asyncio.get_running_loop()
+        self._thread, self._lock, self._closed = threading.get_ident(), threading.Lock(), False
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method: Callable[..., Any] = getattr(_Other(self.call), name)
+        return method
+
+    def call(self, method: str, args: _Arguments = None, *, timeout: _Timeout = _UNSET) -> Any:
+        """Call a method of the server and return its result; as `RpcClient.call`."""
+        return self._wait(self._client.call, method, args, timeout=timeout).result
+
+    def notify(self, method: str, args: _Arguments = None) -> None:
+        """Call a method of the server and do not wait for an answer."""
+        self._wait(self._client.notify, method, args)
+
+    def publish(self, topics: str | Iterable[str], data: Any = None, *,
+                include_self: bool = False) -> None:
+        """Publish an event to each topic, and wait until the server has it."""
+        self._wait(self._client.publish, topics, data, include_self=include_self)
+
+    def subscribe(self, topics: str | Iterable[str], callback: _Callback, *,
+                  pattern: bool = False) -> None:
+        """Subscribe, confirmed by the server. Callbacks run in another thread, one at a time."""
+        call = _caller(callback)
+
+        async def in_thread(event: Event) -> None:
+            result = await anyio.to_thread.run_sync(call, event, abandon_on_cancel=True)
+            if inspect.isawaitable(result):
+                await result
+
+        self._wait(self._client.subscribe, topics, in_thread, pattern=pattern)
+
+    def unsubscribe(self, topics: str | Iterable[str], *, pattern: bool = False) -> None:
+        """Cancel all subscriptions to these topics."""
+        self._wait(self._client.unsubscribe, topics, pattern=pattern)
+
+    def events(self, topics: str | Iterable[str], *, pattern: bool = False) -> Iterator[Event]:
+        """Subscribe, confirmed by the server, and iterate; leaving the loop unsubscribes."""
+        subscription = self._wait(self._client.subscribe, topics, pattern=pattern)
+        return self._iterate(subscription.__aiter__())
+
+    def _iterate(self, items: AsyncGenerator[_T]) -> Iterator[_T]:
+        """Drive an asynchronous generator from this thread, and close it however this ends."""
+        one_at_a_time = asyncio.Lock()  # what was interrupted may still be on its way out
+
+        async def step(work: Callable[..., Awaitable[Any]], *args: Any) -> Any:
+            async with one_at_a_time:
+                return await work(*args)
+
+        try:
+            while (item := self._wait(step, anext, items, _END)) is not _END:
+                yield item
+        finally:
+            with contextlib.suppress(ChannelClosed):  # it was closed with the client
+                self._wait(step, items.aclose)
+
+    def _wait(self, work: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        """Do it on the loop. If this thread is interrupted meanwhile, it is cancelled there."""
+        async def run() -> Any:
+            result = work(*args, **named)
+            return await result if inspect.isawaitable(result) else result
+
+        if threading.get_ident() == self._thread:
+            raise RuntimeError("this thread runs the connection and must not wait for it: "
+                               "use self.channel or, in a hook, its argument")
+        with self._lock:
+            if self._closed:
+                raise ChannelClosed(1000, "the client is closed")
+            future = asyncio.run_coroutine_threadsafe(run(), self._loop)
+        try:
+            return future.result()
+        except BaseException:  # KeyboardInterrupt; if it is the work's own, nothing is cancelled
+            future.cancel()
+            raise
+
+    def _close(self) -> None:
+        try:
+            self._wait(self._client.close)
+        finally:
+            with self._lock:
+                self._closed = True
+
+
+@contextlib.contextmanager
+def connect(server_uri: str, methods: RpcMethodsBase | None = None,
+            **options: Unpack[_ClientOptions]) -> Iterator[Remote]:
+    """Connect without an event loop: ``with connect("ws://...") as remote: remote.add(a=1, b=2)``.
+
+    Args and errors are those of PubSubClient. It connects again by itself; hooks and ``async def``
+    methods run on its own loop, in another thread.
+    """
+    from anyio.from_thread import start_blocking_portal  # for those who use it
+
+    with start_blocking_portal() as portal:
+        remote = portal.call(Remote, PubSubClient(server_uri, methods, **options))
+        try:
+            remote._wait(remote._client.__aenter__)
+            yield remote
+        finally:
+            remote._close()
+
+
+# ----------------------------------------------------------------------------------- command line
+# Each command is a function of a Remote, or of nothing where it needs no connection. What they do
+# not catch ends in `_main`, which makes it one line and an exit code.
+
+_EXIT_CODES: Final = """\
+exit codes:
+  0    done; also when what it is piped into has ended
+  1    serve: cannot listen
+  2    wrong usage
+  3    cannot connect, refused, or the connection was lost
+  4    the call was answered with an error, or not in time
+  130  Ctrl-C
+"""
+
+
+class _FirstAttempt(NetworkTransport):
+    """Until it has once been connected, no failure is tried again: someone is waiting."""
+
+    async def open(self, uri: str, *, headers: Sequence[tuple[str, str]], subprotocols: list[str],
+                   max_size: int) -> Socket:
+        try:
+            return await super().open(uri, headers=headers, subprotocols=subprotocols,
+                                      max_size=max_size)
+        except Exception as error:  # also of the library: no such scheme, no such host
+            told = error if isinstance(error, ImportError) else f"cannot connect: {error}"
+            raise RpcError(0, str(told)) from error
+
+
+def _value(text: str) -> Any:
+    """A JSON value; what is not JSON is a string."""
+    try:
+        return _decode(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _cli_call(remote: Remote, args: Any) -> None:
+    words, params = args.arguments, {}
+    if len(words) == 1 and type(lone := _value(words[0])) in (dict, list):
+        words, params = [], lone
+    for word in words:
+        name, sign, text = word.partition("=")
+        if not sign:
+            raise ValueError(f"an argument is name=value, not {word!r}")
+        params[name] = _value(text)
+    print(_encode(remote.call(args.method, params or None)))
+
+
+def _shape(schema: dict[str, Any]) -> str:
+    """A JSON Schema in a word or two."""
+    if "anyOf" in schema:
+        return " | ".join(map(_shape, schema["anyOf"]))
+    name: str = schema.get("$ref", "").rpartition("/")[2] or schema.get("type", "any")
+    return f"{name}[{_shape(schema['items'])}]" if schema.get("items") else name
+
+
+def _cli_methods(remote: Remote, args: Any) -> None:
+    for method in remote.call("rpc.discover")["methods"]:
+        params = []
+        for param in method["params"]:
+            default = param["schema"].get("default", ...)
+            params.append(("*" if param.get("x-variadic") else "") + param["name"]
+                          + f": {_shape(param['schema'])}"
+                          + ("" if default is ... else f" = {_encode(default)}"))
+        result = "stream of " * method.get("x-stream", False) + _shape(method["result"]["schema"])
+        print(f"{method['name']}({', '.join(params)}) -> {result}")
+        if "summary" in method:
+            print(f"    {method['summary']}")
+
+
+def _cli_subscribe(remote: Remote, args: Any) -> None:
+    for event in remote.events(args.topics, pattern=args.pattern):
+        print(_encode(event._asdict()), flush=True)
+
+
+def _cli_publish(remote: Remote, args: Any) -> None:
+    for line in sys.stdin if args.data is None else [args.data]:
+        if args.data is not None or line.strip():
+            remote.publish(args.topic, _value(line.rstrip("\n")))
+
+
+def _load(target: str) -> Any:
+    """An instance of ``path/file.py:Class`` or ``package.module:Class``."""
+    where, _, name = target.rpartition(":")
+    folder, file = os.path.split(where) if where.endswith(".py") else ("", where)
+    sys.path.insert(0, os.path.abspath(folder))
+    return getattr(importlib.import_module(file.removesuffix(".py")), name)()
+
+
+def _cli_serve(args: Any) -> None:
+    try:
+        uvicorn: Any = importlib.import_module("uvicorn")
+    except ImportError as error:
+        raise ImportError("serve needs uvicorn: pip install 'uvicorn[standard]', or "
+                          "'fastapi-ws-lite[standard]'") from error
+    app = FastAPI()
+    PubSubEndpoint(_load(args.target)).register_route(app, args.path)
+    config = uvicorn.Config(app, host=args.host, port=args.port, log_config=None)
+    listener = config.bind_socket()
+    url = f"ws://{args.host}:{listener.getsockname()[1]}{args.path}"
+    print(f"serving {args.target} at {url}", file=sys.stderr, flush=True)
+    uvicorn.Server(config).run([listener])
+
+
+def _header(text: str) -> tuple[str, str]:
+    name, sign, value = text.partition(":")
+    if not sign:
+        raise ValueError
+    return name.strip(), value.strip()
+
+
+_URL: Final[tuple[Any, ...]] = (
+    ("url", {"metavar": "URL", "help": "ws://... or wss://..."}),
+    ("-H", {"dest": "headers", "action": "append", "default": [], "type": _header,
+            "metavar": "'Name: value'", "help": "a header of the handshake; may be repeated"}),
+    ("--token", {"metavar": "T", "help": "the same as -H 'Authorization: Bearer T'"}),
+    ("--timeout", {"type": float, "default": DEFAULT_RESPONSE_TIMEOUT_SECONDS, "metavar": "S",
+                   "help": "seconds for the connection, and for each answer (%(default)s)"}),
+    ("--wire", {"choices": ("old", "jsonrpc"), "default": "old",
+                "help": "for a server without the subprotocol ws-lite.1 (%(default)s)"}))
+_COMMANDS: Final[tuple[tuple[str, Any, str, str, tuple[Any, ...]], ...]] = (
+    ("serve", _cli_serve, "serve the methods of a class, and events", "calculator.py:Calculator", (
+        ("target", {"metavar": "FILE_OR_MODULE:CLASS", "help": "a class of RpcMethodsBase"}),
+        ("--host", {"default": "127.0.0.1", "help": "%(default)s"}),
+        ("--port", {"type": int, "default": 8000, "help": "%(default)s; 0 for a free one"}),
+        ("--path", {"default": "/ws", "help": "%(default)s"}))),
+    ("call", _cli_call, "call a method and print its result", "ws://localhost:8000/ws add a=1 b=2",
+        (*_URL, ("method", {"metavar": "METHOD"}),
+         ("arguments", {"nargs": "*", "metavar": "NAME=VALUE", "help": "values are JSON, or else "
+                        "strings; or one JSON object or array with all arguments"}))),
+    ("methods", _cli_methods, "list the methods of a server", "ws://localhost:8000/ws", _URL),
+    ("subscribe", _cli_subscribe, "print events, a line of JSON each",
+        "ws://localhost:8000/ws 'orders.*' --pattern | jq .data",
+        (*_URL, ("topics", {"nargs": "+", "metavar": "TOPIC"}),
+         ("--pattern", {"action": "store_true", "help": "topics are globs"}))),
+    ("publish", _cli_publish, "publish an event, or one for each line of input",
+        "ws://localhost:8000/ws news '{\"n\": 1}'",
+        (*_URL, ("topic", {"metavar": "TOPIC"}),
+         ("data", {"nargs": "?", "metavar": "JSON", "help": "what is not JSON is a string; "
+                   "without it, lines are read from standard input"}))))
+
+
+def _arguments(argv: Sequence[str] | None) -> Any:
+    import argparse  # for those who use it
+
+    shape: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(
+        "fastapi-ws-lite", description="Calls and events over WebSockets.", epilog=_EXIT_CODES,
+        **shape)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, run, what, example, arguments in _COMMANDS:
+        command = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.",
+                                      epilog=f"example:\n  {parser.prog} {name} {example}", **shape)
+        for flag, options in arguments:
+            command.add_argument(flag, **options)
+        command.set_defaults(run=run)
+    return parser.parse_args(argv)
+
+
+def _main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns its exit code."""
+    args = _arguments(argv)
+    logging.basicConfig(level=logging.ERROR)
+    failed = 2
+    try:
+        if args.run is _cli_serve:
+            _cli_serve(args)
+            return 0
+        failed = 3
+        bearer = [] if args.token is None else [("Authorization", f"Bearer {args.token}")]
+        with connect(args.url, headers=[*args.headers, *bearer], transport=_FirstAttempt(),
+                     wire=args.wire, connect_timeout=args.timeout,
+                     default_response_timeout=args.timeout) as remote:
+            failed = 4
+            args.run(remote, args)
+            sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 0
+    except (RpcError, AttributeError, ImportError, TypeError, ValueError) as error:
+        told = [str(error)]
+        if not isinstance(error, RpcError):
+            failed = 2
+        elif isinstance(error, ChannelClosed):
+            failed = 3
+        elif failed == 4:
+            told += [f"({error.code})", "" if error.data is None else _encode(error.data)]
+        print("fastapi-ws-lite:", *" ".join(told).split(), file=sys.stderr)
+        return failed
+
+
+if __name__ == "__main__":  # under its own name, by which what is served imports it, too
+    _name = __spec__.name.removesuffix(".__main__") if __spec__ else __file__
+    sys.exit(importlib.import_module(os.path.basename(_name).removesuffix(".py"))._main())
