@@ -577,29 +577,22 @@ class _Schemas(GenerateJsonSchema):
         return found
 
 
-_VARIADIC: Final = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-_ONLY: Final = {inspect.Parameter.POSITIONAL_ONLY: "by-position",
-                inspect.Parameter.VAR_POSITIONAL: "by-position",
-                inspect.Parameter.KEYWORD_ONLY: "by-name",
-                inspect.Parameter.VAR_KEYWORD: "by-name"}
-
-
 def _openrpc(owner: type, methods: Mapping[str, _Method]) -> Any:
     """The document about methods, named after the class that has them and its module's version."""
     asked: list[tuple[str, Literal["validation", "serialization"], TypeAdapter[Any]]] = []
     for name, method in methods.items():
         asked.append((name, "validation", method.adapter))
         asked.append((name, "serialization", _result_adapter(method)))
-    found, definitions = TypeAdapter.json_schemas(
+    found, shared = TypeAdapter.json_schemas(
         asked, ref_template="#/components/schemas/{model}", schema_generator=_Schemas)
+    about = {"description": inspect.cleandoc(owner.__doc__)} if owner.__doc__ else {}
     version = getattr(sys.modules.get(owner.__module__), "__version__", "0")
-    info = {"title": owner.__name__, "version": str(version)}
-    if owner.__doc__:
-        info["description"] = inspect.cleandoc(owner.__doc__)
-    described = [_method_object(name, method, found[name, "validation"],
-                                found[name, "serialization"]) for name, method in methods.items()]
-    document = {"openrpc": "1.3.2", "info": info, "methods": described,
-                "components": {"schemas": definitions.get("$defs", {})}}
+    document = {"openrpc": "1.3.2",
+                "info": {"title": owner.__name__, "version": str(version), **about},
+                "methods": [_method_object(name, method, found[name, "validation"],
+                                           found[name, "serialization"])
+                            for name, method in methods.items()],
+                "components": {"schemas": shared.get("$defs", {})}}
     return from_json(to_json(document, inf_nan_mode="null"))  # a default may be infinite
 
 
@@ -616,18 +609,19 @@ def _result_adapter(method: _Method) -> TypeAdapter[Any]:
 
 def _method_object(name: str, method: _Method, arguments: dict[str, Any],
                    result: dict[str, Any]) -> dict[str, Any]:
-    parameters = sorted(method.parameters, key=lambda p: p.kind in _VARIADIC)
-    params: list[dict[str, Any]] = []
+    kind, params = inspect.Parameter, []
+    rest = (kind.VAR_POSITIONAL, kind.VAR_KEYWORD)
+    parameters = sorted(method.parameters, key=lambda p: p.kind in rest)
     for p, (own, schema) in zip(parameters, arguments["properties"].items(), strict=True):
-        rest = p.kind in _VARIADIC
-        params.append({"name": p.name if rest else own, "schema": schema,
-                       "required": own in arguments.get("required", ()),
-                       **({"x-variadic": True} if rest else {})})
-    only = {_ONLY[p.kind] for p in parameters if p.kind in _ONLY}
-    text = inspect.getdoc(method.function) or ""
+        params.append({"name": own, "schema": schema,
+                       "required": own in arguments.get("required", ())})
+        if p.kind in rest:
+            params[-1] |= {"name": p.name, "x-variadic": True}
+    kinds, text = {p.kind for p in parameters}, inspect.getdoc(method.function) or ""
     return {"name": name,
             **({"summary": text.partition("\n")[0], "description": text} if text else {}),
-            "paramStructure": max(only, default="either"),  # by position, if there are both
+            "paramStructure": "by-position" if kinds & {kind.POSITIONAL_ONLY, kind.VAR_POSITIONAL}
+            else "by-name" if kinds & {kind.KEYWORD_ONLY, kind.VAR_KEYWORD} else "either",
             "params": sorted(params, key=lambda param: not param["required"]),
             "result": {"name": "result", "schema": result},
             **({"x-stream": True} if getattr(method, "streams", False) else {})}
@@ -2966,31 +2960,27 @@ def connect(server_uri: str, methods: RpcMethodsBase | None = None,
 
 
 # ----------------------------------------------------------------------------------- command line
-# Each command is a function of a Remote, or of nothing where it needs no connection. What they do
-# not catch ends in `_main`, which makes it one line and an exit code.
+# A command is a function; its docstring is its help. What goes wrong in it becomes one line and an
+# exit code in `_main`.
 
 _EXIT_CODES: Final = """\
 exit codes:
-  0    done; also when what it is piped into has ended
+  0    done; also when what the output is piped into has ended
   1    serve: cannot listen
   2    wrong usage
   3    cannot connect, refused, or the connection was lost
-  4    the call was answered with an error, or not in time
-  130  Ctrl-C
-"""
+  4    answered with an error, or not in time
+  130  Ctrl-C"""
 
 
 class _FirstAttempt(NetworkTransport):
     """Until it has once been connected, no failure is tried again: someone is waiting."""
 
-    async def open(self, uri: str, *, headers: Sequence[tuple[str, str]], subprotocols: list[str],
-                   max_size: int) -> Socket:
+    async def open(self, uri: str, **options: Any) -> Socket:
         try:
-            return await super().open(uri, headers=headers, subprotocols=subprotocols,
-                                      max_size=max_size)
-        except Exception as error:  # also of the library: no such scheme, no such host
-            told = error if isinstance(error, ImportError) else f"cannot connect: {error}"
-            raise RpcError(0, str(told)) from error
+            return await super().open(uri, **options)
+        except Exception as error:  # the library's own too: no such scheme, no WebSocket there
+            raise RpcError(0, f"cannot connect: {error}") from error
 
 
 def _value(text: str) -> Any:
@@ -3002,70 +2992,86 @@ def _value(text: str) -> Any:
 
 
 def _cli_call(remote: Remote, args: Any) -> None:
+    """Call a method and print its result.
+
+    Values are JSON, or else strings. One JSON object or array may stand for all arguments.
+
+    example: fastapi-ws-lite call ws://localhost:8000/ws add a=1 b=2
+    """
     words, params = args.arguments, {}
     if len(words) == 1 and type(lone := _value(words[0])) in (dict, list):
         words, params = [], lone
-    for word in words:
-        name, sign, text = word.partition("=")
+    for name, sign, text in (word.partition("=") for word in words):
         if not sign:
-            raise ValueError(f"an argument is name=value, not {word!r}")
+            raise ValueError(f"an argument is name=value, not {name!r}")
         params[name] = _value(text)
     print(_encode(remote.call(args.method, params or None)))
 
 
 def _shape(schema: dict[str, Any]) -> str:
-    """A JSON Schema in a word or two."""
-    if "anyOf" in schema:
-        return " | ".join(map(_shape, schema["anyOf"]))
-    name: str = schema.get("$ref", "").rpartition("/")[2] or schema.get("type", "any")
-    return f"{name}[{_shape(schema['items'])}]" if schema.get("items") else name
+    """A JSON Schema in a few words."""
+    text: str = schema.get("$ref", "").rpartition("/")[2] or schema.get("type", "any")
+    text = " | ".join(map(_shape, schema.get("anyOf", ()))) or text
+    text += f"[{_shape(schema['items'])}]" if schema.get("items") else ""
+    return text + (f" = {_encode(schema['default'])}" if "default" in schema else "")
 
 
 def _cli_methods(remote: Remote, args: Any) -> None:
+    """List the methods of a server.
+
+    What it says of itself in full: fastapi-ws-lite call URL rpc.discover
+
+    example: fastapi-ws-lite methods ws://localhost:8000/ws
+    """
     for method in remote.call("rpc.discover")["methods"]:
-        params = []
-        for param in method["params"]:
-            default = param["schema"].get("default", ...)
-            params.append(("*" if param.get("x-variadic") else "") + param["name"]
-                          + f": {_shape(param['schema'])}"
-                          + ("" if default is ... else f" = {_encode(default)}"))
-        result = "stream of " * method.get("x-stream", False) + _shape(method["result"]["schema"])
-        print(f"{method['name']}({', '.join(params)}) -> {result}")
+        params = ", ".join(f"{'*' * ('x-variadic' in param)}{param['name']}: "
+                           f"{_shape(param['schema'])}" for param in method["params"])
+        stream = "stream of " if method.get("x-stream") else ""
+        print(f"{method['name']}({params}) -> {stream}{_shape(method['result']['schema'])}")
         if "summary" in method:
             print(f"    {method['summary']}")
 
 
 def _cli_subscribe(remote: Remote, args: Any) -> None:
+    """Print events, a line of JSON each.
+
+    example: fastapi-ws-lite subscribe --pattern ws://localhost:8000/ws 'orders.*' | jq .data
+    """
     for event in remote.events(args.topics, pattern=args.pattern):
         print(_encode(event._asdict()), flush=True)
 
 
 def _cli_publish(remote: Remote, args: Any) -> None:
-    for line in sys.stdin if args.data is None else [args.data]:
-        if args.data is not None or line.strip():
-            remote.publish(args.topic, _value(line.rstrip("\n")))
+    """Publish an event or, without one, each line of standard input.
 
+    What is not JSON is a string.
 
-def _load(target: str) -> Any:
-    """An instance of ``path/file.py:Class`` or ``package.module:Class``."""
-    where, _, name = target.rpartition(":")
-    folder, file = os.path.split(where) if where.endswith(".py") else ("", where)
-    sys.path.insert(0, os.path.abspath(folder))
-    return getattr(importlib.import_module(file.removesuffix(".py")), name)()
+    example: fastapi-ws-lite publish ws://localhost:8000/ws news '{"n": 1}'
+    """
+    for line in filter(str.strip, sys.stdin) if args.json is None else [args.json]:
+        remote.publish(args.topic, _value(line.removesuffix("\n")))
 
 
 def _cli_serve(args: Any) -> None:
+    """Serve the methods of a class, and events.
+
+    example: fastapi-ws-lite serve calculator.py:Calculator, or package.module:Calculator
+    """
     try:
         uvicorn: Any = importlib.import_module("uvicorn")
     except ImportError as error:
-        raise ImportError("serve needs uvicorn: pip install 'uvicorn[standard]', or "
-                          "'fastapi-ws-lite[standard]'") from error
+        raise ImportError("serve needs uvicorn: pip install 'fastapi-ws-lite[standard]', or "
+                          "'uvicorn[standard]'") from error
+    where, _, name = args.target.rpartition(":")
+    folder, file = os.path.split(where) if where.endswith(".py") else ("", where)
+    sys.path.insert(0, os.path.abspath(folder))
+    methods = getattr(importlib.import_module(file.removesuffix(".py")), name)()
     app = FastAPI()
-    PubSubEndpoint(_load(args.target)).register_route(app, args.path)
+    PubSubEndpoint(methods).register_route(app, args.path)
     config = uvicorn.Config(app, host=args.host, port=args.port, log_config=None)
     listener = config.bind_socket()
-    url = f"ws://{args.host}:{listener.getsockname()[1]}{args.path}"
-    print(f"serving {args.target} at {url}", file=sys.stderr, flush=True)
+    print(f"serving {name} at ws://{args.host}:{listener.getsockname()[1]}{args.path}",
+          file=sys.stderr, flush=True)
     uvicorn.Server(config).run([listener])
 
 
@@ -3076,70 +3082,58 @@ def _header(text: str) -> tuple[str, str]:
     return name.strip(), value.strip()
 
 
-_URL: Final[tuple[Any, ...]] = (
-    ("url", {"metavar": "URL", "help": "ws://... or wss://..."}),
-    ("-H", {"dest": "headers", "action": "append", "default": [], "type": _header,
-            "metavar": "'Name: value'", "help": "a header of the handshake; may be repeated"}),
-    ("--token", {"metavar": "T", "help": "the same as -H 'Authorization: Bearer T'"}),
-    ("--timeout", {"type": float, "default": DEFAULT_RESPONSE_TIMEOUT_SECONDS, "metavar": "S",
-                   "help": "seconds for the connection, and for each answer (%(default)s)"}),
-    ("--wire", {"choices": ("old", "jsonrpc"), "default": "old",
-                "help": "for a server without the subprotocol ws-lite.1 (%(default)s)"}))
-_COMMANDS: Final[tuple[tuple[str, Any, str, str, tuple[Any, ...]], ...]] = (
-    ("serve", _cli_serve, "serve the methods of a class, and events", "calculator.py:Calculator", (
-        ("target", {"metavar": "FILE_OR_MODULE:CLASS", "help": "a class of RpcMethodsBase"}),
-        ("--host", {"default": "127.0.0.1", "help": "%(default)s"}),
-        ("--port", {"type": int, "default": 8000, "help": "%(default)s; 0 for a free one"}),
-        ("--path", {"default": "/ws", "help": "%(default)s"}))),
-    ("call", _cli_call, "call a method and print its result", "ws://localhost:8000/ws add a=1 b=2",
-        (*_URL, ("method", {"metavar": "METHOD"}),
-         ("arguments", {"nargs": "*", "metavar": "NAME=VALUE", "help": "values are JSON, or else "
-                        "strings; or one JSON object or array with all arguments"}))),
-    ("methods", _cli_methods, "list the methods of a server", "ws://localhost:8000/ws", _URL),
-    ("subscribe", _cli_subscribe, "print events, a line of JSON each",
-        "ws://localhost:8000/ws 'orders.*' --pattern | jq .data",
-        (*_URL, ("topics", {"nargs": "+", "metavar": "TOPIC"}),
-         ("--pattern", {"action": "store_true", "help": "topics are globs"}))),
-    ("publish", _cli_publish, "publish an event, or one for each line of input",
-        "ws://localhost:8000/ws news '{\"n\": 1}'",
-        (*_URL, ("topic", {"metavar": "TOPIC"}),
-         ("data", {"nargs": "?", "metavar": "JSON", "help": "what is not JSON is a string; "
-                   "without it, lines are read from standard input"}))))
+_CONNECTED: Final[dict[str, dict[str, Any]]] = {
+    "url": {"help": "ws://... or wss://..."},
+    "-H": {"dest": "headers", "action": "append", "default": [], "type": _header,
+           "metavar": "'Name: value'", "help": "a header of the handshake; may be repeated"},
+    "--token": {"help": "the same as -H 'Authorization: Bearer TOKEN'"},
+    "--timeout": {"type": float, "default": DEFAULT_RESPONSE_TIMEOUT_SECONDS, "metavar": "SECONDS",
+                  "help": "for the connection, and for each answer (%(default)s)"},
+    "--wire": {"choices": ("old", "jsonrpc"), "default": "old",
+               "help": "for a server without the subprotocol ws-lite.1 (%(default)s)"}}
+_COMMANDS: Final[dict[str, tuple[Any, dict[str, dict[str, Any]]]]] = {
+    "serve": (_cli_serve, {
+        "target": {"metavar": "FILE_OR_MODULE:CLASS", "help": "a class of RpcMethodsBase"},
+        "--host": {"default": "127.0.0.1", "help": "%(default)s"},
+        "--port": {"type": int, "default": 8000, "help": "%(default)s; 0 for a free one"},
+        "--path": {"default": "/ws", "help": "%(default)s"}}),
+    "call": (_cli_call, {**_CONNECTED, "method": {},
+                         "arguments": {"nargs": "*", "metavar": "name=value"}}),
+    "methods": (_cli_methods, _CONNECTED),
+    "subscribe": (_cli_subscribe, {**_CONNECTED, "topics": {"nargs": "+", "metavar": "topic"},
+                                   "--pattern": {"action": "store_true",
+                                                 "help": "topics are globs, as in fnmatch"}}),
+    "publish": (_cli_publish, {**_CONNECTED, "topic": {}, "json": {"nargs": "?"}})}
 
 
 def _arguments(argv: Sequence[str] | None) -> Any:
     import argparse  # for those who use it
 
     shape: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(
-        "fastapi-ws-lite", description="Calls and events over WebSockets.", epilog=_EXIT_CODES,
-        **shape)
-    parser.add_argument("--version", action="version", version=__version__)
+    parser = argparse.ArgumentParser("fastapi-ws-lite", epilog=_EXIT_CODES, **shape)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, run, what, example, arguments in _COMMANDS:
-        command = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.",
-                                      epilog=f"example:\n  {parser.prog} {name} {example}", **shape)
-        for flag, options in arguments:
-            command.add_argument(flag, **options)
+    for name, (run, arguments) in _COMMANDS.items():
+        text = inspect.getdoc(run) or ""
+        command = commands.add_parser(name, help=text.partition("\n")[0], description=text, **shape)
         command.set_defaults(run=run)
+        for argument, options in arguments.items():
+            command.add_argument(argument, **options)
     return parser.parse_args(argv)
 
 
 def _main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns its exit code."""
-    args = _arguments(argv)
+    args, failure = _arguments(argv), 3
     logging.basicConfig(level=logging.ERROR)
-    failed = 2
     try:
         if args.run is _cli_serve:
             _cli_serve(args)
             return 0
-        failed = 3
-        bearer = [] if args.token is None else [("Authorization", f"Bearer {args.token}")]
+        bearer = [("Authorization", f"Bearer {args.token}")] if args.token else []
         with connect(args.url, headers=[*args.headers, *bearer], transport=_FirstAttempt(),
                      wire=args.wire, connect_timeout=args.timeout,
                      default_response_timeout=args.timeout) as remote:
-            failed = 4
+            failure = 4
             args.run(remote, args)
             sys.stdout.flush()
         return 0
@@ -3148,18 +3142,20 @@ def _main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 0
-    except (RpcError, AttributeError, ImportError, TypeError, ValueError) as error:
-        told = [str(error)]
-        if not isinstance(error, RpcError):
-            failed = 2
-        elif isinstance(error, ChannelClosed):
-            failed = 3
-        elif failed == 4:
-            told += [f"({error.code})", "" if error.data is None else _encode(error.data)]
-        print("fastapi-ws-lite:", *" ".join(told).split(), file=sys.stderr)
-        return failed
+    except RpcError as error:
+        failure = 3 if isinstance(error, ChannelClosed) else failure
+        details = [f"({error.code})", error.data and _encode(error.data)] if failure == 4 else []
+        return _told(failure, error, *details)
+    except (AttributeError, ImportError, TypeError, ValueError) as error:
+        return _told(2, error)
+
+
+def _told(code: int, *what: object) -> int:
+    print("fastapi-ws-lite:", *" ".join(str(part) for part in what if part).split(),
+          file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":  # under its own name, by which what is served imports it, too
-    _name = __spec__.name.removesuffix(".__main__") if __spec__ else __file__
-    sys.exit(importlib.import_module(os.path.basename(_name).removesuffix(".py"))._main())
+    _name = __spec__.name if __spec__ else os.path.basename(__file__).removesuffix(".py")
+    sys.exit(importlib.import_module(_name)._main())
