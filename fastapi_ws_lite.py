@@ -14,6 +14,9 @@
         await client.subscribe("news", print)         # awaited: confirmed by the server
         endpoint.publish(["news"], data={"any": "JSON"})              # in the server's code
 
+    with connect("ws://localhost:8000/ws") as remote: # without an event loop
+        remote.add(a=1, b=2) == 3
+
 The wire is UTF-8 JSON, in one of two dialects: JSON-RPC 2.0 (https://www.jsonrpc.org/specification)
 with additions that a plain peer can ignore, or the wire of fastapi_websocket_rpc. The subprotocol
 ws-lite.1 selects the first and lets messages travel together in one frame; without it, the server
@@ -567,7 +570,7 @@ class _Schemas(GenerateJsonSchema):
         return {"type": "string", "contentEncoding": "base64"}
 
     def arguments_schema(self, schema: Any) -> dict[str, Any]:
-        """Those of a function by name, however they are passed; a named tuple's are an array."""
+        """By name, however they are passed; but not what is a named tuple in an older pydantic."""
         if schema.get("metadata", {}).get("pydantic_js_prefer_positional_arguments"):
             return super().arguments_schema(schema)
         found = self.kw_arguments_schema(schema["arguments_schema"], None)
@@ -2987,7 +2990,7 @@ def _value(text: str) -> Any:
     """A JSON value; what is not JSON is a string."""
     try:
         return _decode(text)
-    except (ValueError, RecursionError):
+    except (ValueError, TypeError, RecursionError):  # TypeError: bytes that are not UTF-8
         return text
 
 
@@ -3052,7 +3055,7 @@ def _cli_publish(remote: Remote, args: Any) -> None:
         remote.publish(args.topic, _value(line.removesuffix("\n")))
 
 
-def _cli_serve(args: Any) -> None:
+def _cli_serve(remote: None, args: Any) -> None:
     """Serve the methods of a class, and events.
 
     example: fastapi-ws-lite serve calculator.py:Calculator, or package.module:Calculator
@@ -3121,18 +3124,21 @@ def _arguments(argv: Sequence[str] | None) -> Any:
     return parser.parse_args(argv)
 
 
+def _connection(args: Any) -> contextlib.AbstractContextManager[Any]:
+    if args.run is _cli_serve:
+        return contextlib.nullcontext()
+    bearer = [("Authorization", f"Bearer {args.token}")] if args.token else []
+    return connect(args.url, headers=[*args.headers, *bearer], transport=_FirstAttempt(),
+                   wire=args.wire, connect_timeout=args.timeout,
+                   default_response_timeout=args.timeout)
+
+
 def _main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns its exit code."""
     args, failure = _arguments(argv), 3
     logging.basicConfig(level=logging.ERROR)
     try:
-        if args.run is _cli_serve:
-            _cli_serve(args)
-            return 0
-        bearer = [("Authorization", f"Bearer {args.token}")] if args.token else []
-        with connect(args.url, headers=[*args.headers, *bearer], transport=_FirstAttempt(),
-                     wire=args.wire, connect_timeout=args.timeout,
-                     default_response_timeout=args.timeout) as remote:
+        with _connection(args) as remote:
             failure = 4
             args.run(remote, args)
             sys.stdout.flush()
