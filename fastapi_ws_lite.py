@@ -563,7 +563,7 @@ class _Schemas(GenerateJsonSchema):
     def generate_inner(self, schema: Any) -> dict[str, Any]:
         try:
             return super().generate_inner(schema)
-        except (PydanticInvalidForJsonSchema, PydanticOmit):
+        except PydanticInvalidForJsonSchema:
             return {}
 
     def bytes_schema(self, schema: Any) -> dict[str, Any]:
@@ -573,11 +573,18 @@ class _Schemas(GenerateJsonSchema):
         """By name, however they are passed; but not what is a named tuple in an older pydantic."""
         if schema.get("metadata", {}).get("pydantic_js_prefer_positional_arguments"):
             return super().arguments_schema(schema)
-        found = self.kw_arguments_schema(schema["arguments_schema"], None)
-        for rest in ("var_args_schema", "var_kwargs_schema"):
-            if rest in schema:
-                found["properties"][rest] = self.generate_inner(schema[rest])
-        return found
+        named = {self.get_argument_name(a): a["schema"] for a in schema["arguments_schema"]}
+        required = [name for name, inner in named.items() if inner["type"] != "default"]
+        named |= {rest: schema[rest] for rest in ("var_args_schema", "var_kwargs_schema")
+                  if rest in schema}
+        return {"required": required, "properties": {
+            name: self._argument(inner) for name, inner in named.items()}}
+
+    def _argument(self, schema: Any) -> dict[str, Any]:
+        try:
+            return self.generate_inner(schema)
+        except PydanticOmit:  # of SkipJsonSchema, which leaves out a field, but not an argument
+            return {}
 
 
 def _openrpc(owner: type, methods: Mapping[str, _Method]) -> Any:
@@ -617,7 +624,7 @@ def _method_object(name: str, method: _Method, arguments: dict[str, Any],
     parameters = sorted(method.parameters, key=lambda p: p.kind in rest)
     for p, (own, schema) in zip(parameters, arguments["properties"].items(), strict=True):
         params.append({"name": own, "schema": schema,
-                       "required": own in arguments.get("required", ())})
+                       "required": own in arguments["required"]})
         if p.kind in rest:
             params[-1] |= {"name": p.name, "x-variadic": True}
     kinds, text = {p.kind for p in parameters}, inspect.getdoc(method.function) or ""

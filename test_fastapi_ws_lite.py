@@ -48,6 +48,7 @@ from fastapi import (
 )
 from hypothesis import HealthCheck, given, settings, strategies as st
 from pydantic import BaseModel, Field
+from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import core_schema
 from starlette.types import Message, Receive, Scope, Send
 from uvicorn.config import WSProtocolType
@@ -6966,6 +6967,9 @@ class Described(RpcMethodsBase):
     async def bare(self, a, b=None):  # type: ignore[no-untyped-def]
         return a, b
 
+    async def skipped(self, a: SkipJsonSchema[int], b: int | SkipJsonSchema[None] = None) -> None:
+        ...
+
 
 def refs_of(value: Any) -> Iterator[str]:
     """All that a document refers to."""
@@ -7008,7 +7012,7 @@ async def test_discover_answers_an_openrpc_document(wire: str, side: int) -> Non
     async with pair(Described(), wire) as ends:
         document = (await ends[side].call("rpc.discover")).result
     methods = check_openrpc(document)
-    assert list(methods) == ["order", "by_name", "by_position", "unknown", "bare"]
+    assert list(methods) == ["order", "by_name", "by_position", "unknown", "bare", "skipped"]
     assert document["info"] == {
         "title": "Described", "version": "0",
         "description": "What is for sale.\n\nWith a second paragraph."}
@@ -7018,8 +7022,7 @@ async def test_discover_answers_an_openrpc_document(wire: str, side: int) -> Non
         "params": [{"name": "item", "required": True,
                     "schema": {"$ref": "#/components/schemas/Item-Input"}},
                    {"name": "amount", "required": False,
-                    "schema": {"type": "integer", "title": "Amount", "exclusiveMinimum": 0,
-                               "default": 1}}],
+                    "schema": {"type": "integer", "exclusiveMinimum": 0, "default": 1}}],
         "result": {"name": "result", "schema": {
             "type": "array", "items": {"$ref": "#/components/schemas/Item-Output"}}}}
 
@@ -7029,9 +7032,9 @@ def params_of(method: str) -> dict[str, Any]:
     found = check_openrpc(lib._openrpc(Described, {method: lib._Method(
         method, getattr(Described(), method))}))[method]
     kind = {True: "must", False: "may"}
-    return {"": found["paramStructure"], **{param["name"]: (kind[param["required"]], {
-        key: value for key, value in param["schema"].items() if key != "title"})
-        for param in found["params"]}, "->": found["result"]["schema"]}
+    params = {param["name"]: (kind[param["required"]], param["schema"])
+              for param in found["params"]}
+    return {"": found["paramStructure"], **params, "->": found["result"]["schema"]}
 
 
 def test_discover_parameters_are_described_as_they_are_passed() -> None:
@@ -7054,6 +7057,9 @@ def test_discover_hint_without_a_schema_is_an_empty_one() -> None:
         "default": ("may", {}), "->": {}}
     assert params_of("bare") == {
         "": "either", "a": ("must", {}), "b": ("may", {"default": None}), "->": {}}
+    assert params_of("skipped") == {
+        "": "either", "a": ("must", {}), "b": ("may", {"type": "integer", "default": None}),
+        "->": {"type": "null"}}
 
 
 def test_discover_named_tuple_of_an_older_pydantic_is_an_array() -> None:
