@@ -45,6 +45,7 @@ from fastapi_ws_lite import (
     RpcEndpoint,
     RpcError,
     RpcMethodsBase,
+    connect,
 )
 
 # ------------------------------------------------------------------ demo: a server and two clients
@@ -338,10 +339,28 @@ async def reconnecting() -> None:
             await asyncio.sleep(0.001)
 
 
+# -------------------------------------------------------------------------- without an event loop
+
+
+def without_a_loop() -> None:
+    """A script, or a thread: calls return the bare result, and events are iterated with `for`."""
+    app = FastAPI()
+    PubSubEndpoint(Calculator()).register_route(app, "/ws")
+
+    with connect("ws://test/ws", transport=ASGITransport(app)) as remote:
+        assert remote.add(a=1, b=2) == 3
+        assert remote.call("add", [1, 2], timeout=5) == 3
+        events = remote.events("news")                    # from here on, nothing is missed
+        remote.publish("news", {"n": 1}, include_self=True)
+        for event in events:
+            assert (event.topic, event.data) == ("news", {"n": 1})
+            break                                         # which unsubscribes
+
+
 SCENARIOS: dict[str, Callable[[], Any]] = {
     function.__name__: function
     for function in (demo, calls, both_ways, validation, errors, events, events_in_process,
-                     authorisation, reconnecting)
+                     authorisation, reconnecting, without_a_loop)
 }
 
 

@@ -14,6 +14,9 @@
         await client.subscribe("news", print)         # awaited: confirmed by the server
         endpoint.publish(["news"], data={"any": "JSON"})              # in the server's code
 
+    with connect("ws://localhost:8000/ws") as remote: # without an event loop
+        remote.add(a=1, b=2) == 3
+
 The wire is UTF-8 JSON, in one of two dialects: JSON-RPC 2.0 (https://www.jsonrpc.org/specification)
 with additions that a plain peer can ignore, or the wire of fastapi_websocket_rpc. The subprotocol
 ws-lite.1 selects the first and lets messages travel together in one frame; without it, the server
@@ -42,15 +45,18 @@ import itertools
 import json
 import logging
 import math
+import os
 import random
 import re
 import struct
+import sys
+import threading
 import types
 import typing
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Generic, Literal, NamedTuple, Protocol, Self, TypeAlias
@@ -60,8 +66,10 @@ from urllib.parse import unquote, urlsplit
 import anyio.to_thread
 from fastapi import APIRouter, FastAPI, WebSocket
 from fastapi.params import Depends
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-from pydantic_core import ArgsKwargs, from_json, to_json
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+from pydantic.errors import PydanticInvalidForJsonSchema, PydanticUndefinedAnnotation
+from pydantic.json_schema import GenerateJsonSchema
+from pydantic_core import ArgsKwargs, PydanticOmit, from_json, to_json
 from starlette.types import ASGIApp, Message
 from starlette.websockets import WebSocketState
 
@@ -74,6 +82,8 @@ __all__ = [
     "PubSubEndpoint", "RpcEndpoint",
     "ASGITransport", "NetworkTransport", "PubSubClient", "RpcClient", "SessionTransport", "Socket",
     "Transport",
+    # without an event loop
+    "Remote", "connect",
     # errors
     "Cancelled", "ChannelClosed", "Forbidden", "InternalError", "InvalidParams", "MessageTooLarge",
     "MethodNotFound", "Overloaded", "Refused", "RequestTimeout", "RpcError",
@@ -521,6 +531,8 @@ class _Method:
         self._validator = adapter.validator
         # only from JSON text are bytes base64, and dates in a strict model strings
         self._from_json = bool(re.search("'bytes'|'strict': True", repr(adapter.core_schema)))
+        self.parameters, self.returns = list(shown.parameters.values()), hints.get("return", Any)
+        self.adapter = adapter
 
     def bind(self, channel: "RpcChannel", params: Any) -> tuple[Sequence[Any], dict[str, Any]]:
         """The arguments for the function. Raises InvalidParams."""
@@ -573,6 +585,94 @@ def _methods_of(instance: RpcMethodsBase | None) -> dict[str, Callable[..., Any]
             found.update(vars(cls))
     return {name: value.__get__(instance, type(instance)) for name, value in found.items()
             if name[0] != "_" and inspect.isfunction(getattr(value, "__func__", value))}
+
+
+# ---------------------------------------------------------------------------- describing methods
+# What rpc.discover answers: an OpenRPC document (https://spec.open-rpc.org). Its schemas are made
+# from what validates the arguments, and only when someone asks.
+
+
+class _Schemas(GenerateJsonSchema):
+    """Pydantic's, with an empty schema where a hint has none."""
+
+    def emit_warning(self, kind: Any, detail: str) -> None:
+        """Say nothing: a default that is not JSON is left out."""
+
+    def generate_inner(self, schema: Any) -> dict[str, Any]:
+        try:
+            return super().generate_inner(schema)
+        except PydanticInvalidForJsonSchema:
+            return {}
+
+    def bytes_schema(self, schema: Any) -> dict[str, Any]:
+        return {"type": "string", "contentEncoding": "base64"}
+
+    def arguments_schema(self, schema: Any) -> dict[str, Any]:
+        """By name, however they are passed; but not what is a named tuple in an older pydantic."""
+        if schema.get("metadata", {}).get("pydantic_js_prefer_positional_arguments"):
+            return super().arguments_schema(schema)
+        named = {self.get_argument_name(a): a["schema"] for a in schema["arguments_schema"]}
+        required = [name for name, inner in named.items() if inner["type"] != "default"]
+        named |= {rest: schema[rest] for rest in ("var_args_schema", "var_kwargs_schema")
+                  if rest in schema}
+        return {"required": required, "properties": {
+            name: self._argument(inner) for name, inner in named.items()}}
+
+    def _argument(self, schema: Any) -> dict[str, Any]:
+        try:
+            return self.generate_inner(schema)
+        except PydanticOmit:  # of SkipJsonSchema, which leaves out a field, but not an argument
+            return {}
+
+
+def _openrpc(owner: type, methods: Mapping[str, _Method]) -> Any:
+    """The document about methods, named after the class that has them and its module's version."""
+    asked: list[tuple[str, Literal["validation", "serialization"], TypeAdapter[Any]]] = []
+    for name, method in methods.items():
+        asked.append((name, "validation", method.adapter))
+        asked.append((name, "serialization", _result_adapter(method)))
+    found, shared = TypeAdapter.json_schemas(
+        asked, ref_template="#/components/schemas/{model}", schema_generator=_Schemas)
+    about = {"description": inspect.cleandoc(owner.__doc__)} if owner.__doc__ else {}
+    version = getattr(sys.modules.get(owner.__module__), "__version__", "0")
+    document = {"openrpc": "1.3.2",
+                "info": {"title": owner.__name__, "version": str(version), **about},
+                "methods": [_method_object(name, method, found[name, "validation"],
+                                           found[name, "serialization"])
+                            for name, method in methods.items()],
+                "components": {"schemas": shared.get("$defs", {})}}
+    return from_json(to_json(document, inf_nan_mode="null"))  # a default may be infinite
+
+
+def _result_adapter(method: _Method) -> TypeAdapter[Any]:
+    """Of what the method returns, or its stream carries."""
+    hint = method.returns
+    if getattr(method, "streams", False):
+        hint = (*typing.get_args(hint), Any)[0]
+    try:
+        return TypeAdapter(hint)
+    except (PydanticUndefinedAnnotation, PydanticUserError):  # pydantic makes nothing of it
+        return TypeAdapter(Any)
+
+
+def _method_object(name: str, method: _Method, arguments: dict[str, Any],
+                   result: dict[str, Any]) -> dict[str, Any]:
+    kind, params = inspect.Parameter, []
+    rest = (kind.VAR_POSITIONAL, kind.VAR_KEYWORD)
+    parameters = sorted(method.parameters, key=lambda p: p.kind in rest)
+    for p, (own, schema) in zip(parameters, arguments["properties"].items(), strict=True):
+        params.append({"name": own, "schema": schema,
+                       "required": own in arguments["required"]})
+        if p.kind in rest:
+            params[-1] |= {"name": p.name, "x-variadic": True}
+    kinds, text = {p.kind for p in parameters}, inspect.getdoc(method.function) or ""
+    return {"name": name,
+            **({"summary": text.partition("\n")[0], "description": text} if text else {}),
+            "paramStructure": "by-position" if kinds & {kind.POSITIONAL_ONLY, kind.VAR_POSITIONAL}
+            else "by-name" if kinds & {kind.KEYWORD_ONLY, kind.VAR_KEYWORD} else "either",
+            "params": sorted(params, key=lambda param: not param["required"]),
+            "result": {"name": "result", "schema": result},
+            **({"x-stream": True} if getattr(method, "streams", False) else {})}
 
 
 # --------------------------------------------------------------------- pending calls and streams
@@ -945,6 +1045,7 @@ class _Side:
     """What an endpoint and a client have in common."""
 
     _own: ClassVar[Mapping[str, str]] = {}  # methods of ours: name on the wire, name here
+    _document: Any = None  # what rpc.discover answers, once it was asked
 
     def __init__(self, methods: RpcMethodsBase | None = None, *, on_connect: _Hooks = (),
                  on_disconnect: _Hooks = (), max_message_size: int = MAX_MESSAGE_BYTES,
@@ -957,8 +1058,11 @@ class _Side:
         self._make_limiters()
         self._on_connect, self._on_disconnect = _hooks(on_connect), _hooks(on_disconnect)
         self._table: _Table = {"$/cancelRequest": _cancel_request}
-        self._add({"_ping_": _ping, "_get_channel_id_": _get_channel_id})
+        self._add({"_ping_": _ping, "_get_channel_id_": _get_channel_id,
+                   "rpc.discover": self._discover})
         self._add({name: getattr(self, own) for name, own in self._own.items()})
+        self._owner = type(self if methods is None else methods)
+        self._built_in = frozenset(self._table)
         self._add(_methods_of(methods))
 
     def _make_limiters(self) -> None:
@@ -971,6 +1075,14 @@ class _Side:
         if taken := functions.keys() & self._table.keys():
             raise ValueError(f"there is a method {', '.join(sorted(taken))} already")
         self._table.update({name: _Method(name, f) for name, f in functions.items()})
+        self._document = None
+
+    async def _discover(self, channel: "RpcChannel") -> Any:
+        if self._document is None:
+            methods = {name: method for name, method in self._table.items()
+                       if isinstance(method, _Method) and name not in self._built_in}
+            self._document = _openrpc(self._owner, methods)
+        return self._document
 
     def _seconds(self, timeout: _Timeout) -> float | None:
         return self._timeout if isinstance(timeout, _Unset) else timeout
@@ -1995,13 +2107,13 @@ class EventNotifier:
             self._mark_timer = None
         if self._connected and self._loop is not None and self._history[0]:
             self._mark_timer = self._loop.call_later(MARK_SECONDS, self._mark)
-            text = _told("position", position=log.position)
+            text = _notice("position", position=log.position)
             for feed in self._connected:
                 if not feed.lagging and feed.told < log.end - 1 and len(feed):
                     feed.mark(text, log.end - 1)
 
 
-def _told(method: str, **params: Any) -> str:
+def _notice(method: str, **params: Any) -> str:
     return _JSONRPC.request(None, method, _encode(params), None)
 
 
@@ -2099,7 +2211,7 @@ class _Feed:
 
     def _tell_gap(self, position: str, reason: str) -> None:
         self._notifier._gaps_told += 1
-        self._channel._put(_told("gap", position=position, reason=reason))
+        self._channel._put(_notice("gap", position=position, reason=reason))
 
     def mark(self, text: str, index: int) -> None:
         """Tell a position; not in the old wire, which knows none."""
@@ -2245,8 +2357,9 @@ class PubSubEndpoint(RpcEndpoint):
     """An RpcEndpoint whose clients can also subscribe and publish.
 
     Args, beside those of RpcEndpoint:
-        authorize: called with (channel, action, topics), where action is "subscribe" or "publish";
-            ``def`` or ``async def``. False, or a raised RpcError, refuses the whole call.
+        authorize: called with (channel, action, topics), where action is "subscribe", "publish", or
+            "discover", which has no topics; ``def`` or ``async def``. False, or a raised RpcError,
+            refuses the whole call.
         on_subscribe, on_unsubscribe: hooks, called with (channel, topics) after the fact.
         history, history_bytes: what is kept, once for all, for subscribers that fall behind or
             come back: a number of events (0 for none), and bytes.
@@ -2350,6 +2463,11 @@ class PubSubEndpoint(RpcEndpoint):
 
     async def _pong(self) -> str:
         return "pong"
+
+    async def _discover(self, channel: RpcChannel) -> Any:
+        if not await self._allows(channel, "discover", ()):
+            raise Forbidden("discover is forbidden")
+        return {**await super()._discover(channel), "x-events": True}
 
 
 # ------------------------------------------------------------------------------------ transports
@@ -3181,3 +3299,327 @@ class PubSubClient(RpcClient):
             for subscription, _ in confirmed:
                 del self._inbox.unconfirmed[subscription]
                 subscription._settle()
+
+
+# -------------------------------------------------------------------------- without an event loop
+# A PubSubClient on a loop of its own, in a thread of its own (anyio's blocking portal). A thread
+# that asks for something waits for a future; interrupted there, by Ctrl-C, it cancels the work.
+# Work is handed over under a lock, and none when the client is closed: no thread waits for a loop
+# that has ended.
+
+_END: Final = object()  # of an iterator
+
+
+class Remote:
+    """A server, for code without an event loop; `connect` makes it. Several threads may use it.
+
+    ``remote.add(a=1, b=2)`` calls a method and returns its result; `call` also reaches those whose
+    names are taken here. What waits raises what PubSubClient raises, and ends at once at Ctrl-C.
+    """
+
+    def __init__(self, client: PubSubClient) -> None:
+        self._client, self._loop = client, asyncio.get_running_loop()
+        self._thread, self._lock, self._closed = threading.get_ident(), threading.Lock(), False
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method: Callable[..., Any] = getattr(_Other(self.call), name)
+        return method
+
+    def call(self, method: str, args: _Arguments = None, *, timeout: _Timeout = _UNSET) -> Any:
+        """Call a method of the server and return its result; as `RpcClient.call`."""
+        return self._wait(self._client.call, method, args, timeout=timeout).result
+
+    def notify(self, method: str, args: _Arguments = None) -> None:
+        """Call a method of the server and do not wait for an answer."""
+        self._wait(self._client.notify, method, args)
+
+    def publish(self, topics: str | Iterable[str], data: Any = None, *,
+                include_self: bool = False) -> None:
+        """Publish an event to each topic, and wait until the server has it."""
+        self._wait(self._client.publish, topics, data, include_self=include_self)
+
+    def subscribe(self, topics: str | Iterable[str], callback: _Callback, *,
+                  pattern: bool = False) -> None:
+        """Subscribe, confirmed by the server. Callbacks run in another thread, one at a time."""
+        call = _caller(callback)
+
+        async def in_thread(event: Event) -> None:
+            result = await anyio.to_thread.run_sync(call, event, abandon_on_cancel=True)
+            if inspect.isawaitable(result):
+                await result
+
+        self._wait(self._client.subscribe, topics, in_thread, pattern=pattern)
+
+    def unsubscribe(self, topics: str | Iterable[str], *, pattern: bool = False) -> None:
+        """Cancel all subscriptions to these topics."""
+        self._wait(self._client.unsubscribe, topics, pattern=pattern)
+
+    def events(self, topics: str | Iterable[str], *, pattern: bool = False) -> Iterator[Event]:
+        """Subscribe, confirmed by the server, and iterate; leaving the loop unsubscribes."""
+        subscription = self._wait(self._client.subscribe, topics, pattern=pattern)
+        return self._iterate(subscription.__aiter__())
+
+    def _iterate(self, items: AsyncGenerator[_T]) -> Iterator[_T]:
+        """Drive an asynchronous generator from this thread, and close it however this ends."""
+        one_at_a_time = asyncio.Lock()  # what was interrupted may still be on its way out
+
+        async def step(work: Callable[..., Awaitable[Any]], *args: Any) -> Any:
+            async with one_at_a_time:
+                return await work(*args)
+
+        try:
+            while (item := self._wait(step, anext, items, _END)) is not _END:
+                yield item
+        finally:
+            with contextlib.suppress(ChannelClosed):  # it was closed with the client
+                self._wait(step, items.aclose)
+
+    def _wait(self, work: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        """Do it on the loop. If this thread is interrupted meanwhile, it is cancelled there."""
+        async def run() -> Any:
+            result = work(*args, **named)
+            return await result if inspect.isawaitable(result) else result
+
+        if threading.get_ident() == self._thread:
+            raise RuntimeError("this thread runs the connection and must not wait for it: "
+                               "use self.channel or, in a hook, its argument")
+        with self._lock:
+            if self._closed:
+                raise ChannelClosed(1000, "the client is closed")
+            future = asyncio.run_coroutine_threadsafe(run(), self._loop)
+        try:
+            return future.result()
+        except BaseException:  # KeyboardInterrupt; if it is the work's own, nothing is cancelled
+            future.cancel()
+            raise
+
+    def _close(self) -> None:
+        try:
+            self._wait(self._client.close)
+        finally:
+            with self._lock:
+                self._closed = True
+
+
+@contextlib.contextmanager
+def connect(server_uri: str, methods: RpcMethodsBase | None = None,
+            **options: Unpack[_ClientOptions]) -> Iterator[Remote]:
+    """Connect without an event loop: ``with connect("ws://...") as remote: remote.add(a=1, b=2)``.
+
+    Args and errors are those of PubSubClient. It connects again by itself; hooks and ``async def``
+    methods run on its own loop, in another thread.
+    """
+    from anyio.from_thread import start_blocking_portal  # for those who use it
+
+    with start_blocking_portal() as portal:
+        remote = portal.call(Remote, PubSubClient(server_uri, methods, **options))
+        try:
+            remote._wait(remote._client.__aenter__)
+            yield remote
+        finally:
+            remote._close()
+
+
+# ----------------------------------------------------------------------------------- command line
+# A command is a function; its docstring is its help. What goes wrong in it becomes one line and an
+# exit code in `_main`.
+
+_EXIT_CODES: Final = """\
+exit codes:
+  0    done; also when what the output is piped into has ended
+  1    serve: cannot listen
+  2    wrong usage
+  3    cannot connect, refused, or the connection was lost
+  4    answered with an error, or not in time
+  130  Ctrl-C"""
+
+
+class _FirstAttempt(NetworkTransport):
+    """Until it has once been connected, no failure is tried again: someone is waiting."""
+
+    async def open(self, uri: str, **options: Any) -> Socket:
+        try:
+            return await super().open(uri, **options)
+        except Exception as error:  # the library's own too: no such scheme, no WebSocket there
+            raise RpcError(0, f"cannot connect: {error}") from error
+
+
+def _value(text: str) -> Any:
+    """A JSON value; what is not JSON is a string."""
+    try:
+        return _decode(text)
+    except (ValueError, TypeError, RecursionError):  # TypeError: bytes that are not UTF-8
+        return text
+
+
+def _cli_call(remote: Remote, args: Any) -> None:
+    """Call a method and print its result.
+
+    Values are JSON, or else strings. One JSON object or array may stand for all arguments.
+
+    example: fastapi-ws-lite call ws://localhost:8000/ws add a=1 b=2
+    """
+    words, params = args.arguments, {}
+    if len(words) == 1 and type(lone := _value(words[0])) in (dict, list):
+        words, params = [], lone
+    for name, sign, text in (word.partition("=") for word in words):
+        if not sign:
+            raise ValueError(f"an argument is name=value, not {name!r}")
+        params[name] = _value(text)
+    print(_encode(remote.call(args.method, params or None)))
+
+
+def _shape(schema: dict[str, Any]) -> str:
+    """A JSON Schema in a few words."""
+    text: str = schema.get("$ref", "").rpartition("/")[2] or schema.get("type", "any")
+    text = " | ".join(map(_shape, schema.get("anyOf", ()))) or text
+    text += f"[{_shape(schema['items'])}]" if schema.get("items") else ""
+    return text + (f" = {_encode(schema['default'])}" if "default" in schema else "")
+
+
+def _cli_methods(remote: Remote, args: Any) -> None:
+    """List the methods of a server.
+
+    What it says of itself in full: fastapi-ws-lite call URL rpc.discover
+
+    example: fastapi-ws-lite methods ws://localhost:8000/ws
+    """
+    for method in remote.call("rpc.discover")["methods"]:
+        params = ", ".join(f"{'*' * ('x-variadic' in param)}{param['name']}: "
+                           f"{_shape(param['schema'])}" for param in method["params"])
+        stream = "stream of " if method.get("x-stream") else ""
+        print(f"{method['name']}({params}) -> {stream}{_shape(method['result']['schema'])}")
+        if "summary" in method:
+            print(f"    {method['summary']}")
+
+
+def _cli_subscribe(remote: Remote, args: Any) -> None:
+    """Print events, a line of JSON each.
+
+    example: fastapi-ws-lite subscribe --pattern ws://localhost:8000/ws 'orders.*' | jq .data
+    """
+    for event in remote.events(args.topics, pattern=args.pattern):
+        print(_encode(event._asdict()), flush=True)
+
+
+def _cli_publish(remote: Remote, args: Any) -> None:
+    """Publish an event or, without one, each line of standard input.
+
+    What is not JSON is a string.
+
+    example: fastapi-ws-lite publish ws://localhost:8000/ws news '{"n": 1}'
+    """
+    for line in filter(str.strip, sys.stdin) if args.json is None else [args.json]:
+        remote.publish(args.topic, _value(line.removesuffix("\n")))
+
+
+def _cli_serve(remote: None, args: Any) -> None:
+    """Serve the methods of a class, and events.
+
+    example: fastapi-ws-lite serve calculator.py:Calculator, or package.module:Calculator
+    """
+    try:
+        uvicorn: Any = importlib.import_module("uvicorn")
+    except ImportError as error:
+        raise ImportError("serve needs uvicorn: pip install 'fastapi-ws-lite[standard]', or "
+                          "'uvicorn[standard]'") from error
+    where, _, name = args.target.rpartition(":")
+    folder, file = os.path.split(where) if where.endswith(".py") else ("", where)
+    sys.path.insert(0, os.path.abspath(folder))
+    methods = getattr(importlib.import_module(file.removesuffix(".py")), name)()
+    app = FastAPI()
+    PubSubEndpoint(methods).register_route(app, args.path)
+    config = uvicorn.Config(app, host=args.host, port=args.port, log_config=None)
+    listener = config.bind_socket()
+    print(f"serving {name} at ws://{args.host}:{listener.getsockname()[1]}{args.path}",
+          file=sys.stderr, flush=True)
+    uvicorn.Server(config).run([listener])
+
+
+def _header(text: str) -> tuple[str, str]:
+    name, sign, value = text.partition(":")
+    if not sign:
+        raise ValueError
+    return name.strip(), value.strip()
+
+
+_CONNECTED: Final[dict[str, dict[str, Any]]] = {
+    "url": {"help": "ws://... or wss://..."},
+    "-H": {"dest": "headers", "action": "append", "default": [], "type": _header,
+           "metavar": "'Name: value'", "help": "a header of the handshake; may be repeated"},
+    "--token": {"help": "the same as -H 'Authorization: Bearer TOKEN'"},
+    "--timeout": {"type": float, "default": DEFAULT_RESPONSE_TIMEOUT_SECONDS, "metavar": "SECONDS",
+                  "help": "for the connection, and for each answer (%(default)s)"},
+    "--wire": {"choices": ("old", "jsonrpc"), "default": "old",
+               "help": "for a server without the subprotocol ws-lite.1 (%(default)s)"}}
+_COMMANDS: Final[dict[str, tuple[Any, dict[str, dict[str, Any]]]]] = {
+    "serve": (_cli_serve, {
+        "target": {"metavar": "FILE_OR_MODULE:CLASS", "help": "a class of RpcMethodsBase"},
+        "--host": {"default": "127.0.0.1", "help": "%(default)s"},
+        "--port": {"type": int, "default": 8000, "help": "%(default)s; 0 for a free one"},
+        "--path": {"default": "/ws", "help": "%(default)s"}}),
+    "call": (_cli_call, {**_CONNECTED, "method": {},
+                         "arguments": {"nargs": "*", "metavar": "name=value"}}),
+    "methods": (_cli_methods, _CONNECTED),
+    "subscribe": (_cli_subscribe, {**_CONNECTED, "topics": {"nargs": "+", "metavar": "topic"},
+                                   "--pattern": {"action": "store_true",
+                                                 "help": "topics are globs, as in fnmatch"}}),
+    "publish": (_cli_publish, {**_CONNECTED, "topic": {}, "json": {"nargs": "?"}})}
+
+
+def _arguments(argv: Sequence[str] | None) -> Any:
+    import argparse  # for those who use it
+
+    shape: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser("fastapi-ws-lite", epilog=_EXIT_CODES, **shape)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (run, arguments) in _COMMANDS.items():
+        text = inspect.getdoc(run) or ""
+        command = commands.add_parser(name, help=text.partition("\n")[0], description=text, **shape)
+        command.set_defaults(run=run)
+        for argument, options in arguments.items():
+            command.add_argument(argument, **options)
+    return parser.parse_args(argv)
+
+
+def _connection(args: Any) -> contextlib.AbstractContextManager[Any]:
+    if args.run is _cli_serve:
+        return contextlib.nullcontext()
+    bearer = [("Authorization", f"Bearer {args.token}")] if args.token else []
+    return connect(args.url, headers=[*args.headers, *bearer], transport=_FirstAttempt(),
+                   wire=args.wire, connect_timeout=args.timeout,
+                   default_response_timeout=args.timeout)
+
+
+def _main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns its exit code."""
+    args, failure = _arguments(argv), 3
+    logging.basicConfig(level=logging.ERROR)
+    try:
+        with _connection(args) as remote:
+            failure = 4
+            args.run(remote, args)
+            sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 0
+    except RpcError as error:
+        failure = 3 if isinstance(error, ChannelClosed) else failure
+        details = [f"({error.code})", error.data and _encode(error.data)] if failure == 4 else []
+        return _told(failure, error, *details)
+    except (AttributeError, ImportError, TypeError, ValueError) as error:
+        return _told(2, error)
+
+
+def _told(code: int, *what: object) -> int:
+    print("fastapi-ws-lite:", *" ".join(str(part) for part in what if part).split(),
+          file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":  # under its own name, by which what is served imports it, too
+    _own = __spec__.name if __spec__ else os.path.basename(__file__).removesuffix(".py")
+    sys.exit(importlib.import_module(__package__ or _own)._main())
