@@ -469,9 +469,11 @@ def broadcast() -> Served:
 
     async def ws(connection: Any) -> None:
         connections.add(connection)
-        async for message in connection:
-            await connection.send(message)
-        connections.discard(connection)
+        try:
+            async for message in connection:
+                await connection.send(message)
+        finally:
+            connections.discard(connection)
 
     async def publish(data: Any) -> None:
         library.broadcast(connections, compact(data))
