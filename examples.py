@@ -672,7 +672,8 @@ class Scale(NamedTuple):
     topics: int = 10_000   # of each of ten connections
 
 
-SCALES = {"": Scale(), "--quick": Scale(1, 0.1), "--smoke": Scale(1, 0.02, 0.02, 5, 10, 100)}
+SCALES = {"": Scale(), "--quick": Scale(1, 0.1, few=50, many=300),
+          "--smoke": Scale(1, 0.02, 0.02, 5, 10, 100)}
 COLUMNS = {"bare": "bare FastAPI", "predecessors": "fastapi-websocket-rpc, -pubsub",
            "python_socketio": "python-socketio", "broadcast": "websockets.broadcast"}
 MODULES = {"this_library": "fastapi_ws_lite", "python_socketio": "socketio",
