@@ -6887,7 +6887,19 @@ def test_examples_run_all_scenarios() -> None:
 def test_examples_unknown_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     """A name that is not there fails, and says what is."""
     assert examples.main(["nope"]) == 2
-    assert "demo" in capsys.readouterr().out
+    assert "demo" in (said := capsys.readouterr().out) and "bench" in said
+
+
+def test_examples_bench_measures_what_readme_shows() -> None:
+    """A run with tiny counts has every row of the table in README.md; only its numbers differ."""
+    def titles(text: str) -> list[str]:
+        return [re.sub(r"\d[\d,.]*", "N", title)
+                for title in re.findall(r"^\| (.+?) \|", text, re.MULTILINE)]
+
+    measured = (HERE / "README.md").read_text().split("## Measured")[1].split("\n## ")[0]
+    printed = run(sys.executable, "examples.py", "bench", "--smoke")
+    assert titles(printed) == titles(measured)
+    assert printed.count("/s |") == measured.count("/s |") > 10
 
 
 def test_examples_header_agrees_with_pyproject() -> None:
