@@ -129,7 +129,8 @@ MAX_SUBSCRIPTIONS: Final = 10_000  # per connection
 MAX_PATTERNS: Final = 100  # per connection; each costs time at every publish, as topics do not
 
 SEND_SECONDS: Final = 10.0  # a peer that takes nothing for so long is let go,
-SEND_BYTES_PER_SECOND: Final = 64 * 2**10  # with more time for a large message
+SEND_BYTES_PER_SECOND: Final = 64 * 2**10  # with more time for a large message, unless we see
+LOOK_SECONDS: Final = 1.0  # what it takes, by a look so often
 CLOSE_SECONDS: Final = 2.0  # for a close to take place; then the connection is left as it is
 ASK_AGAIN_SECONDS: Final = 1.0  # at most, until a subscribe is repeated that was too much
 GRACE_SECONDS: Final = 1.0  # for what was cancelled to end; then it is left behind, and logged
@@ -949,14 +950,25 @@ class Socket(Protocol):
         """Close the connection, soon, whatever the peer does."""
 
 
-class _Direct(Protocol):
-    """What a socket may offer as ``direct``: to write frames without waiting, below ASGI."""
+class _Below(Protocol):
+    """What a socket may offer as ``below``: the server's own transport, which ASGI hides."""
+
+    takes_frames: bool
 
     def ready(self) -> bool:
-        """Whether the connection is open and takes more."""
+        """Whether the connection is open, and has sent all it was given."""
 
     def write(self, frames: bytes) -> None:
-        """Write WebSocket frames."""
+        """Write WebSocket frames, without waiting."""
+
+    def unsent(self) -> int:
+        """The bytes that the peer has not taken."""
+
+    def closing(self) -> bool:
+        """Whether the server is about to close the connection."""
+
+    def abort(self) -> None:
+        """Drop the connection, and them."""
 
 
 def _joined(texts: Sequence[str]) -> str:
@@ -1055,6 +1067,7 @@ class _Side:
         self._encode, self._decode = _coders(codec)
         self._timeout, self._max_size = default_response_timeout, max_message_size
         self._max_requests = max_concurrent_requests
+        self._stalled = 0  # peers that were let go because they took nothing
         self._make_limiters()
         self._on_connect, self._on_disconnect = _hooks(on_connect), _hooks(on_disconnect)
         self._table: _Table = {"$/cancelRequest": _cancel_request}
@@ -1136,6 +1149,7 @@ class RpcChannel:
     __slots__ = (
         "__weakref__",
         "_answers_size",
+        "_below",
         "_calls",
         "_close_timer",
         "_closed",
@@ -1166,6 +1180,7 @@ class RpcChannel:
         "_timer",
         "_timer_at",
         "_unread",
+        "_unsent",
         "_writer",
         "context",
         "id",
@@ -1176,7 +1191,8 @@ class RpcChannel:
         self.id, self.context = uuid.uuid4().hex, context
         self._socket, self._side, self._peer_takes = socket, side, side._max_size
         self._dialect, self._speaks = dialect, dialect or _JSONRPC  # only errors, until it is known
-        self._direct: _Direct | None = getattr(socket, "direct", None)
+        self._below: _Below | None = getattr(socket, "below", None)
+        self._direct = self._below if self._below and self._below.takes_frames else None
         self._held: list[tuple[int | None, str, str | None, float | None]] = []
         self._loop = asyncio.get_running_loop()
         self._outbox: list[tuple[str, int, bool]] = []  # text, its bytes, is it an answer
@@ -1197,7 +1213,8 @@ class RpcChannel:
         self._timer: asyncio.TimerHandle | None = None
         self._close_timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf
-        self._send_deadline: float | None = None
+        self._send_deadline: float | None = None  # for the peer to take something
+        self._unsent = 0  # when that was last looked at
         self._feed: _Feed | None = None
         self._receiving = False  # and will flush before it waits
         self._share = 0  # of the frame, in bytes, that the message being handled has
@@ -1588,7 +1605,10 @@ class RpcChannel:
 
     def _tick(self) -> None:
         self._timer, self._timer_at, now = None, math.inf, self._loop.time()
-        if (self._send_deadline or math.inf) <= now:
+        if not self._takes_something(now):
+            self._side._stalled += 1
+            if self._below is not None:
+                self._below.abort()
             self._end(ChannelClosed(TOO_SLOW, "takes nothing"))
             return
         for id in self._calls.expired(now):
@@ -1597,7 +1617,8 @@ class RpcChannel:
         for request in [r for r in self._running if (r.deadline or math.inf) <= now]:
             self._stop(request, RequestTimeout())
         left = [r.deadline for r in self._running if r.deadline is not None]
-        left += [] if self._send_deadline is None else [self._send_deadline]
+        if self._send_deadline is not None:
+            left.append(min(self._send_deadline, now + LOOK_SECONDS))
         self._watch(min(itertools.chain(left, self._calls.deadlines()), default=None))
 
     # sending
@@ -1628,10 +1649,12 @@ class RpcChannel:
                 self._writer = self._spawn(self._write())
                 return
             self._direct.write(_frames(self._take(), self._dialect))
+            if self._send_deadline is None and self._direct.unsent():
+                self._expect_progress()
         if self._writer is None and self._closed is None:
             self._go_live(self._direct)
 
-    def _go_live(self, direct: "_Direct | None") -> None:
+    def _go_live(self, direct: "_Below | None") -> None:
         """Let events be written past the outbox, while that is empty."""
         if self._feed is not None:
             self._feed.direct = None if self._feed.lagging else direct
@@ -1644,15 +1667,34 @@ class RpcChannel:
             self._feed.refill()
         return bool(self._outbox)
 
+    def _expect_progress(self, size: int = 0) -> None:
+        """Let the peer go if it takes nothing for too long, of what it is being sent now."""
+        now, allowance = self._loop.time(), size / SEND_BYTES_PER_SECOND
+        if self._below is not None:  # progress can be seen
+            self._unsent, allowance = self._below.unsent(), 0.0
+        self._send_deadline = now + SEND_SECONDS + allowance
+        self._watch(min(self._send_deadline, now + (LOOK_SECONDS if self._below else math.inf)))
+
+    def _takes_something(self, now: float) -> bool:
+        if self._send_deadline is not None and self._below is not None:
+            before, self._unsent = self._unsent, self._below.unsent()
+            if self._unsent < before:
+                self._send_deadline = now + SEND_SECONDS
+            elif self._unsent and self._below.closing():
+                return False
+            if self._unsent == 0 and self._writer is None:
+                self._send_deadline = None
+        return self._send_deadline is None or now < self._send_deadline
+
     async def _write(self) -> None:
         try:
             while self._outbox or self._refill():
                 frame = _joined(self._take())
-                limit = SEND_SECONDS + len(frame) / SEND_BYTES_PER_SECOND
-                self._send_deadline = self._loop.time() + limit
-                self._watch(self._send_deadline)
+                self._expect_progress(len(frame))
                 await self._socket.send(frame)
                 self._send_deadline = None
+            if self._below is not None and self._below.unsent():
+                self._expect_progress()
             if self._closing is None:
                 self._writer = None
                 self._go_live(self._direct)
@@ -2128,7 +2170,7 @@ class _Feed:
 
     def __init__(self, channel: RpcChannel, notifier: EventNotifier) -> None:
         self._channel, self._notifier, self.subscriber_id = channel, notifier, channel.id
-        self.direct: _Direct | None = None  # while the connection keeps up
+        self.direct: _Below | None = None  # while the connection keeps up
         self.dialect, self.takes = channel._speaks, channel._peer_takes
         self.lagging, self.next = False, 0  # what is in the log before that place is done with
         self.told = notifier._log.end - 1  # the newest entry whose position the peer knows
@@ -2338,7 +2380,8 @@ class RpcEndpoint(_Side):
     def stats(self) -> dict[str, int]:
         """Gauges and counters by name."""
         channels = self.channels.values()
-        return {"channels": len(channels), "pending_calls": sum(len(c._calls) for c in channels)}
+        return {"channels": len(channels), "pending_calls": sum(len(c._calls) for c in channels),
+                "stalled_closed": self._stalled}
 
     async def close(self, code: int = 1012, reason: str = "") -> None:
         """Close all connections, staggered over two seconds at most.
@@ -2490,7 +2533,7 @@ class _ServerSocket:
     def __init__(self, websocket: WebSocket, subprotocol: str | None) -> None:
         self._websocket, self.subprotocol = websocket, subprotocol
         self._receive = websocket._receive  # its own receive() would check each message: 0.5 us
-        self.direct = _uvicorn(websocket._send)
+        self.below = _uvicorn(websocket._send)
 
     async def send(self, text: str) -> None:
         await self._websocket.send({"type": "websocket.send", "text": text})
@@ -2499,38 +2542,58 @@ class _ServerSocket:
         return _received(await self._receive())
 
     async def close(self, code: int, reason: str) -> None:
-        await self._websocket.close(code, reason)
+        try:
+            if self.below is None or not self.below.closing():
+                await self._websocket.close(code, reason)
+        finally:
+            if self.below is not None:
+                self.below.finish()
 
 
 class _Uvicorn:
-    """The connection of uvicorn below an ASGI send: 1.5 times the fan-out, as one turn of the loop
-    is one write to the socket, of bytes that all subscribers share.
+    """The connection of uvicorn below an ASGI send, for two things that ASGI has no way to say.
+
+    To write without waiting is 1.5 times the fan-out, as one turn of the loop is one write to the
+    socket, of bytes that all subscribers share. And to abort a connection is the only way to be rid
+    of a peer that reads nothing: a close waits until it has read all, as does the server's exit.
     """
 
-    __slots__ = ("_protocol", "_transport", "write")
+    __slots__ = ("_protocol", "_transport", "abort", "takes_frames", "unsent", "write")
 
     def __init__(self, protocol: Any) -> None:
         self._protocol, self._transport = protocol, protocol.transport
-        self.write = self._transport.write
+        self.write, self.abort = self._transport.write, self._transport.abort
+        self.unsent = self._transport.get_write_buffer_size
+        sansio = type(protocol).__module__ == "uvicorn.protocols.websockets.websockets_sansio_impl"
+        self.takes_frames = sansio and not protocol.conn.extensions  # compression is one
 
     def ready(self) -> bool:
-        transport = self._transport
-        return not (transport.get_write_buffer_size() or transport.is_closing()
-                    or self._protocol.close_sent)
+        return not (self.unsent() or self._transport.is_closing() or self._protocol.close_sent)
+
+    def closing(self) -> bool:
+        server = getattr(self._protocol, "ws_server", None)  # of --ws websockets
+        return self._transport.is_closing() or getattr(server, "closing", False)
+
+    def finish(self, before: float = math.inf) -> None:
+        """The connection is closed: when the peer takes no more, drop what it has not taken."""
+        unsent = self.unsent()
+        if unsent >= before:
+            self.abort()
+        elif unsent:
+            asyncio.get_running_loop().call_later(CLOSE_SECONDS, self.finish, unsent)
 
 
 def _uvicorn(send: Any) -> _Uvicorn | None:
-    """None for other servers, wsproto, compression, or middleware that is to see what is sent."""
+    """None for other servers and versions, and for middleware that is to see what is sent."""
     while getattr(send, "__module__", None) == "starlette._exception_handler":
         variables = dict(zip(send.__code__.co_freevars, send.__closure__, strict=True))
         send = variables["send"].cell_contents
     protocol: Any = getattr(send, "__self__", None)
-    if type(protocol).__module__ != "uvicorn.protocols.websockets.websockets_sansio_impl":
+    if not type(protocol).__module__.startswith("uvicorn.protocols.websockets."):
         return None
-    try:
-        return None if protocol.conn.extensions else _Uvicorn(protocol)
-    except AttributeError:  # another version of it
-        return None
+    with contextlib.suppress(AttributeError):
+        return _Uvicorn(protocol)
+    return None
 
 
 def _received(message: Message) -> str | bytes:

@@ -2176,7 +2176,7 @@ async def test_stats_are_numbers_that_return_to_zero() -> None:
         assert stats == {
             "channels": 1, "topics": 3, "subscriptions": 3, "pending_calls": 0, "lagging": 0,
             "log_events": 3, "events_published": 3, "events_delivered": 2, "gaps_told": 0,
-            "slow_closed": 0}
+            "slow_closed": 0, "stalled_closed": 0}
     await until(lambda: not endpoint.channels)
     stats = endpoint.stats()
     assert [stats[k] for k in ("channels", "topics", "subscriptions")] == [0, 0, 0]
@@ -3251,7 +3251,8 @@ async def test_stats_count_what_is_there_and_what_was() -> None:
         assert endpoint.stats() == {
             "channels": 1, "pending_calls": 0, "topics": 3, "subscriptions": 3, "lagging": 0,
             "log_events": 2, "log_bytes": endpoint.stats()["log_bytes"], "events_published": 2,
-            "events_delivered": 1, "gaps_told": 0, "slow_closed": 0}
+            "events_delivered": 1, "gaps_told": 0, "slow_closed": 0,
+            "stalled_closed": 0}
     await until(lambda: endpoint.stats()["channels"] == 0)
     stats = endpoint.stats()
     assert (stats["topics"], stats["subscriptions"], stats["events_delivered"]) == (0, 0, 1)
@@ -3263,9 +3264,11 @@ async def test_stats_count_the_calls_that_wait() -> None:
     async with connected(endpoint, methods=Calculator()):
         [channel] = endpoint.channels.values()
         call = asyncio.create_task(channel.other.wait())
-        await until(lambda: endpoint.stats() == {"channels": 1, "pending_calls": 1})
+        await until(lambda: endpoint.stats() == {
+            "channels": 1, "pending_calls": 1, "stalled_closed": 0})
         call.cancel()
-        await until(lambda: endpoint.stats() == {"channels": 1, "pending_calls": 0})
+        await until(lambda: endpoint.stats() == {
+            "channels": 1, "pending_calls": 0, "stalled_closed": 0})
 
 
 async def test_endpoint_close_ends_all_with_1012() -> None:
