@@ -1352,7 +1352,7 @@ async def test_timeout_leaves_no_entry_behind() -> None:
     """Whatever becomes of a call, nothing waits for it afterwards."""
     endpoint = RpcEndpoint()
     async with client_of(endpoint, worker := Worker()):
-        calls = [asyncio.create_task(only(endpoint).call("hold", timeout=t)) for t in (0.02, 9)]
+        calls = [asyncio.create_task(only(endpoint).call("hold", timeout=t)) for t in (0.5, 9)]
         await until(lambda: endpoint.stats()["pending_calls"] == 2 == len(worker.seen))
         calls[1].cancel()
         await asyncio.gather(*calls, return_exceptions=True)
