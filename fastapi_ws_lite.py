@@ -756,8 +756,11 @@ class Gap(NamedTuple):
 
 def _offset(position: str | None) -> int:
     """The place of a position, to compare it with others of the same log; -1 if it has none."""
-    number = (position or "").partition("-")[0]
-    return int(number) if number.isascii() and number.isdigit() and len(number) < 20 else -1
+    number = position.partition("-")[0] if position is not None else ""
+    try:
+        return int(number) if len(number) < 20 else -1
+    except ValueError:
+        return -1
 
 
 def _check_topics(topics: str | Iterable[str], *, pattern: bool = False) -> tuple[str, ...]:
