@@ -1152,11 +1152,11 @@ class _Side:
 class _Other:
     """Calls the methods of the peer as if they were its own."""
 
-    def __init__(self, call: Callable[..., Any], timeout: _Timeout = _UNSET) -> None:
-        self._call, self._timeout = call, timeout
+    def __init__(self, caller: "_Caller", timeout: _Timeout = _UNSET) -> None:
+        self._caller, self._timeout = caller, timeout
 
     def __call__(self, *, timeout: float | None) -> "_Other":
-        return _Other(self._call, timeout)
+        return _Other(self._caller, timeout)
 
     def __getattr__(self, name: str) -> Callable[..., Coroutine[Any, Any, RpcResponse]]:
         if name.startswith("__"):  # what copy, pickle and inspect look for
@@ -1165,7 +1165,7 @@ class _Other:
         def method(*args: Any, **kwargs: Any) -> Any:
             if args and kwargs:
                 raise TypeError(f"{name}: arguments go by position or by name, not both")
-            return self._call(name, args or kwargs or None, timeout=self._timeout)
+            return _Call(self._caller, name, args or kwargs or None, self._timeout)
 
         return method
 
@@ -1194,9 +1194,10 @@ class _Call(Coroutine[Any, Any, RpcResponse]):
 
     __slots__ = ("_asked", "_caller", "_work")
 
-    def __init__(self, caller: "_Caller", *asked: Any) -> None:
-        self._caller, self._asked = caller, asked
-        self._work = caller._response(*asked)
+    def __init__(self, caller: "_Caller", method: str, args: _Arguments,
+                 timeout: _Timeout) -> None:
+        self._caller, self._asked = caller, (method, args, timeout)
+        self._work = caller._response(method, args, timeout)
 
     def __await__(self) -> Generator[Any, Any, RpcResponse]:
         return self._work.__await__()
@@ -1228,7 +1229,7 @@ class _Caller:
 
         ``channel.other(timeout=2).add(...)`` sets the timeout, in seconds.
         """
-        return _Other(self.call)
+        return _Other(self)
 
     def proxy(self, cls: Callable[..., _T], *, timeout: _Timeout = _UNSET) -> _T:
         """The peer's methods with the types of ``cls``: its class of methods, or a Protocol.
@@ -1273,14 +1274,15 @@ class _Caller:
                     yield item if check is None else check(item)
                     channel._grant(id, items.consumed())
                 else:
-                    call.deadline = channel._deadline(timeout)
+                    call.deadline = channel._deadline(channel._loop.time(), timeout)
                     channel._watch(call.deadline)
                     await _next_wake(items.waiters)
                     call.deadline = None  # what is done with an item takes its time
             if (await channel._outcome(method, id, future)).result is not None:
                 raise InternalError(f"{method} is not a stream at the peer")
         finally:
-            channel._leave_call(id)
+            if channel._calls.pop(id, None):  # still there: it was left
+                channel._send_cancel(id)
 
 
 class RpcChannel(_Caller):
@@ -1377,22 +1379,22 @@ class RpcChannel(_Caller):
                ) -> tuple[int, "asyncio.Future[_Outcome]"]:
         """Send a request. Not a coroutine, so that what is called first is sent first."""
         params = _params(self._side._encode, args)
-        deadline = self._deadline(timeout)
+        now = self._loop.time()
+        deadline = self._deadline(now, timeout)
         id, future = next(self._ids), self._loop.create_future()
         self._calls[id] = _Pending(future, deadline, then, items)
         try:
             if items is not None:  # how long each takes is for this side to see
                 self._send_request(id, method, params, None, STREAM_CREDIT)
             else:
-                seconds = None if deadline is None else deadline - self._loop.time()
-                self._send_request(id, method, params, seconds)
+                self._send_request(id, method, params, None if deadline is None else deadline - now)
         except BaseException:
             del self._calls[id]
             raise
         self._watch(deadline)
         return id, future
 
-    def _deadline(self, timeout: _Timeout) -> float | None:
+    def _deadline(self, now: float, timeout: _Timeout) -> float | None:
         """When a call is late, in the loop's time; within a method, not after that is."""
         seconds, request = self._side._seconds(timeout), _current.get()
         deadline = None if request is None else request.deadline
@@ -1400,7 +1402,7 @@ class RpcChannel(_Caller):
             return deadline
         if math.isnan(seconds):
             raise ValueError("a timeout is a number of seconds, or None")
-        own = self._loop.time() + min(max(0.0, seconds), LONGEST_TIMEOUT_SECONDS)
+        own = now + min(max(0.0, seconds), LONGEST_TIMEOUT_SECONDS)
         return own if deadline is None else min(own, deadline)
 
     async def _outcome(self, method: str, id: int,
@@ -1408,15 +1410,12 @@ class RpcChannel(_Caller):
         try:
             outcome = await future
         finally:
-            self._leave_call(id)
+            if self._calls.pop(id, None):  # still there: the caller was cancelled
+                self._send_cancel(id)
         if isinstance(outcome, RpcError):
             outcome.add_note(f"(in a call of {method!r} at the peer)")
             raise outcome
         return outcome
-
-    def _leave_call(self, id: int) -> None:
-        if self._calls.pop(id, None):  # still there: the caller was cancelled
-            self._send_cancel(id)
 
     def _send_request(self, id: int | None, method: str, params: str | None,
                       timeout: float | None, credit: int = 0) -> None:
