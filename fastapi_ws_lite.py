@@ -1047,8 +1047,9 @@ async def _run_hooks_logged(hooks: Sequence[_Hook], *args: Any) -> None:
 
 
 def _meant(channel: "RpcChannel", params: Any) -> list[_Request]:
-    id = params.get("id", _NO_ID) if isinstance(params, dict) else _NO_ID
-    return [r for r in channel._running if r.id == id]
+    """The running requests with the id that is named; notifications have none."""
+    named = type(params) is dict and "id" in params
+    return [r for r in channel._running if named and r.id == params["id"]]
 
 
 def _cancel_request(channel: "RpcChannel", params: Any) -> None:
@@ -1067,11 +1068,11 @@ def _take_items(channel: "RpcChannel", params: Any) -> None:
     call = channel._calls.get(id) if type(id) is int else None
     if call is None or call.items is None:  # it has ended, on this side
         return
-    if call.items.put(fields.get("items")):
-        _wake(call.items.waiters)
-    else:
+    if not call.items.put(fields.get("items")):
         channel._send_cancel(id)
         channel._calls.settle(id, InternalError("the peer sent items that it was not asked for"))
+    elif call.items:  # what is empty does not end the wait
+        _wake(call.items.waiters)
 
 
 async def _ping() -> str:

@@ -7301,6 +7301,17 @@ async def test_stream_grant_of_a_wrong_kind_is_ignored(n: Any) -> None:
         assert streamer.made == 1
 
 
+@pytest.mark.parametrize("method", ["$/credit", "$/cancelRequest"])
+@pytest.mark.parametrize("params", [None, [], [1], {}, {"n": 1}])
+async def test_stream_messages_without_an_id_mean_no_notification(method: str, params: Any) -> None:
+    """A notification that runs has no id either, and is not touched; nothing breaks."""
+    worker = Worker()
+    async with plain(RpcEndpoint(worker)) as peer:
+        assert await answers(peer, tell("hold"), tell(method, params)) == []
+        assert worker.seen == ["held"]
+        worker.go.set()
+
+
 async def test_stream_credit_without_bound_is_bounded_by_room() -> None:
     """A peer that grants anything and takes nothing gets 64 KiB and a message, and no more."""
     streamer, link = Streamer(), Link()
@@ -7498,6 +7509,16 @@ async def test_stream_items_of_nothing_are_ignored() -> None:
         await peer.send(done(id, None))
         await task
         assert got == []
+
+
+async def test_stream_messages_without_items_do_not_extend_the_wait() -> None:
+    """The timeout is for an item, and a peer cannot put it off with none."""
+    async with iterating(timeout=0.1) as (peer, id, task, _, _):
+        while not task.done():
+            await peer.send(items_of(id))
+            await asyncio.sleep(0.02)
+        with pytest.raises(RequestTimeout):
+            await task
 
 
 async def test_stream_of_a_peer_without_streams_is_an_error() -> None:
