@@ -7412,6 +7412,7 @@ async def test_stream_notification_is_no_stream() -> None:
     streamer = Streamer()
     async with plain(RpcEndpoint(streamer)) as peer:
         assert await answers(peer, {**tell("count", [3]), "stream": 16}) == []
+        assert await answers(peer) == []
         assert streamer.made == 0
 
 
@@ -7741,12 +7742,15 @@ async def test_stream_that_ignores_its_cancellation_is_ended_at_its_next_item() 
 
 async def test_stream_that_closes_its_connection_ends() -> None:
     """It is not cancelled then, as a method is not; but neither does it wait for ever."""
-    streamer = Streamer()
-    endpoint = RpcEndpoint(streamer)
-    async with plain(endpoint) as peer:
-        channel = only(endpoint)
-        await peer.send(ask(7, "leave", stream=5))
+    streamer, link = Streamer(), Link()
+    async with serve_link(link, RpcEndpoint(streamer)) as channel:
+        link.gate.clear()  # so that closing has to wait, for an answer to be sent
+        link.queues[0].put_nowait(json.dumps([ask(1, "_ping_"), ask(7, "leave", stream=5)]))
+        await until(lambda: any(r.waiter for r in channel._running))
+        assert streamer.closed == 0
+        channel._end(ChannelClosed(1006, "cut"))
         await until(lambda: streamer.closed and idle(channel))
+        link.gate.set()
 
 
 async def test_stream_of_a_connection_that_drops_gives_what_has_come() -> None:
