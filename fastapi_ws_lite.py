@@ -621,6 +621,9 @@ def _methods_of(instance: RpcMethodsBase | None) -> dict[str, Callable[..., Any]
             if name[0] != "_" and inspect.isfunction(getattr(value, "__func__", value))}
 
 
+_STREAMS: Final = (AsyncIterator, AsyncIterable, AsyncGenerator)
+
+
 class _Typed:
     """A method as a class has it, for calls of the peer's: values in, and values out."""
 
@@ -663,9 +666,6 @@ class _Typed:
             problems = _problems(error, {"result": value})
             raise InternalError(f"{self._name}: the peer did not return {self._says}: "
                                 f"{_summary(problems)}") from error
-
-
-_STREAMS: Final = (AsyncIterator, AsyncIterable, AsyncGenerator)
 
 
 @functools.lru_cache(1024)
@@ -1065,7 +1065,7 @@ def _take_credit(channel: "RpcChannel", params: Any) -> None:
 def _take_items(channel: "RpcChannel", params: Any) -> None:
     fields: dict[str, Any] = params if type(params) is dict else {}
     id: Any = fields.get("id")
-    call = channel._calls.get(id) if type(id) is int else None
+    call = channel._calls.get(id) if type(id) in (int, float) else None
     if call is None or call.items is None:  # it has ended, on this side
         return
     if not call.items.put(fields.get("items")):

@@ -7407,13 +7407,14 @@ async def test_stream_and_call_are_told_apart() -> None:
         assert (streamer.made, streamer.closed) == (0, 0)
 
 
-async def test_stream_notification_is_no_stream() -> None:
+async def test_stream_notification_is_no_stream(caplog: pytest.LogCaptureFixture) -> None:
     """Without an id there is nobody to send it to, whatever credit is given."""
     streamer = Streamer()
     async with plain(RpcEndpoint(streamer)) as peer:
         assert await answers(peer, {**tell("count", [3]), "stream": 16}) == []
         assert await answers(peer) == []
         assert streamer.made == 0
+        assert caplog.text == ""  # it was not even tried
 
 
 @each_side
@@ -7533,7 +7534,7 @@ async def test_stream_of_a_peer_without_streams_is_an_error() -> None:
 async def test_stream_error_comes_after_the_items() -> None:
     """All that was sent before is given out before it is raised, however fast it came."""
     async with iterating() as (peer, id, task, got, _):
-        await peer.send([items_of(id, 1, 2), items_of(id, 3), failed(id, 5, "broken")])
+        await peer.send([items_of(id, 1, 2), items_of(float(id), 3), failed(id, 5, "broken")])
         with pytest.raises(RpcError, match="broken") as caught:
             await task
         assert (got, caught.value.code) == ([1, 2, 3], 5)
