@@ -6916,6 +6916,10 @@ class Parcel(BaseModel):
     due: datetime.date | None = None
 
 
+class Stamp(BaseModel, strict=True):
+    day: datetime.date
+
+
 class Depot(RpcMethodsBase):
     """What proxies call; its results have types that JSON does not know."""
 
@@ -6927,6 +6931,9 @@ class Depot(RpcMethodsBase):
 
     async def raw(self, data: bytes) -> bytes:
         return data + b"\xff"
+
+    async def stamp(self) -> Stamp:
+        return Stamp(day=datetime.date(2030, 1, 1))
 
     async def parcels(self, *weights: float) -> list[Parcel]:
         return [Parcel(weight=w, due=datetime.date(2030, 1, 1)) for w in weights]
@@ -6994,6 +7001,7 @@ async def test_proxy_returns_values_of_their_types(side: int) -> None:
         assert await depot.raw(b"\x00") == b"\x00\xff"
         due = datetime.date(2030, 1, 1)
         assert await depot.parcels(1, 2) == [Parcel(weight=1, due=due), Parcel(weight=2, due=due)]
+        assert await depot.stamp() == Stamp(day=due)
         assert await depot.nothing() is None  # type: ignore[func-returns-value]
         assert await depot.anything() == {"x": 1}  # type: ignore[no-untyped-call]
         assert (await depot.static(1), await depot.of_class(1)) == (1, "Depot 1")
@@ -7146,6 +7154,12 @@ class Streamer(RpcMethodsBase):
                 yield number
         finally:
             self.closed += 1
+
+    async def stopped(self) -> AsyncIterator[int]:
+        """Is cancelled in the turn in which it has yielded."""
+        yield 1
+        lib._cancel_request(self.channel, {"id": 7})
+        await asyncio.sleep(3600)
 
     async def not_json(self) -> AsyncIterator[Any]:
         yield 1
@@ -7479,18 +7493,18 @@ async def test_stream_consumer_grants_what_it_has_consumed() -> None:
         assert await peer.ask(items_of(id, *range(8))) == credit(id, 8)
         assert await answers(peer, items_of(id, *range(7))) == []
         assert await peer.ask(items_of(id, 7)) == credit(id, 8)
-        await peer.send(done(id, None))
+        await peer.send([items_of(id, *range(8)), done(id, None)])
         await task
-        assert got == [*range(8)] * 2
+        assert got == [*range(8)] * 3
+        assert await answers(peer) == []  # nothing more is granted to what has ended
 
 
 @pytest.mark.parametrize("items", [
-    list(range(17)), None, 5, "abcdef", {"0": 1}, pytest.param([0] * 100_000, id="many")])
+    list(range(16)), None, 5, "abcdef", {"0": 1}, pytest.param([0] * 100_000, id="many")])
 async def test_stream_that_exceeds_its_credit_is_ended(items: Any) -> None:
     """Or is malformed: it is an error here, and cancelled there; nothing of it is kept."""
     async with iterating() as (peer, id, task, got, channel):
-        await peer.send(items_of(id, "first"))
-        await peer.send(tell("$/stream", {"id": id, "items": items}))
+        await peer.send([items_of(id, "first"), tell("$/stream", {"id": id, "items": items})])
         assert flat([await peer.recv()]) == [tell("$/cancelRequest", {"id": id})]
         with pytest.raises(InternalError, match="not asked for"):
             await task
@@ -7738,6 +7752,14 @@ async def test_stream_that_ignores_its_cancellation_is_ended_at_its_next_item() 
         streamer.go.set()
         await until(lambda: streamer.closed)
         assert streamer.made == 1
+        assert await answers(peer) == []
+
+
+async def test_stream_sends_nothing_after_its_answer() -> None:
+    """What was yielded in the turn in which it was stopped is dropped."""
+    async with plain(RpcEndpoint(Streamer())) as peer:
+        assert await peer.ask(ask(7, "stopped", stream=9)) == failed(
+            7, -32800, "Request cancelled")
         assert await answers(peer) == []
 
 
