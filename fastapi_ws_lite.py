@@ -1213,7 +1213,9 @@ async def _run_hooks(hooks: Sequence[_Hook], *args: Any) -> None:
 async def _run_hooks_logged(hooks: Sequence[_Hook], *args: Any) -> None:
     for hook in hooks:
         try:
-            await _run_hooks((hook,), *args)
+            result = hook(*args)
+            if inspect.isawaitable(result):
+                await result
         except asyncio.CancelledError:
             if (task := asyncio.current_task()) is None or task.cancelling():
                 raise  # else the hook itself raised it
@@ -2798,18 +2800,17 @@ def _caller(callback: _Callback) -> Callable[[Event], Any]:
             return bool(signature.bind(*args, **named))
         return False
 
-    shapes = ({"event"}, {"data", "topic"}, {"data"}, {"topic"})
-    given = next((g for g in shapes if g <= names and fits(**dict.fromkeys(g))), None)
-    if given is None and not fits(None):
+    ways: tuple[tuple[set[str], Callable[[Event], Any]], ...] = (
+        ({"event"}, lambda event: callback(event=event)),
+        ({"data", "topic"}, lambda event: callback(data=event.data, topic=event.topic)),
+        ({"data"}, lambda event: callback(data=event.data)),
+        ({"topic"}, lambda event: callback(topic=event.topic)))
+    for given, call in ways:
+        if given <= names and fits(**dict.fromkeys(given)):
+            return call
+    if not fits(None):
         raise TypeError(f"a callback takes (data), (data, topic) or (event), not {signature}")
-
-    @functools.wraps(callback)  # for what the log says
-    def call(event: Event) -> Any:
-        if given is None:
-            return callback(event.data)
-        return callback(**{name: getattr(event, name, event) for name in given})
-
-    return call
+    return lambda event: callback(event.data)
 
 
 class Subscription:
@@ -2822,12 +2823,20 @@ class Subscription:
     def __init__(self, inbox: "_Inbox", topics: tuple[str, ...], pattern: bool,
                  callback: _Callback | None, since: str | None, confirmed: bool) -> None:
         self.topics, self.pattern = topics, pattern
-        self._inbox, self._call = inbox, None if callback is None else _caller(callback)
+        self._inbox, self._callback = inbox, callback
+        self._call = None if callback is None else _caller(callback)
         self._queue = _Queue()
         self._waiters: list[asyncio.Future[None]] = []
         self._since, self._place = since, _offset(since)  # wished for; of its last event
         self._confirmed, self._ended = confirmed, False
         self._error: Exception | None = None
+
+    def __repr__(self) -> str:
+        return f"<Subscription to {', '.join(self.topics)}: {self._callback!r}>"
+
+    def __call__(self, event: Event) -> Any:
+        """Call back; not once it has ended."""
+        return None if self._call is None or self._ended else self._call(event)
 
     def cancel(self) -> None:
         """Receive no more, from now on."""
@@ -2960,9 +2969,7 @@ class _Inbox:
             item = self._begun = self.queue[0]
             if isinstance(item.event, Gap):
                 await self._missed(item.event)
-            for subscription in item.whom:
-                if subscription._call is not None and not subscription._ended:
-                    await _run_hooks_logged((subscription._call,), item.event)
+            await _run_hooks_logged(item.whom, item.event)
             self.queue.done(item)
             self._begun = None
             if self.full and not self.queue:
@@ -4064,12 +4071,14 @@ class RpcClient(_Side, _Caller):
         return await channel._response(method, args, seconds)
 
     async def _ready_channel(self, timeout: _Timeout) -> tuple[RpcChannel, float | None]:
+        if self.channel is not None and self.state == "ready":
+            return self.channel, self._seconds(timeout)
         if self.state == "new":
             raise RuntimeError("the client is not started: use 'async with', or start()")
         seconds = self._seconds(timeout)
         began = asyncio.get_running_loop().time()
         try:
-            async with asyncio.timeout(None if self.state == "ready" else seconds):
+            async with asyncio.timeout(seconds):
                 while self.channel is None or self.state != "ready":
                     await self.wait_until_ready()
         except TimeoutError as error:
