@@ -4093,6 +4093,11 @@ class RpcClient(_Side, _Caller):
         self.channel.notify(method, args)
 
 
+class _PubSubOptions(_ClientOptions, total=False):
+    on_gap: _Hooks
+    since: str | None
+
+
 class PubSubClient(RpcClient):
     """An RpcClient that can also subscribe and publish; it subscribes again at each connection.
 
@@ -4480,6 +4485,11 @@ class Remote:
         """Cancel all subscriptions to these topics."""
         self._wait(self._client.unsubscribe, topics, pattern=pattern)
 
+    @property
+    def position(self) -> str | None:
+        """As `PubSubClient.position`: give it as ``since`` to a later `connect`."""
+        return self._client.position
+
     def events(self, topics: str | Iterable[str], *, pattern: bool = False) -> Iterator[Event]:
         """Subscribe, confirmed by the server, and iterate; leaving the loop unsubscribes."""
         subscription = self._wait(self._client.subscribe, topics, pattern=pattern)
@@ -4529,7 +4539,7 @@ class Remote:
 
 @contextlib.contextmanager
 def connect(server_uri: str, methods: RpcMethodsBase | None = None,
-            **options: Unpack[_ClientOptions]) -> Iterator[Remote]:
+            **options: Unpack[_PubSubOptions]) -> Iterator[Remote]:
     """Connect without an event loop: ``with connect("ws://...") as remote: remote.add(a=1, b=2)``.
 
     Args and errors are those of PubSubClient. It connects again by itself; hooks and ``async def``
@@ -4581,7 +4591,8 @@ def _value(text: str) -> Any:
 def _cli_call(remote: Remote, args: Any) -> None:
     """Call a method and print its result.
 
-    Values are JSON, or else strings. One JSON object or array may stand for all arguments.
+    Values are JSON, or else strings. One JSON object or array may stand for all arguments. With
+    --stream, it is a line of JSON for each item.
 
     example: fastapi-ws-lite call ws://localhost:8000/ws add a=1 b=2
     """
@@ -4592,7 +4603,9 @@ def _cli_call(remote: Remote, args: Any) -> None:
         if not sign:
             raise ValueError(f"an argument is name=value, not {name!r}")
         params[name] = _value(text)
-    print(_encode(remote.call(args.method, params or None)))
+    call = remote.stream if args.stream else lambda *asked: [remote.call(*asked)]
+    for result in call(args.method, params or None):
+        print(_encode(result), flush=True)
 
 
 def _shape(schema: dict[str, Any]) -> str:
@@ -4620,7 +4633,9 @@ def _cli_methods(remote: Remote, args: Any) -> None:
 
 
 def _cli_subscribe(remote: Remote, args: Any) -> None:
-    """Print events, a line of JSON each.
+    """Print events, a line of JSON each. Where some are missing, a line on stderr says so.
+
+    With --since, the position of an earlier event, those after it come first.
 
     example: fastapi-ws-lite subscribe --pattern ws://localhost:8000/ws 'orders.*' | jq .data
     """
@@ -4685,11 +4700,14 @@ _COMMANDS: Final[dict[str, tuple[Any, dict[str, dict[str, Any]]]]] = {
         "--port": {"type": int, "default": 8000, "help": "%(default)s; 0 for a free one"},
         "--path": {"default": "/ws", "help": "%(default)s"}}),
     "call": (_cli_call, {**_CONNECTED, "method": {},
-                         "arguments": {"nargs": "*", "metavar": "name=value"}}),
+                         "arguments": {"nargs": "*", "metavar": "name=value"},
+                         "--stream": {"action": "store_true", "help": "iterate over a stream"}}),
     "methods": (_cli_methods, _CONNECTED),
     "subscribe": (_cli_subscribe, {**_CONNECTED, "topics": {"nargs": "+", "metavar": "topic"},
                                    "--pattern": {"action": "store_true",
-                                                 "help": "topics are globs, as in fnmatch"}}),
+                                                 "help": "topics are globs, as in fnmatch"},
+                                   "--since": {"metavar": "POSITION",
+                                               "help": "begin after this event"}}),
     "publish": (_cli_publish, {**_CONNECTED, "topic": {}, "json": {"nargs": "?"}})}
 
 
@@ -4714,7 +4732,8 @@ def _connection(args: Any) -> contextlib.AbstractContextManager[Any]:
     bearer = [("Authorization", f"Bearer {args.token}")] if args.token else []
     return connect(args.url, headers=[*args.headers, *bearer], transport=_FirstAttempt(),
                    wire=args.wire, connect_timeout=args.timeout,
-                   default_response_timeout=args.timeout)
+                   default_response_timeout=args.timeout, since=getattr(args, "since", None),
+                   on_gap=lambda gap: _told(0, "missed events:", gap))
 
 
 def _main(argv: Sequence[str] | None = None) -> int:

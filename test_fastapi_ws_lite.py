@@ -8315,6 +8315,33 @@ def test_remote_events_are_iterated_and_unsubscribed() -> None:
 
 
 @loopless
+def test_remote_streams_are_iterated() -> None:
+    """From a thread, too; leaving the loop ends the stream at the server."""
+    endpoint = PubSubEndpoint(Cli())
+    with remote_of(endpoint) as remote:
+        assert list(remote.stream("count", {"n": 40})) == list(range(40))
+        for k in remote.stream("count", {"n": 10**9}):
+            if k == 20:
+                break
+        del k
+        assert remote.call("_ping_") == "pong"
+        assert not only(endpoint)._running
+
+
+@loopless
+def test_remote_position_is_that_of_its_client() -> None:
+    """It can be kept, and given to a later one as since."""
+    endpoint = PubSubEndpoint()
+    with remote_of(endpoint) as remote:
+        events = remote.events("news")
+        before = remote.position
+        remote.publish("news", 1, include_self=True)
+        assert next(events).data == 1
+    with remote_of(endpoint, since=before) as remote:
+        assert next(remote.events("news")).data == 1
+
+
+@loopless
 def test_remote_events_end_with_the_client() -> None:
     """Where nothing more can come, the loop ends."""
     with remote_of(PubSubEndpoint()) as remote:
@@ -8503,6 +8530,10 @@ class Cli(RpcMethodsBase):
     async def drop(self) -> None:
         await self.channel.close(4000, "enough")
 
+    async def count(self, n: int) -> AsyncIterator[int]:
+        for k in range(n):
+            yield k
+
 
 @contextlib.asynccontextmanager
 async def commanded(**options: Any) -> AsyncIterator[tuple[PubSubEndpoint, str]]:
@@ -8607,9 +8638,7 @@ def test_command_help_shows_an_example(name: str, capsys: pytest.CaptureFixture[
 
 async def test_command_methods_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
     """A signature each, and the first line of its docstring."""
-    async with commanded() as (endpoint, url):
-        stream: Any = endpoint._table["wait"]
-        stream.streams, stream.returns = True, AsyncIterator[int]
+    async with commanded() as (_, url):
         assert await command("methods", url) == 0
     assert capsys.readouterr().out == """\
 join(sep: string = " ", *words: string) -> string
@@ -8617,8 +8646,9 @@ join(sep: string = " ", *words: string) -> string
 echo(a: any = null, b: any = null) -> any
 items(item: Item-Input, size: integer | null = 3) -> array[Item-Output]
 refuse() -> null
-wait() -> stream of integer
+wait() -> null
 drop() -> null
+count(n: integer) -> stream of integer
 """
 
 
@@ -8645,6 +8675,16 @@ async def test_command_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> 
         assert await command("publish", url, "news") == 130
 
 
+async def test_command_call_prints_a_stream(capsys: pytest.CaptureFixture[str]) -> None:
+    """With --stream, a line for each item; without, it says what is wrong."""
+    async with commanded() as (_, url):
+        assert await command("call", "--stream", url, "count", "n=3") == 0
+        assert await command("call", url, "count", "n=3") == 4
+    out, err = capsys.readouterr()
+    assert out == "0\n1\n2\n"
+    assert "stream" in err
+
+
 async def test_command_subscribe_prints_until_its_pipe_is_closed(
         monkeypatch: pytest.MonkeyPatch) -> None:
     """A line of JSON an event, at once; the end of the reader is no error."""
@@ -8661,6 +8701,30 @@ async def test_command_subscribe_prints_until_its_pipe_is_closed(
             lines.close()
             endpoint.publish(["m"])
             assert await done == 0
+
+
+async def test_command_subscribe_resumes_and_tells_what_it_missed(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """With --since, what came after that position comes first, or a line says that it is gone."""
+    async with commanded() as (endpoint, url):
+        endpoint.publish("n", 1)
+        first = endpoint.notifier._log.position
+        endpoint.publish("n", 2)
+        for since, expected in ((first, [2, 3]), ("1-gone", [3])):
+            reading, writing = os.pipe()
+            with open(writing, "w") as output, open(reading) as lines:
+                monkeypatch.setattr(sys, "stdout", output)
+                done = asyncio.create_task(command("subscribe", url, "n", "--since", since))
+                await until(lambda: endpoint.stats()["subscriptions"])
+                endpoint.publish("n", 3)
+                got = [json.loads(await asyncio.to_thread(lines.readline)) for _ in expected]
+                assert [event["data"] for event in got] == expected
+                lines.close()
+                endpoint.publish("n", 4)
+                assert await done == 0
+            await until(lambda: not endpoint.channels)
+            first = endpoint.notifier._log.position
+    assert capsys.readouterr().err.count("missed events: Gap(since='1-gone'") == 1
 
 
 def test_command_subscribe_ends_with_the_client() -> None:
