@@ -36,6 +36,7 @@ import asyncio
 import contextlib
 import fnmatch
 import functools
+import hashlib
 import importlib
 import inspect
 import itertools
@@ -58,7 +59,7 @@ from typing import TypedDict, TypeVar, Unpack
 from urllib.parse import unquote, urlsplit
 
 import anyio.to_thread
-from fastapi import APIRouter, FastAPI, WebSocket
+from fastapi import APIRouter, FastAPI, Request, Response, WebSocket
 from fastapi.params import Depends
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ArgsKwargs, from_json, to_json
@@ -1990,8 +1991,14 @@ class RpcEndpoint(_Side):
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def register_route(self, app_or_router: FastAPI | APIRouter, path: str, *,
-                       dependencies: Sequence[Depends] | None = None) -> None:
-        """Add a WebSocket route; the ``dependencies`` run before a connection is accepted."""
+                       dependencies: Sequence[Depends] | None = None,
+                       browser_client: str | None = None) -> None:
+        """Add a WebSocket route; the ``dependencies`` run before a connection is accepted.
+
+        At the path ``browser_client``, pages find an ES module that connects to it.
+        """
+        if browser_client is not None:
+            app_or_router.add_api_route(browser_client, _browser_client, include_in_schema=False)
 
         @app_or_router.websocket(path, dependencies=dependencies)
         async def route(websocket: WebSocket) -> None:
@@ -2878,3 +2885,296 @@ class PubSubClient(RpcClient):
             for subscription, _ in confirmed:
                 del self._inbox.unconfirmed[subscription]
                 subscription._settle()
+
+
+# -------------------------------------------------------------------------------- browser client
+# What a page imports. It speaks JSON-RPC with the additions, and holds no queue: callbacks are
+# called as events arrive, so that its position is what it has received.
+
+
+async def _browser_client(request: Request) -> Response:
+    tag = f'"{hashlib.sha256(_BROWSER_CLIENT.encode()).hexdigest()[:16]}"'
+    headers = {"ETag": tag, "Cache-Control": "no-cache"}  # which is: ask whether it has changed
+    if tag in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers=headers)
+    return Response(_BROWSER_CLIENT, headers=headers, media_type="text/javascript")
+
+
+_BROWSER_CLIENT: Final = r"""// The client of fastapi_ws_lite for browsers, Node 22+ and Deno: no build step, no dependency.
+
+/** What a call rejects with; thrown in an exposed function, it is what the server sees. */
+export class RpcError extends Error {
+  /** @param {number} code @param {string} message @param {any} [data] a JSON value */
+  constructor(code, message, data) { super(message); this.code = code; this.data = data; }
+}
+/** The connection is gone, `code` is that of its close; whether a call ran is not known. */
+export class ClosedError extends RpcError {}
+const SILENCE = 25, ANSWER = 20, CHECK = 5; // seconds; of pings, as browsers send none
+export const ALL_TOPICS = "__EventNotifier_ALL_TOPICS__";
+
+/**
+ * @typedef {string | (() => string | Promise<string>)} Text a function is asked at each connection
+ * @typedef {{since: string | null, position: string, reason: string}} Gap
+ * @typedef {{topic: string, data: any, position: string | null}} Event
+ * @typedef {"connecting" | "ready" | "waiting" | "closed"} State
+ * @typedef {{timeout?: number | null, signal?: AbortSignal}} More a timeout of null is none
+ * @typedef {{token?: Text, protocols?: string[], timeout?: number | null, firstDelay?: number,
+ *   maxDelay?: number, onGap?: (gap: Gap) => any, onState?: (state: State, why?: Error) => any
+ * }} Options the token goes as the subprotocol "bearer.<base64url>"; times are in seconds
+ */
+const base64url = (text) => btoa(String.fromCharCode(...new TextEncoder().encode(text)))
+  .replace(/[+/=]/g, (c) => ({ "+": "-", "/": "_" })[c] ?? "");
+const glob = (pattern) => new RegExp(`^${pattern.replace(/\[(!|(?!!))([^][^\]]*)\]|[^]/gu,
+  (all, not, set) => (set ? `[${not && "^"}${set.replace(/[\\\]^[]/g, "\\$&")}]` // as in fnmatch
+    : { "*": ".*", "?": "." }[all] ?? all.replace(/[\\^$.|+(){}[\]/]/, "\\$&")))}$`, "su");
+const guarded = (callback, ...args) => // an error of a callback is no reason to stop
+  new Promise((done) => done(callback?.(...args))).catch((error) => console.error(error));
+const answers = (where) => // browsers do not tell why it did not open: does the server answer at all?
+  fetch(where.replace(/^ws/, "http"), { mode: "no-cors" }).then((got) => got.status < 500, () => false);
+const valueOf = (text) => (typeof text === "function" ? text() : text);
+
+/** Connect, and stay connected. @param {Text} url @param {Options} options */
+export function connect(url = "/ws", options = {}) {
+  const { token, protocols = [], timeout: patience = 60, firstDelay = 0.1, maxDelay = 30 } = options;
+  const me = crypto.getRandomValues(new Uint32Array(4)).join("-"); // own events do not come back
+  const calls = new Map(), running = new Map(), exposed = new Map(), subs = new Set();
+  let state = "connecting", why, socket = null, position = null, lastId = 0, heard = 0;
+  let drop = (code, reason) => {}, wake = () => {};
+
+  function become(next, error) {
+    [state, why] = [next, error];
+    guarded(options.onState, next, error);
+  }
+  function post(message) {
+    const text = JSON.stringify({ jsonrpc: "2.0", ...message });
+    if (text.length > 2 ** 22 && new TextEncoder().encode(text).length > 2 ** 24) // as uvicorn's
+      throw new RpcError(-32003, "Message too large");
+    if (socket?.readyState === 1) socket.send(text);
+  }
+  function request(method, params, { timeout = patience, signal, now, stream, ...on } = {}) {
+    const id = ++lastId, due = Date.now() + timeout * 1000;
+    return new Promise((resolve, reject) => {
+      const settle = (error, result) => {
+        if (!calls.delete(id)) return;
+        clearTimeout(call.timer);
+        signal?.removeEventListener("abort", stop);
+        if (!error) on.result?.(result); // now, as the next message may be an event
+        error ? reject(error) : resolve(result);
+      };
+      const stop = () => {
+        if (call.sent) post({ method: "$/cancelRequest", params: { id } });
+        settle(signal?.aborted ? signal.reason : new RpcError(-32000, "Request timed out"));
+      };
+      const send = () => {
+        const left = timeout === null ? undefined : Math.max(0, due - Date.now()) / 1000;
+        call.sent = true;
+        try { post({ method, params, timeout: left, stream, id }); } catch (e) { settle(e); }
+      };
+      const call = { settle, send, sent: false, timer: 0, items: on.items };
+      calls.set(id, call);
+      if (state === "closed" || signal?.aborted) return settle(signal?.reason ?? why);
+      signal?.addEventListener("abort", stop);
+      if (timeout !== null && timeout < 2e6) call.timer = setTimeout(stop, timeout * 1000);
+      if (state === "ready" || now) send(); // else when there is a connection
+    });
+  }
+  async function* stream(method, params, { timeout = null } = {}) {
+    const got = [], leave = new AbortController();
+    let id, taken = 0, ended, woken;
+    const end = (error) => { ended = { error }; woken?.(); };
+    const items = (from, some) => { id = from; got.push(...some); woken?.(); };
+    const more = { timeout, signal: leave.signal, stream: 16, items };
+    request(method, params, more).then(() => end(), end);
+    try {
+      while (got.length || !ended) {
+        if (!got.length) await new Promise((done) => { woken = done; });
+        else if (++taken % 8 || ended) yield got.shift();
+        else { post({ method: "$/credit", params: { id, n: 8 } }); yield got.shift(); }
+      }
+      if (ended.error) throw ended.error;
+    } finally { leave.abort(); } // cancels the request, unless it has ended
+  }
+  async function serve({ id, method, params = {} }) {
+    const leave = new AbortController(), key = id ?? leave;
+    const answer = (outcome) => {
+      if (running.has(key) && id !== undefined) post({ ...outcome, id });
+      running.delete(key);
+    };
+    const fail = ({ code, message, data }) => answer({ error: { code, message, data } });
+    running.set(key, (error) => { fail(error); leave.abort(error); });
+    try {
+      if (!exposed.has(method)) throw new RpcError(-32601, "Method not found");
+      const args = Array.isArray(params) ? params : [params, leave.signal];
+      answer({ result: (await exposed.get(method)(...args)) ?? null });
+    } catch (error) {
+      if (!(error instanceof RpcError)) console.error(method, error);
+      fail(error instanceof RpcError ? error : new RpcError(-32603, "Internal error"));
+    }
+  }
+  const told = { // by the server, without an answer
+    notify(event) {
+      position = event.position ?? position;
+      const { data, topic } = event, wanted = [...subs].filter((sub) => sub.matches(topic));
+      for (const sub of wanted) if (subs.has(sub)) guarded(sub.callback, data, topic, event);
+    },
+    gap(gap) { position = gap.position; guarded(options.onGap, gap); },
+    position(moved) { position = moved.position; },
+    "$/stream": ({ id, items }) => calls.get(id)?.items?.(id, items),
+    "$/cancelRequest": ({ id }) => running.get(id)?.(new RpcError(-32800, "Request cancelled")),
+  };
+  function receive(message) {
+    const { id, method, params, error, result } = message;
+    if (Object.hasOwn(told, method ?? "")) told[method](params);
+    else if (method !== undefined) serve(message);
+    else if (!error) calls.get(id)?.settle(null, result);
+    else calls.get(id)?.settle(new RpcError(error.code, error.message, error.data));
+  }
+
+  const names = (list, pattern) =>
+    [...new Set([...list].filter((sub) => sub.pattern === pattern).flatMap((sub) => sub.topics))];
+  function ask() { // for what this connection was not asked for; from where it was, if it was known
+    const mine = socket, left = [...subs].filter((sub) => sub.asked !== mine);
+    if (mine?.readyState !== 1) return;
+    for (const [since, whom] of Map.groupBy(left, (sub) => (sub.known ? position : sub.since))) {
+      const result = ({ position: at = null, recovered }) => {
+        if (since !== undefined && !recovered)
+          told.gap({ since, position: at, reason: "not recovered" });
+        position ??= since ?? at; // a later answer may be ahead of what has been received
+        for (const sub of whom) sub.settle();
+      };
+      for (const sub of whom) sub.asked = mine;
+      const params = { topics: names(whom, false), patterns: names(whom, true), since };
+      request("subscribe", { ...params, subscriber_id: me }, { now: true, result }).catch((error) => {
+        if (mine !== socket) return;
+        if (error.code === -32000 || error.code === -32002) return drop(1006, error.message);
+        const named = whom.filter((sub) => sub.topics.some((t) => error.data?.topics?.includes(t)));
+        for (const sub of named.length ? named : whom) end(sub, error);
+        for (const sub of whom) sub.asked = null;
+        ask();
+      });
+    }
+  }
+  function end(sub, error) {
+    if (!subs.delete(sub)) return;
+    sub.settle(error);
+    const others = names(subs, sub.pattern), left = sub.topics.filter((t) => !others.includes(t));
+    if (socket && sub.asked === socket)
+      request("unsubscribe", { [sub.pattern ? "patterns" : "topics"]: left }, { now: true })
+        .catch(() => {});
+  }
+
+  async function connection() { // one of them, and how it has ended
+    const secret = await valueOf(token), bearer = secret ? [`bearer.${base64url(secret)}`] : [];
+    const where = new URL(await valueOf(url), globalThis.location?.href).href.replace(/^http/, "ws");
+    if (state === "closed") return {};
+    const mine = socket = new WebSocket(where, ["ws-lite.1", ...protocols, ...bearer]);
+    return new Promise((resolve) => {
+      let opened = false, readyAt = Infinity, timer;
+      const ping = () => request("_ping_", {}, { now: true, timeout: ANSWER }).catch((error) => {
+        if (error.code === -32000 && Date.now() - heard > ANSWER * 900) drop(1006, "no answer");
+      });
+      drop = (code, reason) => {
+        const error = new ClosedError(code, `the connection is closed: ${code} ${reason}`.trim());
+        socket = mine.onopen = mine.onmessage = mine.onclose = null;
+        drop = () => {};
+        mine.close();
+        clearInterval(timer);
+        for (const stop of [...running.values()]) stop(error);
+        for (const call of [...calls.values()]) if (call.sent) call.settle(error);
+        resolve({ code, error, opened, where, seconds: (Date.now() - readyAt) / 1000 });
+      };
+      mine.onclose = ({ code, reason }) => drop(code, reason);
+      mine.onmessage = ({ data }) => {
+        heard = Date.now();
+        for (const message of [JSON.parse(data)].flat()) receive(message);
+      };
+      mine.onopen = async () => {
+        [opened, heard] = [true, Date.now()];
+        timer = setInterval(() => Date.now() - heard > SILENCE * 1000 && ping(), CHECK * 1000);
+        ask();
+        await ping(); // a server that accepts only to close was never ready
+        if (socket !== mine) return;
+        readyAt = Date.now();
+        become("ready");
+        for (const call of calls.values()) if (!call.sent) call.send();
+      };
+    });
+  }
+  async function run() {
+    for (let failures = 0, refusals = 0, wasReady = false; state !== "closed"; failures++) {
+      become("connecting");
+      const how = await connection().catch((error) => ({ error, opened: true })); // no token now
+      wasReady ||= how.seconds >= 0;
+      if (how.seconds >= 1) failures = 0;
+      const refused = !wasReady && (how.code === 1008 || (!how.opened && await answers(how.where)));
+      if (state === "closed") return;
+      refusals = refused ? refusals + 1 : 0;
+      if (refusals === 2) return finish(how.error); // with a fresh token, too
+      const restarts = failures === 0 && (how.code === 1001 || how.code === 1012);
+      const most = restarts ? 2 : Math.min(maxDelay, firstDelay * 2 ** failures);
+      become("waiting", how.error);
+      await new Promise((done) => { wake = done; setTimeout(done, Math.random() * most * 1000); });
+    }
+  }
+  function finish(error) {
+    if (state === "closed") return;
+    become("closed", error);
+    drop(1000, "");
+    for (const sub of [...subs]) end(sub, error);
+    for (const call of [...calls.values()]) call.settle(error);
+    wake();
+  }
+
+  const client = {
+    /** @returns {State} */
+    get state() { return state; },
+    /**
+     * Call a method of the server. @param {string} method @param {object} [params] named, or an
+     * array @param {More} [more] @returns {Promise<any>}
+     */
+    call: (method, params, more) => request(method, params, more),
+    /** Iterate over what a method yields; leaving the loop cancels it. */
+    stream,
+    /** Call, and wait for no answer. @param {string} method @param {object} [params] */
+    notify(method, params) {
+      if (state !== "ready") throw new ClosedError(1006, "there is no connection now");
+      post({ method, params });
+    },
+    /** Let the server call these. @param {Record<string, (...args: any[]) => any>} methods */
+    expose(methods) {
+      for (const [name, method] of Object.entries(methods)) exposed.set(name, method.bind(methods));
+    },
+    /**
+     * Subscribe, now and at each connection. @param {string | string[]} topics
+     * @param {(data: any, topic: string, event: Event) => any} callback
+     * @param {{pattern?: boolean, since?: string}} [how] as in fnmatch; from a stored position
+     */
+    subscribe(topics, callback, { pattern = false, since } = {}) {
+      const list = [topics].flat(), globs = pattern ? list.map(glob) : [];
+      const sub = { topics: list, pattern, since, callback, known: false };
+      sub.matches = pattern ? (topic) => globs.some((glob) => glob.test(topic))
+        : (topic) => list.includes(topic) || list.includes(ALL_TOPICS);
+      const confirmed = new Promise((resolve, reject) => {
+        sub.settle = (error) => { sub.known ||= !error; error ? reject(error) : resolve(); };
+      });
+      confirmed.catch(() => {}); // it need not be looked at
+      subs.add(sub);
+      queueMicrotask(() => (state === "closed" ? end(sub, why) : ask()));
+      return { topics: list, confirmed, cancel: () => end(sub, new ClosedError(1000, "cancelled")) };
+    },
+    /**
+     * Publish an event to each topic; one's own comes back with includeSelf only.
+     * @param {string | string[]} topics @param {any} data @param {{includeSelf?: boolean}} [how]
+     */
+    publish(topics, data, { includeSelf = false } = {}) {
+      const notifier_id = includeSelf ? `${me}!` : me;
+      return request("publish", { topics: [topics].flat(), data, notifier_id });
+    },
+    /** End the connection, for good. */
+    close: () => finish(new ClosedError(1000, "the client is closed")),
+  };
+  client.expose({ _ping_: () => "pong", _get_channel_id_: () => me });
+  queueMicrotask(run);
+  return client;
+}
+"""
