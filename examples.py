@@ -4,27 +4,41 @@
 # ///
 """What fastapi_ws_lite does, one scenario a function.
 
-    python examples.py              lists the scenarios and runs them all
+    python examples.py              lists the scenarios and runs them all, but bench
     python examples.py NAME...      runs those
 
 Each is complete, and fails if what it shows does not happen. ``demo`` is the whole of it: a server
-and two clients, each in a process of its own. The others run app and client in one process, joined
+and two clients, each in a process of its own. ``bench`` measures, for a minute and a half, or with
+``--quick`` for a few seconds. The others run app and client in one process, joined
 by ASGITransport; against a server, leave ``transport`` out.
 """
 
 import asyncio
+import contextlib
+import gc
+import importlib.util
 import inspect
+import json
 import logging
+import math
+import mmap
+import os
+import re
+import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from array import array
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import date
-from typing import Annotated, Any
+from functools import partial
+from statistics import median
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import uvicorn
-from fastapi import Depends, FastAPI, Header, WebSocket, WebSocketException
+from fastapi import Depends, FastAPI, Header, WebSocket, WebSocketDisconnect, WebSocketException
 from pydantic import BaseModel, Field
 
 from fastapi_ws_lite import (
@@ -45,6 +59,7 @@ from fastapi_ws_lite import (
     RpcEndpoint,
     RpcError,
     RpcMethodsBase,
+    connect,
 )
 
 # ------------------------------------------------------------------ demo: a server and two clients
@@ -69,6 +84,18 @@ class Agent(RpcMethodsBase):
         return "1.0"
 
 
+@contextlib.asynccontextmanager
+async def serving(app: Any, **options: Any) -> AsyncIterator[asyncio.Server]:
+    """Serve an app on a port that the system picks."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", **options))
+    task = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    yield server.servers[0]
+    server.should_exit = True
+    await task
+
+
 async def serve() -> None:
     """The server's process: prints its address, and serves until its input ends."""
     app = FastAPI()
@@ -79,15 +106,10 @@ async def serve() -> None:
     def policy_changed(name: str) -> None:  # an ordinary route may publish, without await
         endpoint.publish([f"policy.{name}"], data={"changed": name})
 
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
-    task = asyncio.create_task(server.serve())
-    while not server.started:
-        await asyncio.sleep(0.01)
-    print(f"ws://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/ws", flush=True)
-    await asyncio.to_thread(sys.stdin.read)
-    await endpoint.close()
-    server.should_exit = True
-    await task
+    async with serving(app) as server:
+        print(f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/ws", flush=True)
+        await asyncio.to_thread(sys.stdin.read)
+        await endpoint.close()
 
 
 def say(line: str) -> None:
@@ -338,16 +360,596 @@ async def reconnecting() -> None:
             await asyncio.sleep(0.001)
 
 
+# -------------------------------------------------------------------------- without an event loop
+
+
+def without_a_loop() -> None:
+    """A script, or a thread: calls return the bare result, and events are iterated with `for`."""
+    app = FastAPI()
+    PubSubEndpoint(Calculator()).register_route(app, "/ws")
+
+    with connect("ws://test/ws", transport=ASGITransport(app)) as remote:
+        assert remote.add(a=1, b=2) == 3
+        assert remote.call("add", [1, 2], timeout=5) == 3
+        events = remote.events("news")                    # from here on, nothing is missed
+        remote.publish("news", {"n": 1}, include_self=True)
+        for event in events:
+            assert (event.topic, event.data) == ("news", {"n": 1})
+            break                                         # which unsubscribes
+
+
+# ---------------------------------------------------- bench: what README.md says, measured again
+#
+# Each server is a process of its own, on the first core; this one is the load, on the second. Those
+# compared take turns, as what else a machine does only ever slows: the best rate counts, and of a
+# p99 the median. The load makes its frames beforehand, and counts answers by a mark that each has
+# once, so that it is the server that limits.
+
+Action: TypeAlias = Callable[..., Awaitable[Any]]
+
+
+class Served(NamedTuple):
+    """A server that is compared: how to publish to its topic "t", and to call its last client."""
+
+    app: Any  # or the server itself
+    publish: Action
+    call: Action
+
+
+compact = json.JSONEncoder(separators=(",", ":")).encode
+
+
+def event_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """What makes an event loop: uvloop, where it is installed."""
+    found = importlib.util.find_spec("uvloop")
+    return importlib.import_module("uvloop").new_event_loop if found else None
+
+
+class Echo(Calculator):
+    async def echo(self, data: Any) -> Any:
+        return data
+
+
+async def not_measured() -> None: ...
+
+
+def this_library() -> Served:
+    app, channels = FastAPI(), deque[RpcChannel](maxlen=1)
+    endpoint = PubSubEndpoint(Echo(), on_connect=channels.append)
+    endpoint.register_route(app, "/ws")
+    return Served(app, lambda data: endpoint.publish("t", data),
+                  lambda: channels[-1].other.add(a=1, b=2))
+
+
+def bare() -> Served:
+    """What FastAPI has: an echo, and a loop that sends to all."""
+    app, subscribers = FastAPI(), dict[WebSocket, None]()
+
+    @app.websocket("/{what}")
+    async def ws(websocket: WebSocket, what: str) -> None:
+        await websocket.accept()
+        if what == "events":
+            subscribers[websocket] = None
+        try:
+            while True:
+                await websocket.send_text(await websocket.receive_text())
+        except WebSocketDisconnect:
+            subscribers.pop(websocket, None)
+
+    async def publish(data: Any) -> None:
+        text = compact(data)
+        for websocket in list(subscribers):
+            await websocket.send_text(text)
+
+    return Served(app, publish, not_measured)
+
+
+def predecessors() -> Served:
+    """fastapi-websocket-rpc and -pubsub."""
+    rpc = importlib.import_module("fastapi_websocket_rpc")
+    events = importlib.import_module("fastapi_websocket_pubsub").PubSubEndpoint()
+    app, channels = FastAPI(), deque[Any](maxlen=1)
+
+    async def on_connect(channel: Any) -> None:
+        channels.append(channel)
+
+    methods = type("Methods", (rpc.RpcMethodsBase,), {"add": Echo.add, "echo": Echo.echo})()
+    rpc.WebsocketRPCEndpoint(methods, on_connect=[on_connect]).register_route(app, "/ws")
+    events.register_route(app, "/events")
+    return Served(app, lambda data: events.publish(["t"], data),
+                  lambda: channels[-1].other.add(a=1, b=2))
+
+
+def python_socketio() -> Served:
+    socketio = importlib.import_module("socketio")
+    server = socketio.AsyncServer(async_mode="asgi", ping_interval=600, max_http_buffer_size=2**24)
+    clients = deque[str](maxlen=1)
+
+    async def connect(client: str, *_: Any) -> None:
+        clients.append(client)
+
+    async def add(client: str, data: Any) -> Any:
+        return data["a"] + data["b"]
+
+    async def subscribe(client: str, data: Any) -> None:
+        await server.enter_room(client, "t")
+
+    for name, handler in (("connect", connect), ("add", add), ("echo", Echo.echo),
+                          ("subscribe", subscribe)):
+        server.on(name, handler)  # whose first argument is the client
+    return Served(socketio.ASGIApp(server), lambda data: server.emit("event", data, room="t"),
+                  lambda: server.call("add", {"a": 1, "b": 2}, to=clients[-1]))
+
+
+def broadcast() -> Served:
+    """The server of the websockets library, and its way to send to all."""
+    library = importlib.import_module("websockets.asyncio.server")
+    connections: set[Any] = set()
+
+    async def ws(connection: Any) -> None:
+        connections.add(connection)
+        try:
+            async for message in connection:
+                await connection.send(message)
+        finally:
+            connections.discard(connection)
+
+    async def publish(data: Any) -> None:
+        library.broadcast(connections, compact(data))
+
+    return Served(library.serve(ws, "127.0.0.1", 0, ping_interval=None), publish, not_measured)
+
+
+SERVERS: dict[str, Callable[[], Served]] = {
+    function.__name__: function
+    for function in (this_library, bare, predecessors, python_socketio, broadcast)
+}
+
+
+def prepare(core: int) -> None:
+    """Keep this process on one core of two, and let it open thousands of connections."""
+    system: Any = os
+    if hasattr(os, "sched_setaffinity") and len(cores := sorted(system.sched_getaffinity(0))) > 1:
+        system.sched_setaffinity(0, {cores[core]})
+    if importlib.util.find_spec("resource"):
+        resource = importlib.import_module("resource")
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    logging.disable()
+
+
+async def publish_for(publish: Action, seconds: float, burst: int, pause: float) -> list[float]:
+    """Publish in bursts: when that began, how many it were, and the processor time of each."""
+    began, cpu, count = time.monotonic_ns(), time.process_time(), 0
+    while time.monotonic_ns() - began < seconds * 1e9:
+        for _ in range(burst):
+            await publish({"t": time.monotonic_ns(), "text": "x" * 64})
+        count += burst
+        await asyncio.sleep(pause)
+    return [began, count, (time.process_time() - cpu) / count]
+
+
+async def call_for(call: Action, seconds: float) -> list[float]:
+    """Call with 64 in flight: how many calls it were in a second."""
+    began, count = time.perf_counter(), 0
+
+    async def one_after_another() -> None:
+        nonlocal count
+        while time.perf_counter() - began < seconds:
+            await call()
+            count += 1
+
+    await asyncio.gather(*(one_after_another() for _ in range(64)))
+    return [count / (time.perf_counter() - began)]
+
+
+def resident() -> list[float]:
+    """The memory of this process in KiB, where that can be read."""
+    gc.collect()
+    with contextlib.suppress(OSError), open("/proc/self/statm") as statm:
+        return [int(statm.read().split()[1]) * mmap.PAGESIZE / 1024]
+    return [math.nan]
+
+
+async def bench_server(name: str) -> None:
+    """A server's process: prints its port, and does what its input says until that ends."""
+    prepare(core=0)
+    app, publish, call = SERVERS[name]()
+    async with app if name == "broadcast" else serving(app, ws_ping_interval=None) as server:
+        print(server.sockets[0].getsockname()[1], flush=True)
+        while line := await asyncio.to_thread(sys.stdin.readline):
+            command, *numbers = json.loads(line)
+            result = (await publish_for(publish, *numbers) if command == "publish" else
+                      await call_for(call, *numbers) if command == "call" else resident())
+            print(json.dumps(result), flush=True)
+        os._exit(0)  # with thousands of connections, which nobody misses
+
+
+class Wire(NamedTuple):
+    """How to speak to a server."""
+
+    server: str
+    request: str            # of a method and its params
+    mark: bytes             # each answer has it once
+    id: bytes               # a pattern: the id of what the server asks
+    answer: str             # to that id
+    path: str = "/ws"
+    events: str = "/ws"     # the path to subscribe at
+    hello: str = ""
+    subprotocol: str = ""
+    together: bool = False  # what is sent in one turn is one array
+
+    def frames(self, texts: list[str]) -> bytes:
+        """A client's frames; masked with zeros, which the server has to undo all the same."""
+        if self.together and len(texts) > 1:
+            texts = [f"[{','.join(texts)}]"]
+        return b"".join(b"\x81" + (
+            struct.pack("!B", 128 + len(text)) if len(text) < 126 else
+            struct.pack("!BH", 254, len(text)) if len(text) < 2**16 else
+            struct.pack("!BQ", 255, len(text))) + bytes(4) + text.encode() for text in texts)
+
+
+PLAIN = Wire("this_library", '{"jsonrpc":"2.0","method":"%s","params":%s,"id":1}', b'"id":',
+             rb'"id":(\d+)\D', '{"jsonrpc":"2.0","result":3,"id":%s}')
+APART = PLAIN._replace(subprotocol="ws-lite.1")
+LITE = APART._replace(together=True)
+CROWDED = LITE._replace(server="crowded")
+BARE = PLAIN._replace(server="bare", events="/events")
+OLD = Wire("predecessors", '{"request":{"method":"%s","arguments":%s,"call_id":"1"}}',
+           b'"call_id":', rb'"call_id":"(\w+)"',
+           '{"response":{"result":3,"result_type":"int","call_id":"%s"}}', events="/events")
+SOCKETIO_PATH = "/socket.io/?EIO=4&transport=websocket"
+SOCKETIO = Wire("python_socketio", '421["%s",%s]', b"431[", rb"42(\d+)\[", "43%s[3]",
+                SOCKETIO_PATH, SOCKETIO_PATH, hello="40")
+BROADCAST = BARE._replace(server="broadcast")
+
+
+def counter(mark: bytes, seen: Callable[[int], None]) -> Callable[[bytes], None]:
+    """Count the marks in what arrives, also those that arrive in two pieces."""
+    tail = b""
+
+    def count(data: bytes) -> None:
+        nonlocal tail
+        data = tail + data
+        tail = data[1 - len(mark):]
+        if number := data.count(mark):
+            seen(number)
+
+    return count
+
+
+def finder(pattern: bytes, seen: Callable[[list[str]], None]) -> Callable[[bytes], None]:
+    """Find what the group of a pattern matches, likewise."""
+    tail = b""
+
+    def find(data: bytes) -> None:
+        nonlocal tail
+        tail += data
+        if found := list(re.finditer(pattern, tail)):
+            tail = tail[found[-1].end():]
+            seen([match[1].decode() for match in found])
+
+    return find
+
+
+class Peer(asyncio.Protocol):
+    """A client that hardly does anything."""
+
+    transport: Any
+    handlers: Sequence[Callable[[bytes], None]] = ()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        for handler in self.handlers:
+            handler(data)
+
+    async def ask(self, data: bytes, mark: bytes) -> None:
+        """Send, and wait for what has the mark."""
+        answered = asyncio.Event()
+        self.handlers = [counter(mark, lambda _: answered.set())]
+        self.transport.write(data)
+        await answered.wait()
+
+    def answers(self, wire: Wire) -> Callable[[bytes], None]:
+        """A handler that answers what the server asks."""
+        return finder(wire.id, lambda ids: self.transport.write(
+            wire.frames([wire.answer % id for id in ids])))
+
+
+class Tally:
+    """Counts what arrives, and knows when the last did."""
+
+    count = last = 0
+
+    def add(self, number: int) -> None:
+        self.count += number
+        self.last = time.monotonic_ns()
+
+    async def rate(self, total: float, began: float) -> float:
+        """How many it were in a second, when all have arrived."""
+        async with asyncio.timeout(60):
+            while self.count < total:
+                await asyncio.sleep(0.001)
+        return total / (self.last - began) * 1e9
+
+
+def p99(nanoseconds: Sequence[int]) -> float:
+    """In microseconds."""
+    return sorted(nanoseconds)[len(nanoseconds) * 99 // 100] / 1e3
+
+
+class Scale(NamedTuple):
+    """How much of it."""
+
+    turns: int = 3
+    seconds: float = 0.2   # for each figure in each turn
+    pause: float = 0.25    # between events that are to be delivered without haste
+    few: int = 100         # subscribers
+    many: int = 1000
+    topics: int = 10_000   # of each of ten connections
+
+
+SCALES = {"": Scale(), "--quick": Scale(1, 0.1, few=50, many=300),
+          "--smoke": Scale(1, 0.02, 0.02, 5, 10, 100)}
+COLUMNS = {"bare": "bare FastAPI", "predecessors": "fastapi-websocket-rpc, -pubsub",
+           "python_socketio": "python-socketio", "broadcast": "websockets.broadcast"}
+MODULES = {"this_library": "fastapi_ws_lite", "python_socketio": "socketio",
+           "predecessors": "fastapi_websocket_rpc, fastapi_websocket_pubsub"}
+HANDSHAKE = ("GET {} HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+             "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n{}\r\n")
+ENVIRONMENT = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}  # or imports would compile each time
+IMPORT = """import sys, time, fastapi
+count, began = len(sys.modules), time.perf_counter()
+import {}
+print((time.perf_counter() - began) * 1e3, len(sys.modules) - count)"""
+ADD = '{"a":1,"b":2}'
+MEGABYTE = compact({"data": [*({"name": f"user {number}", "score": 1.25, "tags": ["a", "b"]}
+                               for number in range(20_000)), "end"]})
+
+
+class Bench:
+    """The servers, how they are measured, and the table."""
+
+    def __init__(self, scale: Scale) -> None:
+        self.scale = scale
+        self.processes: dict[str, asyncio.subprocess.Process] = {}
+        self.ports: dict[str, int] = {}
+
+    async def start(self, name: str, function: str) -> None:
+        self.processes[name] = process = await asyncio.create_subprocess_exec(
+            sys.executable, "-W", "ignore", __file__, "--bench-server", function, env=ENVIRONMENT,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert process.stdout
+        self.ports[name] = int(await process.stdout.readline())
+
+    async def tell(self, wire: Wire, *command: Any) -> list[float]:
+        """Have a server do something: the numbers that it prints."""
+        process = self.processes[wire.server]
+        assert process.stdin and process.stdout
+        process.stdin.write(json.dumps(command).encode() + b"\n")
+        return list(json.loads(await process.stdout.readline()))
+
+    @contextlib.asynccontextmanager
+    async def peers(self, wire: Wire, count: int, topics: Sequence[str] = (),
+                    ) -> AsyncIterator[list[Peer]]:
+        """Connections to a server, which subscribe to topics if there are any."""
+        protocol = f"Sec-WebSocket-Protocol: {wire.subprotocol}\r\n" if wire.subprotocol else ""
+        handshake = HANDSHAKE.format(wire.events if topics else wire.path, protocol).encode()
+        subscribe = wire.frames([wire.request % ("subscribe", json.dumps({"topics": topics}))])
+        peers: list[Peer] = []
+        for _ in range(count):
+            _, peer = await asyncio.get_running_loop().create_connection(
+                Peer, "127.0.0.1", self.ports[wire.server])
+            peers.append(peer)
+            await peer.ask(handshake, b"\r\n\r\n")
+            if wire.hello:
+                await peer.ask(wire.frames([wire.hello]), b'40{"')
+            if topics:
+                await peer.ask(subscribe, wire.mark)
+        yield peers
+        for peer in peers:
+            peer.transport.abort()
+        await asyncio.sleep(0.02 + count * 3e-4)  # in which the server sees it
+
+    async def calls(self, wire: Wire, connections: int = 1, in_flight: int = 1, method: str = "add",
+                    params: str = ADD, mark: bytes = b"") -> list[float]:
+        """Calls in a second, and the p99 in microseconds of each turn's."""
+        request = wire.request % (method, params)
+        frames = [wire.frames([request] * number) for number in range(in_flight + 1)]
+        tally, times = Tally(), array("q")
+
+        def loaded(peer: Peer) -> Callable[[bytes], None]:
+            asked = time.monotonic_ns()
+
+            def seen(number: int) -> None:
+                nonlocal asked
+                tally.add(number)
+                times.append(tally.last - asked)
+                asked = tally.last
+                peer.transport.write(frames[number])
+
+            return counter(mark or wire.mark, seen)
+
+        async with self.peers(wire, connections) as peers:
+            for peer in peers:
+                peer.handlers = [loaded(peer)]
+                peer.transport.write(frames[in_flight])
+            await asyncio.sleep(self.scale.seconds / 4)  # to warm up
+            began, before, warm = time.monotonic_ns(), tally.count, len(times)
+            while (now := time.monotonic_ns()) < began + self.scale.seconds * 1e9 or (
+                    tally.count < before + 5):
+                await asyncio.sleep(self.scale.seconds / 10)
+            return [(tally.count - before) / (now - began) * 1e9, p99(times[warm:])]
+
+    async def called(self, wire: Wire) -> list[float]:
+        """Calls in a second of a server to its client."""
+        async with self.peers(wire, 1) as [peer]:
+            add = wire.request % ("add", ADD)  # the server answers in the dialect that it hears
+            await peer.ask(wire.frames([add]), wire.mark)
+            peer.handlers = [peer.answers(wire)]
+            return await self.tell(wire, "call", self.scale.seconds)
+
+    async def publish(self, wire: Wire, peers: list[Peer], burst: int = 1,
+                      pause: float = 0) -> list[float]:
+        """Deliveries in a second; and where there are pauses, their p99 in microseconds."""
+        tally, times = Tally(), array("q", [0])
+
+        def sent(moments: list[str]) -> None:
+            tally.add(len(moments))
+            times.extend(tally.last - int(moment) for moment in moments)
+
+        for peer in peers:
+            count = finder(rb'"t":(\d+)\D', sent) if pause else counter(b'"t":', tally.add)
+            peer.handlers = [count, peer.answers(wire)] if wire is OLD else [count]
+        seconds = self.scale.seconds * (5 if pause else 1)
+        began, number, _ = await self.tell(wire, "publish", seconds, burst, pause)
+        return [await tally.rate(number * len(peers), began), p99(times)]
+
+    async def fan_out(self, wire: Wire, burst: int = 1) -> list[float]:
+        async with self.peers(wire, self.scale.few, ["t"]) as peers:
+            return await self.publish(wire, peers, burst)
+
+    async def crowd(self, wire: Wire) -> list[float]:
+        """Deliveries in a second, p99 of a few in microseconds, and KiB for each subscriber."""
+        async with self.peers(wire, 10):
+            [before] = await self.tell(wire, "resident")
+            async with self.peers(wire, self.scale.many, ["t"]) as peers:
+                [after] = await self.tell(wire, "resident")
+                [rate, _] = await self.publish(wire, peers)
+                [_, delay] = await self.publish(wire, peers, pause=self.scale.pause)
+        return [rate, delay, (after - before) / self.scale.many]
+
+    async def clients(self, wire: Wire) -> list[float]:
+        """Calls in a second of a whole client, and deliveries to twenty of them."""
+        address, tally = f"ws://127.0.0.1:{self.ports[wire.server]}", Tally()
+
+        async def heard(data: Any, topic: str) -> None:
+            tally.add(1)
+
+        async with contextlib.AsyncExitStack() as stack:
+            if wire is OLD:
+                rpc = importlib.import_module("fastapi_websocket_rpc")
+                caller = rpc.WebSocketRpcClient(address + wire.path, rpc.RpcMethodsBase())
+            else:
+                caller = RpcClient(address + wire.path)
+            await stack.enter_async_context(caller)
+            [calls] = await call_for(lambda: caller.other.add(a=1, b=2), self.scale.seconds)
+            for _ in range(20):
+                if wire is OLD:
+                    pubsub = importlib.import_module("fastapi_websocket_pubsub")
+                    theirs = pubsub.PubSubClient(["t"], callback=heard)
+                    theirs.start_client(address + wire.events)
+                    await theirs.wait_until_ready()
+                    stack.push_async_callback(theirs.disconnect)
+                else:
+                    client = await stack.enter_async_context(PubSubClient(address + wire.events))
+                    await client.subscribe("t", heard)
+            began, number, _ = await self.tell(wire, "publish", self.scale.seconds, 1, 0)
+            return [calls, await tally.rate(number * 20, began)]
+
+    async def imports(self, wire: Wire) -> list[float]:
+        """Milliseconds to import it after FastAPI, and how many modules come with it."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-W", "ignore", "-c", IMPORT.format(MODULES[wire.server]),
+            cwd=os.path.dirname(os.path.abspath(__file__)), env=ENVIRONMENT, stdout=subprocess.PIPE)
+        return [float(word) for word in (await process.communicate())[0].split()]
+
+    async def cost(self, wire: Wire) -> list[float]:
+        """Microseconds of processor time to publish an event."""
+        return [(await self.tell(wire, "publish", self.scale.seconds, 1, 0))[2] * 1e6]
+
+    async def compare(self, measure: Action, ours: dict[str, Wire], others: Sequence[Wire],
+                      *figures: tuple[str, str, Callable[[list[float]], float]]) -> None:
+        """Measure by turns; a row for each figure (title, unit, which turn counts) of ours."""
+        wires = [wire for wire in (*ours.values(), *others) if wire.server in self.ports]
+        turns = [{wire: await measure(wire) for wire in wires} for _ in range(self.scale.turns)]
+        for number, (title, unit, best) in enumerate(figures):
+            value = {wire: best([turn[wire][number] for turn in turns]) for wire in wires}
+            for name, own in ours.items():
+                ratio = {wire.server: f"{value[own] / value[wire]:.2f}" for wire in wires
+                         if value[wire]}
+                shown = f"{value[own]:{',.0f' if value[own] >= 100 else '.3g'}} {unit}"
+                row(title + name, shown, *(ratio.get(key, "") for key in COLUMNS))
+
+    async def run(self) -> None:
+        """Start the servers, and print the table as it is measured."""
+        scale, servers = self.scale, {name: name for name in SERVERS} | {"crowded": "this_library"}
+        for name in SERVERS:
+            if missing := [m for m in MODULES.get(name, "").split(", ")
+                           if m and not importlib.util.find_spec(m)]:
+                print(f"without {servers.pop(name)}: {missing[0]} is not installed", flush=True)
+        await asyncio.gather(*(self.start(*each) for each in servers.items()))
+        prepare(core=1)
+        row("measured", "this library", *COLUMNS.values())
+        row("---", *["---:"] * (1 + len(COLUMNS)))
+        lite, both = {"": LITE}, {"plain JSON-RPC": PLAIN, "ws-lite.1": LITE}
+        all_three = both | {"ws-lite.1, a frame for each": APART}
+        few, many = (f"{count:,} subscribers" for count in (scale.few, scale.many))
+        callable, all_others = (BARE, OLD, SOCKETIO), (BARE, OLD, SOCKETIO, BROADCAST)
+        await self.compare(self.crowd, lite, all_others,
+                           (f"events to {many}", "/s", max),
+                           (f"their p99, {1 / scale.pause:.0f} a second", "µs", median),
+                           ("memory of a subscriber", "KiB", max))
+        await self.compare(self.fan_out, lite, all_others, (f"events to {few}", "/s", max))
+        await self.compare(partial(self.fan_out, burst=16), both, all_others,
+                           (f"bursts of 16 events to {few}, ", "/s", max))
+        await self.compare(self.calls, both, callable, ("calls one by one, ", "/s", max),
+                           ("their p99, ", "µs", median))
+        await self.compare(partial(self.calls, in_flight=64), all_three, callable,
+                           ("64 calls in flight, ", "/s", max))
+        await self.compare(partial(self.calls, connections=50, in_flight=8), all_three, callable,
+                           ("8 in flight on each of 50 connections, ", "/s", max))
+        await self.compare(self.called, both, callable[1:],
+                           ("server calls its client, 64 in flight, ", "/s", max))
+        await self.compare(self.clients, lite, [OLD],
+                           ("a whole client, 64 calls in flight", "/s", max),
+                           ("events to 20 whole clients in a process", "/s", max))
+        large = partial(self.calls, method="echo", params=MEGABYTE, mark=b'"end"')
+        await self.compare(large, {"": PLAIN}, callable,
+                           (f"echo of {len(MEGABYTE) / 1e6:.1f} MB of JSON", "/s", max))
+        topics = [f"topic/{number}" for number in range(scale.topics)]
+        async with (self.peers(LITE, 1, ["t", *topics[:9]]), self.peers(CROWDED, 1, ["t"]),
+                    self.peers(CROWDED, 10, topics)):
+            crowd = f"{10 * len(topics):,} subscriptions on {len(topics):,} topics"
+            await self.compare(self.cost, {crowd: CROWDED, "10": LITE}, (),
+                               ("processor time of an event among ", "µs", min))
+        await self.compare(self.imports, lite, [OLD, SOCKETIO], ("import after FastAPI", "ms", min),
+                           ("modules imported", "", min))
+
+
+def row(*cells: str) -> None:
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def bench(how: str = "") -> None:
+    """What README.md says was measured, again; only when named. "bench --quick" is shorter."""
+    async def run() -> None:
+        measured = Bench(SCALES[how])
+        try:
+            await measured.run()
+        finally:
+            for process in measured.processes.values():
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+                await process.wait()
+
+    with asyncio.Runner(loop_factory=event_loop()) as runner:
+        runner.run(run())
+
+
 SCENARIOS: dict[str, Callable[[], Any]] = {
     function.__name__: function
     for function in (demo, calls, both_ways, validation, errors, events, events_in_process,
-                     authorisation, reconnecting)
+                     authorisation, reconnecting, without_a_loop)
 }
+ALL = SCENARIOS | {"bench": bench}  # which takes long, so it runs when it is named
 
 
 def run(name: str) -> None:
     began = time.perf_counter()
-    result = SCENARIOS[name]()
+    result = ALL[name]()
     if inspect.iscoroutine(result):
         asyncio.run(result)
     print(f"{name}: done in {time.perf_counter() - began:.2f} s", flush=True)
@@ -360,12 +962,17 @@ def main(arguments: list[str]) -> int:
             asyncio.run(serve())
         case ["--agent", url, name, other]:
             asyncio.run(agent(url, name, other))
-        case _ if unknown := [name for name in arguments if name not in SCENARIOS]:
-            print(f"unknown: {', '.join(unknown)}; there are: {', '.join(SCENARIOS)}")
+        case ["--bench-server", name]:
+            with asyncio.Runner(loop_factory=event_loop()) as runner:
+                runner.run(bench_server(name))
+        case ["bench", how] if how in SCALES:
+            bench(how)
+        case _ if unknown := [name for name in arguments if name not in ALL]:
+            print(f"unknown: {', '.join(unknown)}; there are: {', '.join(ALL)}")
             return 2
         case _:
             if not arguments:
-                for name, function in SCENARIOS.items():
+                for name, function in ALL.items():
                     print(f"{name:18} {function.__doc__}")
             for name in arguments or SCENARIOS:
                 run(name)

@@ -14,6 +14,9 @@
         await client.subscribe("news", print)         # awaited: confirmed by the server
         endpoint.publish(["news"], data={"any": "JSON"})              # in the server's code
 
+    with connect("ws://localhost:8000/ws") as remote: # without an event loop
+        remote.add(a=1, b=2) == 3
+
 The wire is UTF-8 JSON, in one of two dialects: JSON-RPC 2.0 (https://www.jsonrpc.org/specification)
 with additions that a plain peer can ignore, or the wire of fastapi_websocket_rpc. The subprotocol
 ws-lite.1 selects the first and lets messages travel together in one frame; without it, the server
@@ -43,15 +46,18 @@ import itertools
 import json
 import logging
 import math
+import os
 import random
 import re
 import struct
+import sys
+import threading
 import types
 import typing
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Generic, Literal, NamedTuple, Protocol, Self, TypeAlias
@@ -61,20 +67,24 @@ from urllib.parse import unquote, urlsplit
 import anyio.to_thread
 from fastapi import APIRouter, FastAPI, Request, Response, WebSocket
 from fastapi.params import Depends
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-from pydantic_core import ArgsKwargs, from_json, to_json
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+from pydantic.errors import PydanticInvalidForJsonSchema, PydanticUndefinedAnnotation
+from pydantic.json_schema import GenerateJsonSchema
+from pydantic_core import ArgsKwargs, PydanticOmit, from_json, to_json
 from starlette.types import ASGIApp, Message
 from starlette.websockets import WebSocketState
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "ALL_TOPICS", "Codec", "Event", "EventNotifier", "RpcChannel", "RpcMethodsBase", "RpcResponse",
-    "Subscription",
+    "ALL_TOPICS", "Codec", "Event", "EventNotifier", "Gap", "RpcChannel", "RpcMethodsBase",
+    "RpcResponse", "Subscription",
     # the server, and the client with what carries it
     "PubSubEndpoint", "RpcEndpoint",
     "ASGITransport", "NetworkTransport", "PubSubClient", "RpcClient", "SessionTransport", "Socket",
     "Transport",
+    # without an event loop
+    "Remote", "connect",
     # errors
     "Cancelled", "ChannelClosed", "Forbidden", "InternalError", "InvalidParams", "MessageTooLarge",
     "MethodNotFound", "Overloaded", "Refused", "RequestTimeout", "RpcError",
@@ -95,7 +105,8 @@ METHOD_THREADS: Final = 40  # for plain def methods; as many as FastAPI has for 
 
 ARRAY_ITEMS: Final = 4096  # of a batch; what we send in 64 KiB is less than that
 FRAME_BYTES: Final = 64 * 2**10  # of messages that travel together; more brings no more speed
-LIVE_BYTES: Final = 64 * 2**10  # with more than this unsent, a subscriber is fed from the log
+LIVE_BYTES: Final = 64 * 2**10  # with more than this unsent, a subscriber is fed from the log,
+FEED_EVENTS: Final = 512  # and no more of it is looked through before others run
 ANSWERS_BYTES: Final = 2**20  # with more of them unsent, reading from that peer pauses,
 PAUSE_BYTES_PER_SECOND: Final = 2**25  # the longer the more they are; not for ever, as the peer
 # may wait for us likewise: one that sends and never reads gets about 100 MiB before it is let go
@@ -105,6 +116,8 @@ HELD_MESSAGES: Final = 1000  # that wait for the peer to show which dialect it s
 
 HISTORY_EVENTS: Final = 4096
 HISTORY_BYTES: Final = 16 * 2**20
+MARK_SECONDS: Final = 20.0  # after which quiet subscribers are told where the log is, or after
+MARK_FRACTION: Final = 4  # one part in so many of the history
 BURST_BYTES: Final = 2**18  # published by one task before others run, in awaited publishes;
 BURST_EVENT_BYTES: Final = 2**10  # added to the size of each, so that 256 are a burst, too
 QUEUE_EVENTS: Final = 10_000  # that wait for callbacks, or to be published by other threads
@@ -519,6 +532,8 @@ class _Method:
         self._validator = adapter.validator
         # only from JSON text are bytes base64, and dates in a strict model strings
         self._from_json = bool(re.search("'bytes'|'strict': True", repr(adapter.core_schema)))
+        self.parameters, self.returns = list(shown.parameters.values()), hints.get("return", Any)
+        self.adapter = adapter
 
     def bind(self, channel: "RpcChannel", params: Any) -> tuple[Sequence[Any], dict[str, Any]]:
         """The arguments for the function. Raises InvalidParams."""
@@ -573,11 +588,99 @@ def _methods_of(instance: RpcMethodsBase | None) -> dict[str, Callable[..., Any]
             if name[0] != "_" and inspect.isfunction(getattr(value, "__func__", value))}
 
 
+# ---------------------------------------------------------------------------- describing methods
+# What rpc.discover answers: an OpenRPC document (https://spec.open-rpc.org). Its schemas are made
+# from what validates the arguments, and only when someone asks.
+
+
+class _Schemas(GenerateJsonSchema):
+    """Pydantic's, with an empty schema where a hint has none."""
+
+    def emit_warning(self, kind: Any, detail: str) -> None:
+        """Say nothing: a default that is not JSON is left out."""
+
+    def generate_inner(self, schema: Any) -> dict[str, Any]:
+        try:
+            return super().generate_inner(schema)
+        except PydanticInvalidForJsonSchema:
+            return {}
+
+    def bytes_schema(self, schema: Any) -> dict[str, Any]:
+        return {"type": "string", "contentEncoding": "base64"}
+
+    def arguments_schema(self, schema: Any) -> dict[str, Any]:
+        """By name, however they are passed; but not what is a named tuple in an older pydantic."""
+        if schema.get("metadata", {}).get("pydantic_js_prefer_positional_arguments"):
+            return super().arguments_schema(schema)
+        named = {self.get_argument_name(a): a["schema"] for a in schema["arguments_schema"]}
+        required = [name for name, inner in named.items() if inner["type"] != "default"]
+        named |= {rest: schema[rest] for rest in ("var_args_schema", "var_kwargs_schema")
+                  if rest in schema}
+        return {"required": required, "properties": {
+            name: self._argument(inner) for name, inner in named.items()}}
+
+    def _argument(self, schema: Any) -> dict[str, Any]:
+        try:
+            return self.generate_inner(schema)
+        except PydanticOmit:  # of SkipJsonSchema, which leaves out a field, but not an argument
+            return {}
+
+
+def _openrpc(owner: type, methods: Mapping[str, _Method]) -> Any:
+    """The document about methods, named after the class that has them and its module's version."""
+    asked: list[tuple[str, Literal["validation", "serialization"], TypeAdapter[Any]]] = []
+    for name, method in methods.items():
+        asked.append((name, "validation", method.adapter))
+        asked.append((name, "serialization", _result_adapter(method)))
+    found, shared = TypeAdapter.json_schemas(
+        asked, ref_template="#/components/schemas/{model}", schema_generator=_Schemas)
+    about = {"description": inspect.cleandoc(owner.__doc__)} if owner.__doc__ else {}
+    version = getattr(sys.modules.get(owner.__module__), "__version__", "0")
+    document = {"openrpc": "1.3.2",
+                "info": {"title": owner.__name__, "version": str(version), **about},
+                "methods": [_method_object(name, method, found[name, "validation"],
+                                           found[name, "serialization"])
+                            for name, method in methods.items()],
+                "components": {"schemas": shared.get("$defs", {})}}
+    return from_json(to_json(document, inf_nan_mode="null"))  # a default may be infinite
+
+
+def _result_adapter(method: _Method) -> TypeAdapter[Any]:
+    """Of what the method returns, or its stream carries."""
+    hint = method.returns
+    if getattr(method, "streams", False):
+        hint = (*typing.get_args(hint), Any)[0]
+    try:
+        return TypeAdapter(hint)
+    except (PydanticUndefinedAnnotation, PydanticUserError):  # pydantic makes nothing of it
+        return TypeAdapter(Any)
+
+
+def _method_object(name: str, method: _Method, arguments: dict[str, Any],
+                   result: dict[str, Any]) -> dict[str, Any]:
+    kind, params = inspect.Parameter, []
+    rest = (kind.VAR_POSITIONAL, kind.VAR_KEYWORD)
+    parameters = sorted(method.parameters, key=lambda p: p.kind in rest)
+    for p, (own, schema) in zip(parameters, arguments["properties"].items(), strict=True):
+        params.append({"name": own, "schema": schema,
+                       "required": own in arguments["required"]})
+        if p.kind in rest:
+            params[-1] |= {"name": p.name, "x-variadic": True}
+    kinds, text = {p.kind for p in parameters}, inspect.getdoc(method.function) or ""
+    return {"name": name,
+            **({"summary": text.partition("\n")[0], "description": text} if text else {}),
+            "paramStructure": "by-position" if kinds & {kind.POSITIONAL_ONLY, kind.VAR_POSITIONAL}
+            else "by-name" if kinds & {kind.KEYWORD_ONLY, kind.VAR_KEYWORD} else "either",
+            "params": sorted(params, key=lambda param: not param["required"]),
+            "result": {"name": "result", "schema": result},
+            **({"x-stream": True} if getattr(method, "streams", False) else {})}
+
+
 # --------------------------------------------------------------------- pending calls and streams
 # The calls of one side that wait for an answer. An entry is made before its request is sent, and
 # is gone before its future is set, whatever the outcome. Futures are set to a value, never to an
-# exception, so that none goes unretrieved. ``then`` is called with the outcome where it is read, for
-# those who must know it before the next message is looked at.
+# exception, so that none goes unretrieved. ``then`` is called with the outcome where it is read,
+# for those who must know it before the next message is looked at.
 
 
 class _Pending(NamedTuple):
@@ -613,6 +716,26 @@ class Event(NamedTuple):
     topic: str
     data: Any
     position: str | None
+
+
+class Gap(NamedTuple):
+    """A hole: what was published after ``since``, up to ``position``, may be missing.
+
+    Either is None where it is not known. ``reason`` is "history" (the server keeps no more of it),
+    "size" (one event, larger than this client takes), "queue" (a callback or iterator that is too
+    slow, and the server cannot repeat; ``topics`` are the iterator's), "log" (the server's log
+    began anew) or "reconnect" (to a server that knows no positions). Without topics, it is all.
+    """
+    since: str | None
+    position: str | None
+    reason: str
+    topics: tuple[str, ...] = ()
+
+
+def _offset(position: str | None) -> int:
+    """The place of a position, to compare it with others of the same log; -1 if it has none."""
+    number = (position or "").partition("-")[0]
+    return int(number) if number.isascii() and number.isdigit() and len(number) < 20 else -1
 
 
 def _check_topics(topics: str | Iterable[str], *, pattern: bool = False) -> tuple[str, ...]:
@@ -677,14 +800,17 @@ class _Topics(Generic[_Sink]):
 
 
 class _Entry:
-    """An event in the log. Its data is the end of its text in JSON-RPC, and kept only there."""
+    """An event in the log. Its data is the end of its text in JSON-RPC, and kept only there.
+
+    One without a topic is a mark: nobody gets it, but it has a position.
+    """
 
     __slots__ = ("_data_at", "_old", "index", "origin", "position", "size", "text", "topic")
 
-    def __init__(self, index: int, position: str, topic: str, data: str,
+    def __init__(self, index: int, position: str, topic: str | None, data: str,
                  origin: str | None) -> None:
         self.index, self.position, self.topic, self.origin = index, position, topic, origin
-        head = (f'{{"jsonrpc":"2.0","method":"notify","params":{{"topic":{_quoted(topic)},'
+        head = (f'{{"jsonrpc":"2.0","method":"notify","params":{{"topic":{_quoted(topic or "")},'
                 f'"position":"{position}","data":')
         self.text, self._data_at = f"{head}{data}}}}}", len(head)
         self.size = _size(self.text)
@@ -697,34 +823,46 @@ class _Entry:
     @property
     def old_text(self) -> str:
         if self._old is None:
-            arguments = f'{{"subscription":{{"topic":{_quoted(self.topic)}}},"data":{self.data}}}'
+            topic = _quoted(self.topic or "")
+            arguments = f'{{"subscription":{{"topic":{topic}}},"data":{self.data}}}'
             self._old = _OLD_WIRE.request(None, "notify", arguments, None)
         return self._old
 
 
 class _Log(dict[int, _Entry]):
-    """The last events by index, from ``first`` to ``end`` - 1; bounded in number and bytes.
+    """The last entries by index, from ``first`` to ``end`` - 1; bounded in number and bytes.
 
-    Its id tells its positions from those of another log, or of an earlier process.
+    ``position`` is that of the newest entry and ``before`` that of the last one dropped; in the
+    beginning, both are of the beginning. The log's id tells its positions from those of another.
     """
 
     def __init__(self, max_events: int, max_bytes: int) -> None:
         self._max_events, self._max_bytes, self._id = max_events, max_bytes, uuid.uuid4().hex[:12]
+        self._places: dict[str, int] = {}
         self.first = self.end = 1
-        self.size = 0
+        self.size = self.total = 0  # bytes that are here, and that ever were
+        self.position = self.before = f"0-{self._id}"
 
-    @property
-    def position(self) -> str:
-        """That of the newest event, or of the beginning."""
-        return f"{self.end - 1}-{self._id}"
+    def find(self, position: str) -> int | None:
+        """The index of the entry with this position, if all that came after it is here."""
+        if position == self.before and self._max_events:
+            return self.first - 1
+        return self._places.get(position)
 
-    def append(self, topic: str, data: str, origin: str | None) -> _Entry:
+    def append(self, topic: str | None, data: str, origin: str | None,
+               position: str | None = None) -> _Entry:
         index, self.end = self.end, self.end + 1
+        self.position = position or f"{index}-{self._id}"
         entry = self[index] = _Entry(index, self.position, topic, data, origin)
+        self._places[self.position] = index
         self.size += entry.size
+        self.total += entry.size
         while len(self) > self._max_events or self.size > self._max_bytes:
-            self.size -= self.pop(self.first).size
+            dropped = self.pop(self.first)
             self.first += 1
+            self.size -= dropped.size
+            self.before = dropped.position
+            self._places.pop(dropped.position, None)
         return entry
 
 
@@ -908,6 +1046,7 @@ class _Side:
     """What an endpoint and a client have in common."""
 
     _own: ClassVar[Mapping[str, str]] = {}  # methods of ours: name on the wire, name here
+    _document: Any = None  # what rpc.discover answers, once it was asked
 
     def __init__(self, methods: RpcMethodsBase | None = None, *, on_connect: _Hooks = (),
                  on_disconnect: _Hooks = (), max_message_size: int = MAX_MESSAGE_BYTES,
@@ -920,8 +1059,11 @@ class _Side:
         self._make_limiters()
         self._on_connect, self._on_disconnect = _hooks(on_connect), _hooks(on_disconnect)
         self._table: _Table = {"$/cancelRequest": _cancel_request}
-        self._add({"_ping_": _ping, "_get_channel_id_": _get_channel_id})
+        self._add({"_ping_": _ping, "_get_channel_id_": _get_channel_id,
+                   "rpc.discover": self._discover})
         self._add({name: getattr(self, own) for name, own in self._own.items()})
+        self._owner = type(self if methods is None else methods)
+        self._built_in = frozenset(self._table)
         self._add(_methods_of(methods))
 
     def _make_limiters(self) -> None:
@@ -934,6 +1076,14 @@ class _Side:
         if taken := functions.keys() & self._table.keys():
             raise ValueError(f"there is a method {', '.join(sorted(taken))} already")
         self._table.update({name: _Method(name, f) for name, f in functions.items()})
+        self._document = None
+
+    async def _discover(self, channel: "RpcChannel") -> Any:
+        if self._document is None:
+            methods = {name: method for name, method in self._table.items()
+                       if isinstance(method, _Method) and name not in self._built_in}
+            self._document = _openrpc(self._owner, methods)
+        return self._document
 
     def _seconds(self, timeout: _Timeout) -> float | None:
         return self._timeout if isinstance(timeout, _Unset) else timeout
@@ -1474,36 +1624,36 @@ class RpcChannel:
     def _flush(self) -> None:
         """Write to the socket; what it does not take now is the writer's."""
         self._receiving = False
-        while self._outbox and self._writer is None:
+        while self._writer is None and (self._outbox or self._refill()):
             if self._direct is None or not self._direct.ready():
                 self._writer = self._spawn(self._write())
                 return
             self._direct.write(_frames(self._take(), self._dialect))
-            self._sent()
         if self._writer is None and self._closed is None:
             self._go_live(self._direct)
 
     def _go_live(self, direct: "_Direct | None") -> None:
         """Let events be written past the outbox, while that is empty."""
         if self._feed is not None:
-            self._feed.direct = direct
+            self._feed.direct = None if self._feed.lagging else direct
 
-    def _sent(self) -> None:
-        if self._feed is not None and self._feed.lagging:
-            self._feed.refill()
+    def _refill(self) -> bool:
+        """See who can go on, as there is room; returns whether there is more to send."""
         if self._room and self._answers_size <= ANSWERS_BYTES:
             _wake(self._room)
+        if self._feed is not None and self._feed.lagging:
+            self._feed.refill()
+        return bool(self._outbox)
 
     async def _write(self) -> None:
         try:
-            while self._outbox:
+            while self._outbox or self._refill():
                 frame = _joined(self._take())
                 limit = SEND_SECONDS + len(frame) / SEND_BYTES_PER_SECOND
                 self._send_deadline = self._loop.time() + limit
                 self._watch(self._send_deadline)
                 await self._socket.send(frame)
                 self._send_deadline = None
-                self._sent()
             if self._closing is None:
                 self._writer = None
                 self._go_live(self._direct)
@@ -1547,33 +1697,41 @@ def _params(encode: Callable[[object], str], args: _Arguments) -> str | None:
 
 # ----------------------------------------------------------------------------- events in process
 # An inbox hands events to the callbacks of one side: one at a time, in order, from one queue, by a
-# task that lives only while there are events. An iterator has a queue of its own, so that one that
-# nobody reads delays nobody else. What does not fit into a queue is lost, and said so in the log.
+# task that lives only while there are events. An event stays in its queue until it was handled, and
+# says what came before it, so that the heads of the queues tell how far all are. Past its bound the
+# queue takes no more until it is empty; then its owner can have the rest sent again. An iterator
+# has a queue of its own, so that one that nobody reads delays nobody else: past the bound it is
+# emptied, and that is a gap. Each subscription knows the place of its last event, and takes none
+# from there or before: whatever is sent again, it is handled once.
 
 _Callback: TypeAlias = Callable[..., Any]
 _Key: TypeAlias = tuple[str, bool]  # a topic, and whether it is a pattern
 
 
-class _Queue(deque[tuple[Event, Sequence["Subscription"], int]]):
-    """Events that wait, for whom, and their size; bounded in number and bytes."""
+class _Item(NamedTuple):
+    event: Event | Gap
+    whom: Sequence["Subscription"]
+    size: int
+    previous: str | None  # the position before it
 
-    size = lost = 0
 
-    def put(self, event: Event, size: int, whom: Sequence["Subscription"] = ()) -> bool:
-        if self and (len(self) >= QUEUE_EVENTS or self.size + size > QUEUE_BYTES):
-            self.lost += 1
-            if self.lost & (self.lost - 1) == 0:  # at 1, 2, 4, 8 ...
-                logger.warning("%d events lost, one of %r the last: callbacks or iterators are too "
-                               "slow, %d events wait", self.lost, event.topic, len(self))
+class _Queue(deque[_Item]):
+    """What waits, bounded in number and bytes; something always fits into an empty one."""
+
+    size = 0
+
+    def put(self, item: _Item) -> bool:
+        if self and (len(self) >= QUEUE_EVENTS or self.size + item.size > QUEUE_BYTES):
             return False
-        self.append((event, whom, size))
-        self.size += size
+        self.append(item)
+        self.size += item.size
         return True
 
-    def take(self) -> tuple[Event, Sequence["Subscription"]]:
-        event, whom, size = self.popleft()
-        self.size -= size
-        return event, whom
+    def done(self, item: _Item) -> None:
+        """Remove the first one; if it is still there."""
+        if self and self[0] is item:
+            self.popleft()
+            self.size -= item.size
 
 
 def _caller(callback: _Callback) -> Callable[[Event], Any]:
@@ -1614,11 +1772,12 @@ class Subscription:
     """
 
     def __init__(self, inbox: "_Inbox", topics: tuple[str, ...], pattern: bool,
-                 callback: _Callback | None, confirmed: bool) -> None:
+                 callback: _Callback | None, since: str | None, confirmed: bool) -> None:
         self.topics, self.pattern = topics, pattern
         self._inbox, self._call = inbox, None if callback is None else _caller(callback)
         self._queue = _Queue()
         self._waiters: list[asyncio.Future[None]] = []
+        self._since, self._place = since, _offset(since)  # wished for; of its last event
         self._confirmed, self._ended = confirmed, False
         self._error: Exception | None = None
 
@@ -1639,10 +1798,11 @@ class Subscription:
     async def __aiter__(self) -> AsyncIterator[Event]:
         try:
             while self._queue or not self._ended:
-                if self._queue:
-                    yield self._queue.take()[0]
-                else:
+                if not self._queue:
                     await _next_wake(self._waiters)
+                elif isinstance(event := (item := self._queue[0]).event, Event):
+                    yield event
+                    self._queue.done(item)
             if self._error is not None and type(self._error) is not ChannelClosed:
                 raise self._error
         finally:
@@ -1655,19 +1815,27 @@ class Subscription:
 
 
 class _Inbox:
-    """The subscriptions of one side. ``changed`` is called with (topic, pattern) of what did."""
+    """The subscriptions of one side. ``changed`` is called with (topic, pattern) of what did,
+    ``missed`` with a gap in its turn, ``drained`` when the queue that was full is empty.
+    """
 
-    def __init__(self, changed: Callable[[set[_Key]], object], *, confirmed: bool) -> None:
+    def __init__(self, changed: Callable[[set[_Key]], object],
+                 missed: Callable[[Gap], Awaitable[None]],
+                 drained: Callable[[], None], *, confirmed: bool) -> None:
         self.topics: _Topics[Subscription] = _Topics()
         self.task: asyncio.Task[None] | None = None
-        self._changed, self._confirmed, self._queue = changed, confirmed, _Queue()
+        self.queue, self.full = _Queue(), False
+        self._begun: _Item | None = None  # which is the first in the queue until it is done
+        self.iterators: dict[Subscription, None] = {}
+        self._changed, self._missed, self._drained = changed, missed, drained
+        self._confirmed = confirmed  # from the start, as there is nobody to ask
         self.unconfirmed: dict[Subscription, float] = {}  # each with the last question before it
 
-    def subscribe(self, topics: str | Iterable[str], callback: _Callback | None,
-                  pattern: bool) -> Subscription:
+    def subscribe(self, topics: str | Iterable[str], callback: _Callback | None, pattern: bool,
+                  since: str | None = None) -> Subscription:
         if not (names := _check_topics(topics, pattern=pattern)):
             raise InvalidParams("there is no topic to subscribe to")
-        subscription = Subscription(self, names, pattern, callback, self._confirmed)
+        subscription = Subscription(self, names, pattern, callback, since, self._confirmed)
         for name in names:
             self.topics.add(subscription, name, pattern)
         try:
@@ -1676,6 +1844,8 @@ class _Inbox:
             for name in names:
                 self.topics.discard(subscription, name, pattern)
             raise
+        if callback is None:
+            self.iterators[subscription] = None
         return subscription
 
     def unsubscribe(self, topics: str | Iterable[str], pattern: bool) -> None:
@@ -1691,28 +1861,68 @@ class _Inbox:
         subscription.topics = tuple(topic for topic in subscription.topics if topic not in gone)
         if not subscription.topics:
             self.unconfirmed.pop(subscription, None)
+            self.iterators.pop(subscription, None)
             subscription._settle(ended=True, error=error)
         self._changed({(topic, subscription.pattern) for topic in topics})
 
-    def put(self, event: Event, size: int) -> None:
+    def put(self, event: Event, size: int, previous: str | None = None, place: int = -1) -> bool:
+        """Take an event for those who want it; returns whether callbacks will get all so far."""
         called = []
         for subscription in self.topics.match(event.topic):
+            if 0 <= place <= subscription._place:
+                continue  # it had this one
             if subscription._call is not None:
                 called.append(subscription)
-            elif subscription._queue.put(event, size):
-                _wake(subscription._waiters)
-        if called and self._queue.put(event, size, called):
-            loop = asyncio.get_running_loop()
-            if self.task is None or self.task.done() or self.task.get_loop() is not loop:
-                self.task = loop.create_task(self._run())
+            else:
+                self._put_iterator(subscription, _Item(event, (), size, previous))
+                subscription._place = place
+        if called and not self.full:
+            self.full = not self.queue.put(_Item(event, called, size, previous))
+            if not self.full:
+                for subscription in called:
+                    subscription._place = place
+            self._start()
+        return not self.full
+
+    def _put_iterator(self, subscription: Subscription, item: _Item) -> None:
+        queue = subscription._queue
+        if not queue.put(item):
+            self.miss(Gap(queue[0].previous, item.previous, "queue", subscription.topics))
+            subscription._queue = queue = _Queue()
+            queue.put(item)
+        _wake(subscription._waiters)
+
+    def miss(self, gap: Gap) -> None:
+        """Tell of a gap when what was queued before it is done; of several in a row, as of one."""
+        last = self.queue[-1].event if self.queue else None
+        if not isinstance(last, Gap) or last.topics != gap.topics:
+            self.queue.append(_Item(gap, (), 0, gap.since))
+            self._start()
+
+    def _start(self) -> None:
+        loop = asyncio.get_running_loop()
+        if self.task is None or self.task.done() or self.task.get_loop() is not loop:
+            self.task = loop.create_task(self._run())
 
     async def _run(self) -> None:
         _current.set(None)  # whoever published, its deadline is not that of callbacks
-        while self._queue:
-            event, subscriptions = self._queue.take()
-            for subscription in subscriptions:
+        if self._begun is not None:  # by a task that was cancelled
+            self.queue.done(self._begun)
+        while self.queue:
+            item = self._begun = self.queue[0]
+            if isinstance(item.event, Gap):
+                await self._missed(item.event)
+            for subscription in item.whom:
                 if subscription._call is not None and not subscription._ended:
-                    await _run_hooks_logged((subscription._call,), event)
+                    await _run_hooks_logged((subscription._call,), item.event)
+            self.queue.done(item)
+            self._begun = None
+            if self.full and not self.queue:
+                self._drained()
+
+
+async def _log_gap(gap: Gap) -> None:
+    logger.warning("events were missed: %s", gap)
 
 
 class _Receipt(Awaitable[_T]):
@@ -1751,16 +1961,23 @@ class EventNotifier:
     """
 
     def __init__(self, *, history: int = HISTORY_EVENTS, history_bytes: int = HISTORY_BYTES,
-                 max_message_size: int = MAX_MESSAGE_BYTES, codec: Codec | None = None) -> None:
+                 max_message_size: int = MAX_MESSAGE_BYTES, codec: Codec | None = None,
+                 on_slow: Literal["gap", "close"] = "gap") -> None:
+        if on_slow not in ("gap", "close"):
+            raise ValueError(f"on_slow is 'gap' or 'close', not {on_slow!r}")
         self._encode, self._decode = _coders(codec)
+        self._on_slow = on_slow
+        self._connected: dict[_Feed, None] = {}
+        self._mark_timer: asyncio.TimerHandle | None = None
+        self._mark_end = self._mark_total = 0
         self._history, self._max_size = (history, history_bytes), max_message_size
         self._feeds: _Topics[_Feed] = _Topics()
-        self._inbox = _Inbox(lambda keys: None, confirmed=True)
+        self._inbox = _Inbox(lambda keys: None, _log_gap, self._drained, confirmed=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._incoming: deque[tuple[tuple[str, ...], str, str | None]] = deque()
         self._pending: list[_Entry] = []  # published in this turn of the loop
         self._pending_size = 0
-        self._published = self._delivered = self._slow_closed = self._burst = 0
+        self._published = self._delivered = self._slow_closed = self._gaps_told = self._burst = 0
 
     @functools.cached_property
     def _log(self) -> _Log:
@@ -1818,7 +2035,7 @@ class EventNotifier:
     def _attach(self) -> None:
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
-            self._loop, self._pending, self._pending_size = loop, [], 0
+            self._loop, self._pending, self._pending_size, self._mark_timer = loop, [], 0, None
         self._take_incoming()
 
     def _take_incoming(self) -> None:
@@ -1839,6 +2056,10 @@ class EventNotifier:
             if self._inbox.topics.match(topic):
                 self._inbox.put(Event(topic, self._decode(data), entry.position), entry.size)
 
+    def _drained(self) -> None:
+        self._inbox.full = False
+        self._inbox.miss(Gap(None, None, "queue"))
+
     def _deliver(self) -> None:
         """Give the events of this turn to the connections that keep up.
 
@@ -1850,15 +2071,19 @@ class EventNotifier:
         topics = {entry.topic for entry in entries}
         if len(topics) != 1 or (size > FRAME_BYTES and len(entries) > 1):
             for entry in entries:
-                for feed in self._feeds.match(entry.topic):
+                for feed in self._feeds.match(entry.topic or ""):
                     if entry.index >= feed.next:
                         feed.offer(entry)
-            return
-        size += OLD_WIRE_EXTRA_BYTES * len(entries)
+        else:
+            self._broadcast(topics.pop() or "", entries, size + OLD_WIRE_EXTRA_BYTES * len(entries))
+        if self._log.end >= self._mark_end or self._log.total >= self._mark_total:
+            self._mark()
+
+    def _broadcast(self, topic: str, entries: Sequence[_Entry], size: int) -> None:
         origins = {entry.origin for entry in entries if entry.origin is not None}
-        first, written = entries[0].index, 0
+        first, last, written = entries[0].index, entries[-1].index, 0
         frames: dict[_Dialect, bytes] = {}
-        for feed in self._feeds.match(topics.pop()):
+        for feed in self._feeds.match(topic):
             direct, dialect = feed.direct, feed.dialect
             if (direct is None or feed.next > first or size > feed.takes
                     or (origins and feed.subscriber_id in origins) or not direct.ready()):
@@ -1869,34 +2094,75 @@ class EventNotifier:
             if dialect not in frames:
                 frames[dialect] = _frames([dialect.event(entry) for entry in entries], dialect)
             direct.write(frames[dialect])
+            feed.told = last
             written += len(entries)
         self._delivered += written
 
+    def _mark(self) -> None:
+        """Tell those who are live, but hear nothing, where the log is: they can resume there."""
+        log = self._log
+        self._mark_end = log.end + max(1, self._history[0] // MARK_FRACTION)
+        self._mark_total = log.total + self._history[1] // MARK_FRACTION
+        if self._mark_timer is not None:
+            self._mark_timer.cancel()
+            self._mark_timer = None
+        if self._connected and self._loop is not None and self._history[0]:
+            self._mark_timer = self._loop.call_later(MARK_SECONDS, self._mark)
+            text = _notice("position", position=log.position)
+            for feed in self._connected:
+                if not feed.lagging and feed.told < log.end - 1 and len(feed):
+                    feed.mark(text, log.end - 1)
+
+
+def _notice(method: str, **params: Any) -> str:
+    return _JSONRPC.request(None, method, _encode(params), None)
+
 
 class _Feed:
-    """A connection's place in the log: live while it keeps up, else fed as its outbox drains."""
+    """A connection's place in the log: live while it keeps up, else fed as its outbox drains.
+
+    Its topics and patterns each have a floor: no older entry is sent because of them.
+    """
 
     __slots__ = ("_channel", "_notifier", "dialect", "direct", "lagging", "lock", "next",
-                 "patterns", "subscriber_id", "takes", "topics")
+                 "patterns", "subscriber_id", "takes", "told", "topics")
 
     def __init__(self, channel: RpcChannel, notifier: EventNotifier) -> None:
         self._channel, self._notifier, self.subscriber_id = channel, notifier, channel.id
         self.direct: _Direct | None = None  # while the connection keeps up
         self.dialect, self.takes = channel._speaks, channel._peer_takes
         self.lagging, self.next = False, 0  # what is in the log before that place is done with
-        self.topics: dict[str, int] = {}  # and since where in the log: if the connection lags,
-        self.patterns: dict[str, int] = {}  # nothing older is sent
+        self.told = notifier._log.end - 1  # the newest entry whose position the peer knows
+        self.topics: dict[str, int] = {}
+        self.patterns: dict[str, int] = {}
         self.lock = asyncio.Lock()  # so that what is asked for later takes effect later
+        notifier._connected[self] = None
+        if notifier._mark_timer is None:
+            notifier._mark()
 
     def __len__(self) -> int:
         return len(self.topics) + len(self.patterns)
 
-    def add(self, topics: Iterable[str], patterns: Iterable[str]) -> None:
+    def subscribe(self, topics: Sequence[str], patterns: Sequence[str],
+                  since: str | None) -> bool | None:
+        """Subscribe, from now on or again from ``since`` on; to nothing new: again, with all.
+
+        Returns whether all that came after ``since`` is there; None if none was given.
+        """
         self._notifier._deliver()
+        log = self._notifier._log
+        found = None if since is None else log.find(since)
+        floor = log.end if found is None else found + 1
+        reached = self.next if self.lagging else log.end
+        if floor < reached:
+            for mine in (self.topics, self.patterns) if topics or patterns else ():
+                mine.update({name: max(reached, at) for name, at in mine.items()})
+            self.next, self.lagging = floor, True
         for mine, names in ((self.topics, topics), (self.patterns, patterns)):
             for name in names:
                 self._notifier._feeds.add(self, name, mine is self.patterns)
-                mine.setdefault(name, self._notifier._log.end)
+                mine[name] = min(floor, mine.get(name, floor))
+        return None if since is None else found is not None
 
     def remove(self, topics: Iterable[str], patterns: Iterable[str]) -> None:
         self._notifier._deliver()
@@ -1907,13 +2173,15 @@ class _Feed:
 
     def clear(self) -> None:
         self.remove(list(self.topics), list(self.patterns))
+        self._notifier._connected.pop(self, None)
 
     def _wants(self, entry: _Entry) -> bool:
-        index, known = entry.index, self._notifier._feeds.patterns
-        return (self.topics.get(entry.topic, math.inf) <= index
-                or self.topics.get(ALL_TOPICS, math.inf) <= index
-                or any(since <= index and known[name].matches(entry.topic)
-                       for name, since in self.patterns.items()))
+        index, topic, known = entry.index, entry.topic, self._notifier._feeds.patterns
+        return topic is not None and (
+            self.topics.get(topic, math.inf) <= index
+            or self.topics.get(ALL_TOPICS, math.inf) <= index
+            or any(since <= index and known[name].matches(topic) is not None
+                   for name, since in self.patterns.items()))
 
     def catch_up(self) -> None:
         """Have what was published before this moment go before what is said next."""
@@ -1933,26 +2201,51 @@ class _Feed:
     def _send(self, entry: _Entry) -> None:
         if entry.origin is not None and entry.origin == self.subscriber_id:
             return
-        channel = self._channel
-        if entry.size + OLD_WIRE_EXTRA_BYTES > channel._peer_takes:
+        channel, self.told = self._channel, entry.index
+        if entry.size + OLD_WIRE_EXTRA_BYTES <= channel._peer_takes:
+            self._notifier._delivered += 1
+            channel._put(channel._speaks.event(entry), entry.size)
+        elif channel._speaks is _OLD_WIRE:
             logger.warning("an event of %r is too large for %s", entry.topic, channel.id)
-            return
-        self._notifier._delivered += 1
-        channel._put(channel._speaks.event(entry), entry.size)
+        else:
+            self._tell_gap(entry.position, "size")
+
+    def _tell_gap(self, position: str, reason: str) -> None:
+        self._notifier._gaps_told += 1
+        self._channel._put(_notice("gap", position=position, reason=reason))
+
+    def mark(self, text: str, index: int) -> None:
+        """Tell a position; not in the old wire, which knows none."""
+        self.told = index
+        if isinstance(self._channel._speaks, _JsonRpc):
+            self._channel._put(text)
 
     def refill(self) -> None:
         """Send what there is room for; at the end of the log, be live again."""
         log, channel = self._notifier._log, self._channel
-        if self.next < log.first:
-            self._notifier._slow_closed += 1
-            self.clear()
-            channel._spawn(channel.close(TOO_SLOW, "too slow"))
-        while log.first <= self.next < log.end and channel._outbox_size <= LIVE_BYTES:
+        if self.next < log.first and not self._skip():
+            return
+        stop = min(log.end, self.next + FEED_EVENTS)
+        while self.next < stop and channel._outbox_size <= LIVE_BYTES:
             entry = log[self.next]
             self.next += 1
             if self._wants(entry):
                 self._send(entry)
-        self.lagging = log.first <= self.next < log.end
+        self.lagging = self.next < log.end
+        if self.lagging and not channel._outbox:
+            channel._side._stir(channel)
+
+    def _skip(self) -> bool:
+        """What comes next is not in the log any more: say so, or end the connection."""
+        if self._notifier._on_slow == "gap" and self._channel._speaks is not _OLD_WIRE:
+            self._tell_gap(self._notifier._log.before, "history")
+            self.next = self._notifier._log.first
+            return True
+        self._notifier._slow_closed += 1
+        self.clear()
+        self.lagging = False
+        self._channel._spawn(self._channel.close(TOO_SLOW, "too slow"))
+        return False
 
 
 # ------------------------------------------------------------------------------------- endpoints
@@ -2071,11 +2364,14 @@ class PubSubEndpoint(RpcEndpoint):
     """An RpcEndpoint whose clients can also subscribe and publish.
 
     Args, beside those of RpcEndpoint:
-        authorize: called with (channel, action, topics), where action is "subscribe" or "publish";
-            ``def`` or ``async def``. False, or a raised RpcError, refuses the whole call.
+        authorize: called with (channel, action, topics), where action is "subscribe", "publish", or
+            "discover", which has no topics; ``def`` or ``async def``. False, or a raised RpcError,
+            refuses the whole call.
         on_subscribe, on_unsubscribe: hooks, called with (channel, topics) after the fact.
-        history, history_bytes: what is kept for subscribers that fall behind; beyond it, they are
-            disconnected with 1013.
+        history, history_bytes: what is kept, once for all, for subscribers that fall behind or
+            come back: a number of events (0 for none), and bytes.
+        on_slow: what becomes of a subscriber that falls behind by more: it is told a "gap" and goes
+            on after it, or "close": it is disconnected with 1013. Those of the old wire always are.
     """
 
     _own: ClassVar[Mapping[str, str]] = {"subscribe": "_subscribe", "unsubscribe": "_unsubscribe",
@@ -2085,11 +2381,12 @@ class PubSubEndpoint(RpcEndpoint):
                  authorize: _Authorize | None = None,
                  on_subscribe: _Hooks = (), on_unsubscribe: _Hooks = (),
                  history: int = HISTORY_EVENTS, history_bytes: int = HISTORY_BYTES,
+                 on_slow: Literal["gap", "close"] = "gap",
                  **options: Unpack[_EndpointOptions]) -> None:
         super().__init__(methods, **options)
-        self.notifier = EventNotifier(history=history, history_bytes=history_bytes,
-                                      max_message_size=self._max_size,
-                                      codec=options.get("codec"))
+        self.notifier = EventNotifier(
+            history=history, history_bytes=history_bytes, max_message_size=self._max_size,
+            codec=options.get("codec"), on_slow=on_slow)
         self.publish, self.subscribe = self.notifier.publish, self.notifier.subscribe
         self.unsubscribe = self.notifier.unsubscribe
         self._authorize = authorize
@@ -2109,7 +2406,7 @@ class PubSubEndpoint(RpcEndpoint):
             "lagging": sum(feed.lagging for feed in feeds),
             "log_events": len(notifier._log), "log_bytes": notifier._log.size,
             "events_published": notifier._published, "events_delivered": notifier._delivered,
-            "slow_closed": notifier._slow_closed}
+            "gaps_told": notifier._gaps_told, "slow_closed": notifier._slow_closed}
 
     async def _check(self, channel: RpcChannel, action: str, topics: tuple[str, ...]) -> None:
         """Raises Forbidden, whose data names the topics that are refused."""
@@ -2128,7 +2425,7 @@ class PubSubEndpoint(RpcEndpoint):
             return False
 
     async def _subscribe(self, channel: RpcChannel, topics: list[str] | str | None = None,
-                         patterns: list[str] | str | None = None,
+                         patterns: list[str] | str | None = None, since: str | None = None,
                          subscriber_id: str | None = None, max_size: int | None = None) -> Any:
         names, globs = _check_topics(topics or ()), _check_topics(patterns or (), pattern=True)
         if channel._feed is None:
@@ -2148,11 +2445,11 @@ class PubSubEndpoint(RpcEndpoint):
             feed.subscriber_id = subscriber_id or feed.subscriber_id
             if max_size is not None:
                 feed.takes = channel._peer_takes = min(channel._peer_takes, max_size)
-            feed.add(new, new_patterns)
+            recovered = feed.subscribe(names, globs, since)
             if self._on_subscribe:
                 channel._spawn(_run_hooks_logged(self._on_subscribe, channel, names + globs))
-            return channel._speaks is _OLD_WIRE or {"position": self.notifier._log.position,
-                                                    "recovered": None}
+            position = since if recovered else self.notifier._log.position
+            return channel._speaks is _OLD_WIRE or {"position": position, "recovered": recovered}
 
     async def _unsubscribe(self, channel: RpcChannel, topics: list[str] | str | None = None,
                            patterns: list[str] | str | None = None) -> bool:
@@ -2173,6 +2470,11 @@ class PubSubEndpoint(RpcEndpoint):
 
     async def _pong(self) -> str:
         return "pong"
+
+    async def _discover(self, channel: RpcChannel) -> Any:
+        if not await self._allows(channel, "discover", ()):
+            raise Forbidden("discover is forbidden")
+        return {**await super()._discover(channel), "x-events": True}
 
 
 # ------------------------------------------------------------------------------------ transports
@@ -2685,32 +2987,58 @@ class RpcClient(_Side):
 class PubSubClient(RpcClient):
     """An RpcClient that can also subscribe and publish; it subscribes again at each connection.
 
-    Callbacks run one at a time, in the order of the events, across all subscriptions.
+    Callbacks run one at a time, in the order of the events, across all subscriptions. What was
+    published while the connection was away arrives when it is back, or a gap is told.
+
+    Args, beside those of RpcClient:
+        on_gap: hooks, called with a Gap where events are missing, before the first one after it.
+        since: where subscriptions begin, unless they say so themselves: a position, as of an
+            earlier process.
     """
 
-    def __init__(self, server_uri: str = "ws://localhost", methods: RpcMethodsBase | None = None,
+    def __init__(self, server_uri: str = "ws://localhost", methods: RpcMethodsBase | None = None, *,
+                 on_gap: _Hooks = (), since: str | None = None,
                  **options: Unpack[_ClientOptions]) -> None:
         super().__init__(server_uri, methods, **options)
-        if "notify" in self._table:
-            raise ValueError("a client that subscribes has a method 'notify' of its own")
-        self._table["notify"] = self._on_event
+        own: dict[str, _Inline] = {"notify": self._on_event, "gap": self._on_gap_told,
+                                   "position": self._on_position}
+        if taken := own.keys() & self._table.keys():
+            raise ValueError(f"a client that subscribes has a method {min(taken)!r} of its own")
+        self._table.update(own)
         self._id = uuid.uuid4().hex  # by which the server knows what it has published
-        self._inbox = _Inbox(self._tell, confirmed=False)
+        self._on_gap, self._since = _hooks(on_gap), since
+        self._inbox = _Inbox(self._tell, self._missed, self._drained, confirmed=False)
+        self._received = since  # all up to there was taken into the queues
+        self._top = _offset(since)  # the newest place that is known of
         self._greeted: RpcChannel | None = None
         self._told: dict[_Key, int] = {}  # what the server was asked for, and by which question
+        self._known: set[_Key] = set()  # what some server has agreed to: it is resumed
         self._asking: dict[int, asyncio.Task[None]] = {}  # the questions that are not answered
         self._questions = 0
         self._later: set[_Key] = set()  # what to tell when there is less to be answered
         self._publishing = asyncio.Semaphore(REQUESTS_AT_ONCE)
 
+    @property
+    def position(self) -> str | None:
+        """All up to there was handled: callbacks have returned, iterators have asked for the next.
+
+        Keep it, and give it as ``since`` to the client of a later process. None if not known.
+        """
+        queues = [self._inbox.queue, *(s._queue for s in self._inbox.iterators)]
+        return min((q[0].previous for q in queues if q), key=_offset, default=self._received)
+
     def subscribe(self, topics: str | Iterable[str], callback: _Callback | None = None, *,
-                  pattern: bool = False) -> Subscription:
+                  pattern: bool = False, since: str | None = None) -> Subscription:
         """Subscribe, now and at each connection; await what it returns to have it confirmed.
 
         As `EventNotifier.subscribe`: the callback takes (data), (data, topic) or (event), and
-        without one, iterate over what is returned. Cancelling the wait leaves it subscribed.
+        without one, iterate over what is returned. ``since`` is a position: what the server still
+        has of the events after it comes first. Cancelling the wait leaves it subscribed.
         """
-        subscription = self._inbox.subscribe(topics, callback, pattern)
+        before = self._questions
+        subscription = self._inbox.subscribe(topics, callback, pattern, since or self._since)
+        if self._questions == before and not self._later and self._greeted is self.channel:
+            subscription._place = self._top  # its topics are subscribed already
         self._inbox.unconfirmed[subscription] = math.inf if self._later else self._questions
         self._confirm()
         if self.state == "closed":
@@ -2744,13 +3072,93 @@ class PubSubClient(RpcClient):
                 args["sync"] = False  # or the server waits for us to answer it before it reads on
             return await channel.call("publish", args, timeout=seconds)
 
+    # what the server tells
+
     def _on_event(self, channel: RpcChannel, params: Any) -> None:
         fields = params if type(params) is dict else {}
         old = fields.get("subscription")
         topic = old.get("topic") if type(old) is dict else fields.get("topic")
         if type(topic) is str:
-            event = Event(topic, fields.get("data"), fields.get("position"))
-            self._inbox.put(event, channel._share)
+            position = fields.get("position")
+            place = _offset(position) if type(position) is str else -1
+            event = Event(topic, fields.get("data"), position if place >= 0 else None)
+            if self._inbox.put(event, channel._share, self._received, place) and place >= 0:
+                self._received = position
+            self._top = max(self._top, place)
+
+    def _on_position(self, channel: RpcChannel, params: Any) -> None:
+        position = params.get("position") if type(params) is dict else None
+        if type(position) is str and not self._inbox.full:
+            self._received, self._top = position, max(self._top, _offset(position))
+
+    def _on_gap_told(self, channel: RpcChannel, params: Any) -> None:
+        fields = params if type(params) is dict else {}
+        position, reason = fields.get("position"), fields.get("reason")
+        if type(position) is str and type(reason) is str and not self._inbox.full:
+            self._lose(self._received, position, reason)
+            if reason == "log":
+                self._restart_at(position, self._told)
+
+    def _lose(self, since: str | None, position: str | None, reason: str) -> None:
+        self._inbox.miss(Gap(since, position, reason))
+        self._received = position
+
+    def _restart_at(self, position: str, keys: Iterable[_Key]) -> None:
+        """The places of before mean nothing in the log that is there now."""
+        self._top = _offset(position)
+        for subscription in {s: None for key in keys for s in self._inbox.topics.having(*key)}:
+            subscription._place = self._top
+
+    async def _missed(self, gap: Gap) -> None:
+        logger.log(logging.DEBUG if self._on_gap else logging.WARNING, "missed: %s", gap)
+        await _run_hooks_logged(self._on_gap, gap)
+
+    def _drained(self) -> None:
+        """The callbacks have caught up: have sent again what the queue did not take."""
+        channel = self.channel
+        if channel is None or channel is not self._greeted:
+            return  # the next connection begins with it
+        if channel._speaks is _OLD_WIRE or self._received is None:
+            self._inbox.full = False
+            self._lose(None, None, "queue")
+        else:
+            channel._spawn(self._rewind(channel))
+
+    async def _rewind(self, channel: RpcChannel) -> None:
+        args = {"since": self._received, "subscriber_id": self._id, "max_size": self._max_size}
+        while True:
+            try:
+                asked = channel._start("subscribe", args, _UNSET, self._rewound)
+                await channel._outcome("subscribe", *asked)
+                break
+            except ChannelClosed:
+                break
+            except RpcError as error:
+                logger.warning("subscribe: %s: again", error)
+                await asyncio.sleep(random.uniform(0, ASK_AGAIN_SECONDS))
+
+    def _rewound(self, outcome: _Outcome) -> None:
+        if isinstance(outcome, RpcResponse):
+            self._inbox.full = False
+            self._placed(self._told.keys(), self._received, outcome)
+
+    def _placed(self, keys: Iterable[_Key], since: str | None, outcome: _Outcome) -> None:
+        """The answer to a subscribe, before anything that comes after it is looked at."""
+        result = outcome.result if isinstance(outcome, RpcResponse) else False
+        self._known.update(keys if result is not False else ())
+        if type(result) is not dict or type(position := result.get("position")) is not str:
+            return
+        if since is not None and result.get("recovered") is not True:
+            self._lose(since, position, "history")
+            self._restart_at(position, keys)
+        elif since is None and self._received is None:
+            self._received = position
+        elif since is not None and _offset(since) < _offset(self._received):
+            self._received = since
+        for subscription in {s: None for key in keys for s in self._inbox.topics.having(*key)}:
+            if not subscription._confirmed and subscription._place < 0:
+                subscription._place = _offset(position)
+            subscription._since = None
 
     async def _close(self) -> None:
         await super()._close()
@@ -2774,11 +3182,13 @@ class PubSubClient(RpcClient):
     # confirmed when all questions are answered that were asked before it was made, and its own.
 
     async def _greet(self, channel: RpcChannel) -> None:
-        self._greeted, self._told, self._later = channel, {}, set()
+        self._greeted, self._told, self._later, self._inbox.full = channel, {}, set(), False
         exact, patterns = self._inbox.topics.exact, self._inbox.topics.patterns
         asked = self._tell({(name, False) for name in exact} | {(name, True) for name in patterns})
         for subscription in self._inbox.unconfirmed:
             self._inbox.unconfirmed[subscription] = self._questions
+        if channel._speaks is _OLD_WIRE and self._known:
+            self._lose(None, None, "reconnect")
         if asked:
             await asyncio.wait(asked)
         else:
@@ -2807,26 +3217,37 @@ class PubSubClient(RpcClient):
             everything = ALL_TOPICS in self._inbox.topics.exact
             keys = self._told.keys() | {(name, False) for name in self._inbox.topics.exact}
             wanted = {key for key in keys if everything == (key[0] == ALL_TOPICS)}
-        return [*self._ask(channel, "subscribe", wanted - self._told.keys()),
-                *self._ask(channel, "unsubscribe", (keys - wanted) & self._told.keys())]
+        new: dict[str | None, set[_Key]] = {}
+        for key in wanted:
+            wishes = [s._since for s in self._inbox.topics.having(*key) if s._since is not None]
+            if wishes or key not in self._told:
+                known = self._received if key in self._known else None
+                new.setdefault(min(wishes, key=_offset, default=known), set()).add(key)
+        gone = (keys - wanted) & self._told.keys()
+        self._known -= gone
+        return [*itertools.chain.from_iterable(
+            self._ask(channel, "subscribe", new[since], since) for since in new),
+            *self._ask(channel, "unsubscribe", gone)]
 
-    def _ask(self, channel: RpcChannel, method: str,
-             keys: set[_Key]) -> list["asyncio.Task[None]"]:
+    def _ask(self, channel: RpcChannel, method: str, keys: set[_Key],
+             since: str | None = None) -> list["asyncio.Task[None]"]:
         if not keys:
             return []
         args: dict[str, Any] = {"topics": [name for name, pattern in keys if not pattern]}
+        then = functools.partial(self._placed, keys, since) if method == "subscribe" else None
         if channel._speaks is not _OLD_WIRE:
             args["patterns"] = [name for name, pattern in keys if pattern]
-            if method == "subscribe":
-                args |= {"subscriber_id": self._id, "max_size": self._max_size}
+            if then is not None:
+                args |= {"since": since, "subscriber_id": self._id, "max_size": self._max_size}
         try:
-            asked = channel._start(method, args, _UNSET)
+            asked = channel._start(method, args, _UNSET, then)
         except MessageTooLarge as error:
             if len(keys) == 1:
                 self._refuse(keys, error)
                 return []
             half = set(itertools.islice(keys, len(keys) // 2))
-            return [*self._ask(channel, method, half), *self._ask(channel, method, keys - half)]
+            return [*self._ask(channel, method, half, since),
+                    *self._ask(channel, method, keys - half, since)]
         self._questions += 1
         number = self._questions
         for key in keys:
@@ -2887,6 +3308,125 @@ class PubSubClient(RpcClient):
                 subscription._settle()
 
 
+# -------------------------------------------------------------------------- without an event loop
+# A PubSubClient on a loop of its own, in a thread of its own (anyio's blocking portal). A thread
+# that asks for something waits for a future; interrupted there, by Ctrl-C, it cancels the work.
+# Work is handed over under a lock, and none when the client is closed: no thread waits for a loop
+# that has ended.
+
+_END: Final = object()  # of an iterator
+
+
+class Remote:
+    """A server, for code without an event loop; `connect` makes it. Several threads may use it.
+
+    ``remote.add(a=1, b=2)`` calls a method and returns its result; `call` also reaches those whose
+    names are taken here. What waits raises what PubSubClient raises, and ends at once at Ctrl-C.
+    """
+
+    def __init__(self, client: PubSubClient) -> None:
+        self._client, self._loop = client, asyncio.get_running_loop()
+        self._thread, self._lock, self._closed = threading.get_ident(), threading.Lock(), False
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method: Callable[..., Any] = getattr(_Other(self.call), name)
+        return method
+
+    def call(self, method: str, args: _Arguments = None, *, timeout: _Timeout = _UNSET) -> Any:
+        """Call a method of the server and return its result; as `RpcClient.call`."""
+        return self._wait(self._client.call, method, args, timeout=timeout).result
+
+    def notify(self, method: str, args: _Arguments = None) -> None:
+        """Call a method of the server and do not wait for an answer."""
+        self._wait(self._client.notify, method, args)
+
+    def publish(self, topics: str | Iterable[str], data: Any = None, *,
+                include_self: bool = False) -> None:
+        """Publish an event to each topic, and wait until the server has it."""
+        self._wait(self._client.publish, topics, data, include_self=include_self)
+
+    def subscribe(self, topics: str | Iterable[str], callback: _Callback, *,
+                  pattern: bool = False) -> None:
+        """Subscribe, confirmed by the server. Callbacks run in another thread, one at a time."""
+        call = _caller(callback)
+
+        async def in_thread(event: Event) -> None:
+            result = await anyio.to_thread.run_sync(call, event, abandon_on_cancel=True)
+            if inspect.isawaitable(result):
+                await result
+
+        self._wait(self._client.subscribe, topics, in_thread, pattern=pattern)
+
+    def unsubscribe(self, topics: str | Iterable[str], *, pattern: bool = False) -> None:
+        """Cancel all subscriptions to these topics."""
+        self._wait(self._client.unsubscribe, topics, pattern=pattern)
+
+    def events(self, topics: str | Iterable[str], *, pattern: bool = False) -> Iterator[Event]:
+        """Subscribe, confirmed by the server, and iterate; leaving the loop unsubscribes."""
+        subscription = self._wait(self._client.subscribe, topics, pattern=pattern)
+        return self._iterate(subscription.__aiter__())
+
+    def _iterate(self, items: AsyncGenerator[_T]) -> Iterator[_T]:
+        """Drive an asynchronous generator from this thread, and close it however this ends."""
+        one_at_a_time = asyncio.Lock()  # what was interrupted may still be on its way out
+
+        async def step(work: Callable[..., Awaitable[Any]], *args: Any) -> Any:
+            async with one_at_a_time:
+                return await work(*args)
+
+        try:
+            while (item := self._wait(step, anext, items, _END)) is not _END:
+                yield item
+        finally:
+            with contextlib.suppress(ChannelClosed):  # it was closed with the client
+                self._wait(step, items.aclose)
+
+    def _wait(self, work: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        """Do it on the loop. If this thread is interrupted meanwhile, it is cancelled there."""
+        async def run() -> Any:
+            result = work(*args, **named)
+            return await result if inspect.isawaitable(result) else result
+
+        if threading.get_ident() == self._thread:
+            raise RuntimeError("this thread runs the connection and must not wait for it: "
+                               "use self.channel or, in a hook, its argument")
+        with self._lock:
+            if self._closed:
+                raise ChannelClosed(1000, "the client is closed")
+            future = asyncio.run_coroutine_threadsafe(run(), self._loop)
+        try:
+            return future.result()
+        except BaseException:  # KeyboardInterrupt; if it is the work's own, nothing is cancelled
+            future.cancel()
+            raise
+
+    def _close(self) -> None:
+        try:
+            self._wait(self._client.close)
+        finally:
+            with self._lock:
+                self._closed = True
+
+
+@contextlib.contextmanager
+def connect(server_uri: str, methods: RpcMethodsBase | None = None,
+            **options: Unpack[_ClientOptions]) -> Iterator[Remote]:
+    """Connect without an event loop: ``with connect("ws://...") as remote: remote.add(a=1, b=2)``.
+
+    Args and errors are those of PubSubClient. It connects again by itself; hooks and ``async def``
+    methods run on its own loop, in another thread.
+    """
+    from anyio.from_thread import start_blocking_portal  # for those who use it
+
+    with start_blocking_portal() as portal:
+        remote = portal.call(Remote, PubSubClient(server_uri, methods, **options))
+        try:
+            remote._wait(remote._client.__aenter__)
+            yield remote
+        finally:
+            remote._close()
+
+
 # -------------------------------------------------------------------------------- browser client
 # What a page imports. It speaks JSON-RPC with the additions, and holds no queue: callbacks are
 # called as events arrive, so that its position is what it has received.
@@ -2931,6 +3471,7 @@ const guarded = (callback, ...args) => // an error of a callback is no reason to
   new Promise((done) => done(callback?.(...args))).catch((error) => console.error(error));
 const answers = (where) => // browsers do not tell why it did not open: does the server answer at all?
   fetch(where.replace(/^ws/, "http"), { mode: "no-cors" }).then((got) => got.status < 500, () => false);
+const offset = (position) => parseInt(position ?? "-1"); // its place in its log
 const valueOf = (text) => (typeof text === "function" ? text() : text);
 
 /** Connect, and stay connected. @param {Text} url @param {Options} options */
@@ -3013,11 +3554,18 @@ export function connect(url = "/ws", options = {}) {
   }
   const told = { // by the server, without an answer
     notify(event) {
-      position = event.position ?? position;
-      const { data, topic } = event, wanted = [...subs].filter((sub) => sub.matches(topic));
-      for (const sub of wanted) if (subs.has(sub)) guarded(sub.callback, data, topic, event);
+      const { data, topic } = event, place = offset(position = event.position);
+      for (const sub of [...subs])
+        if (sub.place < place && sub.matches(topic) && subs.has(sub)) {
+          sub.place = place;
+          guarded(sub.callback, data, topic, event);
+        }
     },
-    gap(gap) { position = gap.position; guarded(options.onGap, gap); },
+    gap(gap, whom = gap.reason === "log" ? subs : []) { // the places of another log mean nothing
+      guarded(options.onGap, { since: position, ...gap });
+      position = gap.position;
+      for (const sub of whom) sub.place = offset(position);
+    },
     position(moved) { position = moved.position; },
     "$/stream": ({ id, items }) => calls.get(id)?.items?.(id, items),
     "$/cancelRequest": ({ id }) => running.get(id)?.(new RpcError(-32800, "Request cancelled")),
@@ -3036,11 +3584,11 @@ export function connect(url = "/ws", options = {}) {
     const mine = socket, left = [...subs].filter((sub) => sub.asked !== mine);
     if (mine?.readyState !== 1) return;
     for (const [since, whom] of Map.groupBy(left, (sub) => (sub.known ? position : sub.since))) {
-      const result = ({ position: at = null, recovered }) => {
-        if (since !== undefined && !recovered)
-          told.gap({ since, position: at, reason: "not recovered" });
-        position ??= since ?? at; // a later answer may be ahead of what has been received
-        for (const sub of whom) sub.settle();
+      const result = ({ position: at, recovered }) => {
+        if (recovered === false) told.gap({ since, position: at, reason: "history" }, whom);
+        else if (since !== undefined && offset(since) < offset(position)) position = since;
+        position ??= at; // a later answer is ahead, perhaps, of what has been received
+        for (const sub of whom) sub.settle(null, at);
       };
       for (const sub of whom) sub.asked = mine;
       const params = { topics: names(whom, false), patterns: names(whom, true), since };
@@ -3151,11 +3699,16 @@ export function connect(url = "/ws", options = {}) {
      */
     subscribe(topics, callback, { pattern = false, since } = {}) {
       const list = [topics].flat(), globs = pattern ? list.map(glob) : [];
-      const sub = { topics: list, pattern, since, callback, known: false };
+      const sub = { topics: list, pattern, since, callback, known: false, place: -1 };
       sub.matches = pattern ? (topic) => globs.some((glob) => glob.test(topic))
         : (topic) => list.includes(topic) || list.includes(ALL_TOPICS);
       const confirmed = new Promise((resolve, reject) => {
-        sub.settle = (error) => { sub.known ||= !error; error ? reject(error) : resolve(); };
+        sub.settle = (error, at) => {
+          if (error) return reject(error);
+          if (!sub.known) sub.place = Math.max(sub.place, offset(at));
+          sub.known = true;
+          resolve();
+        };
       });
       confirmed.catch(() => {}); // it need not be looked at
       subs.add(sub);
@@ -3178,3 +3731,208 @@ export function connect(url = "/ws", options = {}) {
   return client;
 }
 """
+
+
+# ----------------------------------------------------------------------------------- command line
+# A command is a function; its docstring is its help. What goes wrong in it becomes one line and an
+# exit code in `_main`.
+
+_EXIT_CODES: Final = """\
+exit codes:
+  0    done; also when what the output is piped into has ended
+  1    serve: cannot listen
+  2    wrong usage
+  3    cannot connect, refused, or the connection was lost
+  4    answered with an error, or not in time
+  130  Ctrl-C"""
+
+
+class _FirstAttempt(NetworkTransport):
+    """Until it has once been connected, no failure is tried again: someone is waiting."""
+
+    async def open(self, uri: str, **options: Any) -> Socket:
+        try:
+            return await super().open(uri, **options)
+        except Exception as error:  # the library's own too: no such scheme, no WebSocket there
+            raise RpcError(0, f"cannot connect: {error}") from error
+
+
+def _value(text: str) -> Any:
+    """A JSON value; what is not JSON is a string."""
+    try:
+        return _decode(text)
+    except (ValueError, TypeError, RecursionError):  # TypeError: bytes that are not UTF-8
+        return text
+
+
+def _cli_call(remote: Remote, args: Any) -> None:
+    """Call a method and print its result.
+
+    Values are JSON, or else strings. One JSON object or array may stand for all arguments.
+
+    example: fastapi-ws-lite call ws://localhost:8000/ws add a=1 b=2
+    """
+    words, params = args.arguments, {}
+    if len(words) == 1 and type(lone := _value(words[0])) in (dict, list):
+        words, params = [], lone
+    for name, sign, text in (word.partition("=") for word in words):
+        if not sign:
+            raise ValueError(f"an argument is name=value, not {name!r}")
+        params[name] = _value(text)
+    print(_encode(remote.call(args.method, params or None)))
+
+
+def _shape(schema: dict[str, Any]) -> str:
+    """A JSON Schema in a few words."""
+    text: str = schema.get("$ref", "").rpartition("/")[2] or schema.get("type", "any")
+    text = " | ".join(map(_shape, schema.get("anyOf", ()))) or text
+    text += f"[{_shape(schema['items'])}]" if schema.get("items") else ""
+    return text + (f" = {_encode(schema['default'])}" if "default" in schema else "")
+
+
+def _cli_methods(remote: Remote, args: Any) -> None:
+    """List the methods of a server.
+
+    What it says of itself in full: fastapi-ws-lite call URL rpc.discover
+
+    example: fastapi-ws-lite methods ws://localhost:8000/ws
+    """
+    for method in remote.call("rpc.discover")["methods"]:
+        params = ", ".join(f"{'*' * ('x-variadic' in param)}{param['name']}: "
+                           f"{_shape(param['schema'])}" for param in method["params"])
+        stream = "stream of " if method.get("x-stream") else ""
+        print(f"{method['name']}({params}) -> {stream}{_shape(method['result']['schema'])}")
+        if "summary" in method:
+            print(f"    {method['summary']}")
+
+
+def _cli_subscribe(remote: Remote, args: Any) -> None:
+    """Print events, a line of JSON each.
+
+    example: fastapi-ws-lite subscribe --pattern ws://localhost:8000/ws 'orders.*' | jq .data
+    """
+    for event in remote.events(args.topics, pattern=args.pattern):
+        print(_encode(event._asdict()), flush=True)
+
+
+def _cli_publish(remote: Remote, args: Any) -> None:
+    """Publish an event or, without one, each line of standard input.
+
+    What is not JSON is a string.
+
+    example: fastapi-ws-lite publish ws://localhost:8000/ws news '{"n": 1}'
+    """
+    for line in filter(str.strip, sys.stdin) if args.json is None else [args.json]:
+        remote.publish(args.topic, _value(line.removesuffix("\n")))
+
+
+def _cli_serve(remote: None, args: Any) -> None:
+    """Serve the methods of a class, and events.
+
+    example: fastapi-ws-lite serve calculator.py:Calculator, or package.module:Calculator
+    """
+    try:
+        uvicorn: Any = importlib.import_module("uvicorn")
+    except ImportError as error:
+        raise ImportError("serve needs uvicorn: pip install 'fastapi-ws-lite[standard]', or "
+                          "'uvicorn[standard]'") from error
+    where, _, name = args.target.rpartition(":")
+    folder, file = os.path.split(where) if where.endswith(".py") else ("", where)
+    sys.path.insert(0, os.path.abspath(folder))
+    methods = getattr(importlib.import_module(file.removesuffix(".py")), name)()
+    app = FastAPI()
+    PubSubEndpoint(methods).register_route(app, args.path)
+    config = uvicorn.Config(app, host=args.host, port=args.port, log_config=None)
+    listener = config.bind_socket()
+    print(f"serving {name} at ws://{args.host}:{listener.getsockname()[1]}{args.path}",
+          file=sys.stderr, flush=True)
+    uvicorn.Server(config).run([listener])
+
+
+def _header(text: str) -> tuple[str, str]:
+    name, sign, value = text.partition(":")
+    if not sign:
+        raise ValueError
+    return name.strip(), value.strip()
+
+
+_CONNECTED: Final[dict[str, dict[str, Any]]] = {
+    "url": {"help": "ws://... or wss://..."},
+    "-H": {"dest": "headers", "action": "append", "default": [], "type": _header,
+           "metavar": "'Name: value'", "help": "a header of the handshake; may be repeated"},
+    "--token": {"help": "the same as -H 'Authorization: Bearer TOKEN'"},
+    "--timeout": {"type": float, "default": DEFAULT_RESPONSE_TIMEOUT_SECONDS, "metavar": "SECONDS",
+                  "help": "for the connection, and for each answer (%(default)s)"},
+    "--wire": {"choices": ("old", "jsonrpc"), "default": "old",
+               "help": "for a server without the subprotocol ws-lite.1 (%(default)s)"}}
+_COMMANDS: Final[dict[str, tuple[Any, dict[str, dict[str, Any]]]]] = {
+    "serve": (_cli_serve, {
+        "target": {"metavar": "FILE_OR_MODULE:CLASS", "help": "a class of RpcMethodsBase"},
+        "--host": {"default": "127.0.0.1", "help": "%(default)s"},
+        "--port": {"type": int, "default": 8000, "help": "%(default)s; 0 for a free one"},
+        "--path": {"default": "/ws", "help": "%(default)s"}}),
+    "call": (_cli_call, {**_CONNECTED, "method": {},
+                         "arguments": {"nargs": "*", "metavar": "name=value"}}),
+    "methods": (_cli_methods, _CONNECTED),
+    "subscribe": (_cli_subscribe, {**_CONNECTED, "topics": {"nargs": "+", "metavar": "topic"},
+                                   "--pattern": {"action": "store_true",
+                                                 "help": "topics are globs, as in fnmatch"}}),
+    "publish": (_cli_publish, {**_CONNECTED, "topic": {}, "json": {"nargs": "?"}})}
+
+
+def _arguments(argv: Sequence[str] | None) -> Any:
+    import argparse  # for those who use it
+
+    shape: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser("fastapi-ws-lite", epilog=_EXIT_CODES, **shape)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (run, arguments) in _COMMANDS.items():
+        text = inspect.getdoc(run) or ""
+        command = commands.add_parser(name, help=text.partition("\n")[0], description=text, **shape)
+        command.set_defaults(run=run)
+        for argument, options in arguments.items():
+            command.add_argument(argument, **options)
+    return parser.parse_args(argv)
+
+
+def _connection(args: Any) -> contextlib.AbstractContextManager[Any]:
+    if args.run is _cli_serve:
+        return contextlib.nullcontext()
+    bearer = [("Authorization", f"Bearer {args.token}")] if args.token else []
+    return connect(args.url, headers=[*args.headers, *bearer], transport=_FirstAttempt(),
+                   wire=args.wire, connect_timeout=args.timeout,
+                   default_response_timeout=args.timeout)
+
+
+def _main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns its exit code."""
+    args, failure = _arguments(argv), 3
+    logging.basicConfig(level=logging.ERROR)
+    try:
+        with _connection(args) as remote:
+            failure = 4
+            args.run(remote, args)
+            sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 0
+    except RpcError as error:
+        failure = 3 if isinstance(error, ChannelClosed) else failure
+        details = [f"({error.code})", error.data and _encode(error.data)] if failure == 4 else []
+        return _told(failure, error, *details)
+    except (AttributeError, ImportError, TypeError, ValueError) as error:
+        return _told(2, error)
+
+
+def _told(code: int, *what: object) -> int:
+    print("fastapi-ws-lite:", *" ".join(str(part) for part in what if part).split(),
+          file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":  # under its own name, by which what is served imports it, too
+    _own = __spec__.name if __spec__ else os.path.basename(__file__).removesuffix(".py")
+    sys.exit(importlib.import_module(__package__ or _own)._main())

@@ -1,5 +1,6 @@
 """Tests of fastapi_ws_lite: real sockets, servers and peers, and no mocks of our own parts."""
 
+import argparse
 import ast
 import asyncio
 import base64
@@ -11,6 +12,7 @@ import fnmatch
 import functools
 import gc
 import inspect
+import io
 import itertools
 import json
 import logging
@@ -19,7 +21,10 @@ import os
 import pickle
 import random
 import re
+import runpy
+import shlex
 import shutil
+import signal
 import socket
 import ssl
 import struct
@@ -33,8 +38,10 @@ import urllib.request
 import weakref
 import zipfile
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any
+from queue import Queue
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import pytest
 import uvicorn
@@ -42,7 +49,9 @@ from fastapi import (
     APIRouter, Cookie, Depends, FastAPI, HTTPException, Header, WebSocket, WebSocketException,
 )
 from hypothesis import HealthCheck, given, settings, strategies as st
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
+from pydantic.json_schema import SkipJsonSchema
+from pydantic_core import core_schema
 from starlette.responses import HTMLResponse
 from starlette.types import Message, Receive, Scope, Send
 from uvicorn.config import WSProtocolType
@@ -50,10 +59,10 @@ from uvicorn.config import WSProtocolType
 import examples
 import fastapi_ws_lite as lib
 from fastapi_ws_lite import (
-    ALL_TOPICS, ASGITransport, Cancelled, ChannelClosed, Event, EventNotifier, Forbidden,
+    ALL_TOPICS, ASGITransport, Cancelled, ChannelClosed, Event, EventNotifier, Forbidden, Gap,
     InternalError, InvalidParams, MessageTooLarge, MethodNotFound, NetworkTransport, Overloaded,
-    PubSubClient, PubSubEndpoint, Refused, RequestTimeout, RpcChannel, RpcClient, RpcEndpoint,
-    RpcError, RpcMethodsBase, RpcResponse, SessionTransport, Socket,
+    PubSubClient, PubSubEndpoint, Refused, Remote, RequestTimeout, RpcChannel, RpcClient,
+    RpcEndpoint, RpcError, RpcMethodsBase, RpcResponse, SessionTransport, Socket, connect,
 )
 
 # ------------------------------------------------------------------------------- what tests share
@@ -2013,14 +2022,16 @@ async def test_publish_from_threads_is_bounded(monkeypatch: pytest.MonkeyPatch) 
 
 async def test_publish_to_a_full_queue_of_callbacks_is_logged(
         monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """What does not fit is lost for these callbacks, and said so."""
+    """What does not fit is lost for these callbacks, and said so, where it is missing."""
     monkeypatch.setattr(lib, "QUEUE_EVENTS", 10)
     notifier, got = EventNotifier(), list[Any]()
     notifier.subscribe("t", got.append)
     for n in range(12):
         notifier.publish("t", n)
-    await until(lambda: len(got) >= 10)
-    assert (got, caplog.text.count("lost")) == (list(range(10)), 2)
+    await until(lambda: "events were missed" in caplog.text)
+    notifier.publish("t", 12)
+    await until(lambda: got[-1] == 12)
+    assert (got, caplog.text.count("missed")) == ([*range(10), 12], 1)
 
 
 @pytest.mark.parametrize("options", [{"history": 10}, {"history_bytes": 1000}])
@@ -2097,8 +2108,8 @@ async def test_event_for_one_that_reads_slowly_keeps_its_order() -> None:
 
 
 async def test_event_past_the_history_ends_a_slow_connection() -> None:
-    """A subscriber that falls off the log is closed with 1013, and counted."""
-    endpoint = PubSubEndpoint(history=100)
+    """A subscriber that falls off the log is closed with 1013, if so asked for, and counted."""
+    endpoint = PubSubEndpoint(history=100, on_slow="close")
     async with plain(endpoint) as peer:
         await subscribed(peer, "t")
         for n in range(1000):
@@ -2167,7 +2178,8 @@ async def test_stats_are_numbers_that_return_to_zero() -> None:
         del stats["log_bytes"]
         assert stats == {
             "channels": 1, "topics": 3, "subscriptions": 3, "pending_calls": 0, "lagging": 0,
-            "log_events": 3, "events_published": 3, "events_delivered": 2, "slow_closed": 0}
+            "log_events": 3, "events_published": 3, "events_delivered": 2, "gaps_told": 0,
+            "slow_closed": 0}
     await until(lambda: not endpoint.channels)
     stats = endpoint.stats()
     assert [stats[k] for k in ("channels", "topics", "subscriptions")] == [0, 0, 0]
@@ -3242,7 +3254,7 @@ async def test_stats_count_what_is_there_and_what_was() -> None:
         assert endpoint.stats() == {
             "channels": 1, "pending_calls": 0, "topics": 3, "subscriptions": 3, "lagging": 0,
             "log_events": 2, "log_bytes": endpoint.stats()["log_bytes"], "events_published": 2,
-            "events_delivered": 1, "slow_closed": 0}
+            "events_delivered": 1, "gaps_told": 0, "slow_closed": 0}
     await until(lambda: endpoint.stats()["channels"] == 0)
     stats = endpoint.stats()
     assert (stats["topics"], stats["subscriptions"], stats["events_delivered"]) == (0, 0, 1)
@@ -5295,44 +5307,61 @@ async def test_pubsub_iterator_that_nobody_reads_delays_nobody() -> None:
         await until(lambda: got == list(range(100)))
 
 
-@pytest.mark.parametrize("iterating", [False, True])
-async def test_pubsub_queue_that_is_full_loses_with_a_warning(
-        monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
-        iterating: bool) -> None:
-    """A callback, or a loop, that is too slow does not fill the memory."""
+async def test_pubsub_queue_that_is_full_is_filled_again_from_the_log(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """A callback that is too slow does not fill the memory, and misses nothing."""
     monkeypatch.setattr(lib, "QUEUE_EVENTS", 3)
-    endpoint, got, gate = PubSubEndpoint(), list[Any](), asyncio.Event()
+    endpoint, got, gate, gaps = PubSubEndpoint(), list[Any](), asyncio.Event(), list[Gap]()
 
     async def slow(data: Any) -> None:
         await gate.wait()
         got.append(data)
 
-    async with PubSubClient(transport=Inside(endpoint)) as client:
-        subscription = await client.subscribe("t", None if iterating else slow)
+    async with PubSubClient(transport=Inside(endpoint), on_gap=gaps.append) as client:
+        await client.subscribe("t", slow)
         for n in range(10):
             endpoint.publish("t", n)
-        queue = subscription._queue if iterating else client._inbox._queue
-        await until(lambda: queue.lost >= 6)
-        assert "4 events lost, one of 't' the last" in caplog.text
+        await until(lambda: client._inbox.full)
+        assert len(client._inbox.queue) == 3 and client.position == endpoint.notifier._log.before
         gate.set()
-        while iterating and subscription._queue:
-            got.append(subscription._queue.take()[0].data)
-        await until(lambda: len(got) >= 3)
-        assert got == list(range(len(got)))
-        assert len(got) + queue.lost == 10
+        await until(lambda: len(got) == 10)
+        assert (got, gaps) == (list(range(10)), [])
+        await until(lambda: client.position == endpoint.notifier._log.position)
 
 
-async def test_pubsub_queue_is_bounded_in_bytes(
-        monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+async def test_pubsub_iterator_that_nobody_reads_has_its_own_gap(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """It loses what it did not read, is told so, and delays no callback."""
+    monkeypatch.setattr(lib, "QUEUE_EVENTS", 3)
+    endpoint, got, gaps = PubSubEndpoint(), list[Any](), list[Gap]()
+    async with PubSubClient(transport=Inside(endpoint), on_gap=gaps.append) as client:
+        iterator = await client.subscribe("t")
+        await client.subscribe("t", got.append)
+        for n in range(5):
+            endpoint.publish("t", n)
+            await until(functools.partial(got.__contains__, n))
+        await until(lambda: gaps)
+        here = endpoint.notifier._log._id
+        assert gaps == [Gap(f"0-{here}", f"3-{here}", "queue", ("t",))]
+        assert client.position == f"3-{here}"
+        async for event in iterator:
+            if event.data == 4:
+                break
+            assert event.data == 3
+        await until(lambda: client.position == f"5-{here}")
+
+
+async def test_pubsub_queue_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few large events fill it as many small ones do; one alone always fits."""
     monkeypatch.setattr(lib, "QUEUE_BYTES", 1000)
-    endpoint = PubSubEndpoint()
-    async with PubSubClient(transport=Inside(endpoint)) as client:
+    endpoint, gaps = PubSubEndpoint(), list[Gap]()
+    async with PubSubClient(transport=Inside(endpoint), on_gap=gaps.append) as client:
         subscription = await client.subscribe("t")
         endpoint.publish("t", "x" * 2000)
         endpoint.publish("t", "y")
-        await until(lambda: "lost" in caplog.text)
-        assert [event.data for event, _, _ in subscription._queue] == ["x" * 2000]
+        await until(lambda: gaps)
+        assert [item.event.data for item in subscription._queue
+                if isinstance(item.event, Event)] == ["y"]
 
 
 # unsubscribing
@@ -6861,7 +6890,19 @@ def test_examples_run_all_scenarios() -> None:
 def test_examples_unknown_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     """A name that is not there fails, and says what is."""
     assert examples.main(["nope"]) == 2
-    assert "demo" in capsys.readouterr().out
+    assert "demo" in (said := capsys.readouterr().out) and "bench" in said
+
+
+def test_examples_bench_measures_what_readme_shows() -> None:
+    """A run with tiny counts has every row of the table in README.md; only its numbers differ."""
+    def titles(text: str) -> list[str]:
+        return [re.sub(r"\d[\d,.]*", "N", title)
+                for title in re.findall(r"^\| (.+?) \|", text, re.MULTILINE)]
+
+    measured = (HERE / "README.md").read_text().split("## Measured")[1].split("\n## ")[0]
+    printed = run(sys.executable, "examples.py", "bench", "--smoke")
+    assert titles(printed) == titles(measured)
+    assert printed.count("/s |") == measured.count("/s |") > 10
 
 
 def test_examples_header_agrees_with_pyproject() -> None:
@@ -6902,7 +6943,10 @@ def test_wheel_carries_types_and_asks_for_fastapi_only(tmp_path: Path) -> None:
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         names = wheel.namelist()
         metadata = wheel.read(next(n for n in names if n.endswith("METADATA"))).decode()
-    assert {"fastapi_ws_lite/__init__.py", "fastapi_ws_lite/py.typed"} <= set(names)
+        scripts = wheel.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
+    assert {"fastapi_ws_lite/__init__.py", "fastapi_ws_lite/__main__.py",
+            "fastapi_ws_lite/py.typed"} <= set(names)
+    assert scripts == "[console_scripts]\nfastapi-ws-lite = fastapi_ws_lite:_main\n"
     required = re.findall(r"^Requires-Dist: (.*)$", metadata, re.MULTILINE)
     assert [name for name in required if "extra ==" not in name] == ["fastapi"]
     assert f"Version: {lib.__version__}" in metadata
@@ -6913,6 +6957,757 @@ def test_module_copied_alone_works(tmp_path: Path) -> None:
     (tmp_path / "vendored.py").write_text((HERE / "fastapi_ws_lite.py").read_text())
     code = "import sys, vendored; assert 'websockets' not in sys.modules; print(vendored.__name__)"
     assert run(sys.executable, "-c", code, cwd=tmp_path) == "vendored\n"
+
+
+# ----------------------------------------------------------------------------- describing methods
+
+
+class Item(BaseModel):
+    name: str
+    parts: list["Item"] = []
+
+
+class Spot(NamedTuple):
+    x: int
+    y: int = 0
+
+
+class Undescribed:
+    """A type that JSON Schema has no word for."""
+
+
+UNDESCRIBED = Undescribed()
+
+
+class Described(RpcMethodsBase):
+    """What is for sale.
+
+    With a second paragraph.
+    """
+
+    async def order(self, item: Item, amount: Annotated[int, Field(gt=0)] = 1) -> list[Item]:
+        """Order an item.
+
+        It is not sent back.
+        """
+        return [item] * amount
+
+    async def by_name(self, channel: RpcChannel, first: int = 1, *, other: Literal["a", "b"],
+                      renamed: Annotated[bytes, Field(alias="data")] = b"") -> None: ...
+
+    def by_position(self, at: Spot, /, *rest: int, limit: float = math.inf,
+                    **more: str) -> Undescribed:
+        return UNDESCRIBED
+
+    async def unknown(self, value: "Undescribed | int", default: Any = UNDESCRIBED) -> Self:
+        return self
+
+    async def bare(self, a, b=None):  # type: ignore[no-untyped-def]
+        return a, b
+
+    async def skipped(self, a: SkipJsonSchema[int], b: int | SkipJsonSchema[None] = None) -> None:
+        ...
+
+
+def refs_of(value: Any) -> Iterator[str]:
+    """All that a document refers to."""
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        if key == "$ref":
+            yield inner
+        elif isinstance(inner, (dict, list)):
+            yield from refs_of(inner)
+
+
+def check_openrpc(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What OpenRPC's meta-schema asks for, as far as our documents go; returns the methods."""
+    def keys(value: Any, *must: str, may: Sequence[str] = ()) -> None:
+        assert set(must) <= value.keys()
+        assert {key for key in value if not key.startswith("x-")} <= {*must, *may}
+
+    keys(document, "openrpc", "info", "methods", may=["components"])
+    assert re.fullmatch(r"1\.[0-3]\.\d+", document["openrpc"])
+    keys(document["info"], "title", "version", may=["description"])
+    for method in document["methods"]:
+        keys(method, "name", "params", "result", "paramStructure", may=["summary", "description"])
+        assert method["paramStructure"] in ("either", "by-name", "by-position")
+        for value in (*method["params"], method["result"]):
+            keys(value, "name", "schema", may=["required"])
+            assert isinstance(value["schema"], dict)
+        required = [param["required"] for param in method["params"]]
+        assert required == sorted(required, reverse=True)
+        assert len({param["name"] for param in method["params"]}) == len(required)
+    for ref in refs_of(document):
+        assert ref.removeprefix("#/components/schemas/") in document["components"]["schemas"]
+    methods = {method["name"]: method for method in document["methods"]}
+    assert len(methods) == len(document["methods"])
+    return methods
+
+
+@each_side
+@each_wire
+async def test_discover_answers_an_openrpc_document(wire: str, side: int) -> None:
+    """Both sides, in each dialect: the methods of a user with docstrings and schemas."""
+    async with pair(Described(), wire) as ends:
+        document = (await ends[side].call("rpc.discover")).result
+    methods = check_openrpc(document)
+    assert list(methods) == ["order", "by_name", "by_position", "unknown", "bare", "skipped"]
+    assert document["info"] == {
+        "title": "Described", "version": "0",
+        "description": "What is for sale.\n\nWith a second paragraph."}
+    assert methods["order"] == {
+        "name": "order", "summary": "Order an item.", "paramStructure": "either",
+        "description": "Order an item.\n\nIt is not sent back.",
+        "params": [{"name": "item", "required": True,
+                    "schema": {"$ref": "#/components/schemas/Item-Input"}},
+                   {"name": "amount", "required": False,
+                    "schema": {"type": "integer", "exclusiveMinimum": 0, "default": 1}}],
+        "result": {"name": "result", "schema": {
+            "type": "array", "items": {"$ref": "#/components/schemas/Item-Output"}}}}
+
+
+def params_of(method: str) -> dict[str, Any]:
+    """How the parameters of a method are passed, and what each is."""
+    found = check_openrpc(lib._openrpc(Described, {method: lib._Method(
+        method, getattr(Described(), method))}))[method]
+    kind = {True: "must", False: "may"}
+    params = {param["name"]: (kind[param["required"]], param["schema"])
+              for param in found["params"]}
+    return {"": found["paramStructure"], **params, "->": found["result"]["schema"]}
+
+
+def test_discover_parameters_are_described_as_they_are_passed() -> None:
+    """By name or by position, required ones first, without the channel."""
+    base64_text = {"type": "string", "contentEncoding": "base64"}
+    assert params_of("by_name") == {
+        "": "by-name", "other": ("must", {"enum": ["a", "b"], "type": "string"}),
+        "first": ("may", {"type": "integer", "default": 1}),
+        "data": ("may", {**base64_text, "default": ""}), "->": {"type": "null"}}
+    assert params_of("by_position") == {
+        "": "by-position", "at": ("must", {"$ref": "#/components/schemas/Spot"}),
+        "limit": ("may", {"type": "number", "default": None}), "rest": ("may", {"type": "integer"}),
+        "more": ("may", {"type": "string"}), "->": {}}
+
+
+def test_discover_hint_without_a_schema_is_an_empty_one() -> None:
+    """What JSON Schema cannot say is left open, and breaks nothing."""
+    assert params_of("unknown") == {
+        "": "either", "value": ("must", {"anyOf": [{}, {"type": "integer"}]}),
+        "default": ("may", {}), "->": {}}
+    assert params_of("bare") == {
+        "": "either", "a": ("must", {}), "b": ("may", {"default": None}), "->": {}}
+    assert params_of("skipped") == {
+        "": "either", "a": ("must", {}), "b": ("may", {"type": "integer", "default": None}),
+        "->": {"type": "null"}}
+
+
+def test_discover_named_tuple_of_an_older_pydantic_is_an_array() -> None:
+    """There, its fields were arguments."""
+    fields = [core_schema.arguments_parameter("x", core_schema.int_schema())]
+    schema = core_schema.arguments_schema(
+        fields, metadata={"pydantic_js_prefer_positional_arguments": True})
+    assert lib._Schemas().generate(schema)["type"] == "array"
+
+
+@pytest.mark.parametrize(("hint", "schema"), [
+    (AsyncIterator[int], {"type": "integer"}), (AsyncIterator, {})])
+def test_discover_stream_is_marked(hint: Any, schema: Any) -> None:
+    """The result of a stream is that of each of its items."""
+    method: Any = lib._Method("ticks", Calculator().wait)
+    method.streams, method.returns = True, hint
+    ticks = check_openrpc(lib._openrpc(Calculator, {"ticks": method}))["ticks"]
+    assert ticks["x-stream"] is True
+    assert ticks["result"]["schema"] == schema
+
+
+async def test_discover_is_made_when_asked_and_once_until_methods_change() -> None:
+    """Nothing is paid by those who do not ask; what is added later is described, too."""
+    endpoint = RpcEndpoint()
+    async with client_of(endpoint) as client:
+        assert endpoint._document is None
+        empty = (await client.call("rpc.discover")).result
+        assert (check_openrpc(empty), empty["info"]["title"]) == ({}, "RpcEndpoint")
+        made = endpoint._document
+        await client.call("rpc.discover")
+        assert endpoint._document is made
+
+        @endpoint.method
+        async def later() -> int:
+            return 1
+
+        assert list(check_openrpc((await client.call("rpc.discover")).result)) == ["later"]
+
+
+@pytest.mark.parametrize("answer", [False, Forbidden("not you")])
+async def test_discover_is_up_to_authorize(answer: Any) -> None:
+    """A pub/sub endpoint asks who may see it; its document says that there are events."""
+    asked: list[Any] = []
+
+    def may(channel: RpcChannel, action: str, topics: tuple[str, ...]) -> Any:
+        asked.append((action, topics))
+        if len(asked) == 1:
+            return True
+        if answer:
+            raise answer
+        return answer
+
+    async with client_of(PubSubEndpoint(Calculator(), authorize=may)) as client:
+        document = (await client.call("rpc.discover")).result
+        assert check_openrpc(document).keys() == {"add", "fail", "wait", "back"}
+        assert document["x-events"] is True
+        with pytest.raises(Forbidden):
+            await client.call("rpc.discover")
+    assert asked == [("discover", ())] * 2
+
+
+# -------------------------------------------------------------------------- without an event loop
+
+
+def remote_of(endpoint: RpcEndpoint, methods: RpcMethodsBase | None = None,
+              **options: Any) -> contextlib.AbstractContextManager[Remote]:
+    """A client and its server on a loop of their own; the test has none."""
+    return connect("ws://test/ws", methods, transport=ASGITransport(app_of(endpoint)), **options)
+
+
+@pytest.fixture
+def no_thread_is_left() -> Iterator[None]:
+    """The loop's thread ends with the block."""
+    yield
+    assert not [t for t in threading.enumerate() if t.name.startswith("asyncio-portal")]
+
+
+loopless = pytest.mark.usefixtures("no_thread_is_left")
+
+
+@loopless
+def test_remote_calls_return_the_bare_result() -> None:
+    """As attributes, or by call() whatever the name; what fails raises as it does elsewhere."""
+    endpoint = RpcEndpoint(Worker())
+
+    @endpoint.method
+    async def events() -> str:
+        return "a method"
+
+    with remote_of(endpoint) as remote:
+        assert remote.add(a=1, b=2) == remote.add(1, 2) == remote.call("add", [1, 2]) == 3
+        assert remote.call("events") == "a method"
+        with pytest.raises(MethodNotFound):
+            remote.nothing()
+        with pytest.raises(RequestTimeout):
+            remote.call("wait", timeout=0.01)
+        with pytest.raises(TypeError, match="not both"):
+            remote.add(1, b=2)
+        assert not hasattr(remote, "__wrapped__")
+
+
+@loopless
+def test_remote_after_its_block_is_closed() -> None:
+    """What is used later raises; an iterator that is left over says nothing when it goes."""
+    with remote_of(PubSubEndpoint(Calculator())) as remote:
+        events = remote.events("news")
+        remote.publish("news", 1, include_self=True)
+        assert next(events).data == 1
+    for use in (remote.add, functools.partial(remote.publish, "news"),
+                functools.partial(remote.notify, "add")):
+        with pytest.raises(ChannelClosed):
+            use()
+    with pytest.raises(ChannelClosed):
+        next(events)
+
+
+@loopless
+def test_remote_events_are_iterated_and_unsubscribed() -> None:
+    """The subscription is there before the first step, and ends with the loop."""
+    endpoint = PubSubEndpoint()
+    with remote_of(endpoint) as remote:
+        events = remote.events("news.*", pattern=True)
+        remote.publish(["news.a", "other", "news.b"], {"n": 1}, include_self=True)
+        got = []
+        for event in events:
+            got.append((event.topic, event.data))
+            if len(got) == 2:
+                break
+        assert got == [("news.a", {"n": 1}), ("news.b", {"n": 1})]
+        del events, event
+        remote.call("_ping_")
+        assert endpoint.stats()["subscriptions"] == 0
+
+
+@loopless
+def test_remote_events_end_with_the_client() -> None:
+    """Where nothing more can come, the loop ends."""
+    with remote_of(PubSubEndpoint()) as remote:
+        events = remote.events("news")
+        remote._wait(remote._client.close)
+        assert list(events) == []
+
+
+@loopless
+def test_remote_events_may_be_refused() -> None:
+    """At once, not at the first step."""
+    with remote_of(PubSubEndpoint(authorize=lambda *_: False)) as remote:
+        with pytest.raises(Forbidden):
+            remote.events("news")
+
+
+@loopless
+def test_remote_callbacks_run_in_a_thread_and_may_wait() -> None:
+    """A plain one can use the remote, since it does not run on the loop; one of asyncio may be."""
+    got: Queue[Any] = Queue()
+
+    async def later(event: Event) -> None:
+        got.put(await asyncio.sleep(0, event.topic))
+
+    with remote_of(PubSubEndpoint(Calculator())) as remote:
+        remote.subscribe("news", lambda data: got.put(remote.add(a=data, b=1)))
+        remote.publish("news", 1, include_self=True)
+        assert got.get(timeout=10) == 2
+        remote.unsubscribe("news")
+        remote.subscribe(["n*"], later, pattern=True)
+        remote.publish("news", 1, include_self=True)
+        assert got.get(timeout=10) == "news"
+        assert got.empty()
+
+
+@loopless
+def test_remote_exposes_methods_which_may_use_it() -> None:
+    """The server calls back; a plain def may wait, an async one must not wait for its own loop."""
+    class Mine(RpcMethodsBase):
+        def back(self, n: int) -> Any:
+            return remote.add(a=n, b=1)
+
+        async def later(self) -> str:
+            with pytest.raises(RuntimeError, match="must not wait"):
+                remote.add(a=1, b=2)
+            told.set()
+            return ""
+
+    told = threading.Event()
+    with remote_of(RpcEndpoint(Worker()), Mine()) as remote:
+        assert remote.back(n=5) == 6
+        remote.notify("leave_behind")
+        assert told.wait(10)
+
+
+@loopless
+def test_remote_may_be_used_by_many_threads() -> None:
+    """Their calls are concurrent, over one connection."""
+    endpoint = RpcEndpoint(worker := Worker())
+
+    with remote_of(endpoint) as remote, ThreadPoolExecutor(8) as threads:
+        held = [threads.submit(remote.hold) for _ in range(4)]
+        assert list(threads.map(remote.add, range(50), range(50))) == [n * 2 for n in range(50)]
+        assert remote.call("_ping_") == "pong"
+        remote._wait(worker.go.set)
+        assert [future.result(10) for future in held] == ["went"] * 4
+        assert len(endpoint.channels) == 1
+
+
+@loopless
+def test_remote_that_closes_ends_the_waits_of_other_threads() -> None:
+    """They get ChannelClosed, rather than waiting for a loop that is gone."""
+    with ThreadPoolExecutor(1) as threads:
+        with remote_of(RpcEndpoint(worker := Worker())) as remote:
+            held = threads.submit(remote.hold)
+            while not worker.seen:
+                time.sleep(0.001)
+        with pytest.raises(ChannelClosed):
+            held.result(10)
+
+
+@loopless
+def test_remote_without_a_server_raises_after_connect_timeout() -> None:
+    """Entering fails as `async with` does, and leaves nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"ws://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(RequestTimeout), connect(url, connect_timeout=0.05):
+            raise AssertionError("it was entered")
+
+
+INTERRUPTED = """
+import sys, threading
+from fastapi_ws_lite import connect
+
+def interrupted(wait, *args):
+    try:
+        print("waits", flush=True)
+        wait(*args)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+
+silent, url = sys.argv[1:]
+interrupted(connect(silent).__enter__)
+with connect(url) as remote:
+    interrupted(remote.hold)
+    interrupted(next, remote.events("nothing"))
+    interrupted(remote.publish, "held")
+    print(remote.add(a=1, b=2), flush=True)
+print(threading.active_count(), "thread", flush=True)
+with connect(url) as remote:
+    print("waits", flush=True)
+    remote.hold()
+"""
+
+
+async def test_remote_ctrl_c_leaves_whatever_it_waits_for() -> None:
+    """Connecting, calling, iterating, publishing: at once, cancelled there, nothing left here."""
+    worker, asked = Worker(), asyncio.Event()
+
+    async def may(channel: RpcChannel, action: str, topics: tuple[str, ...]) -> bool:
+        if topics == ("held",):
+            asked.set()
+            await worker.go.wait()
+        return True
+
+    endpoint = PubSubEndpoint(worker, authorize=may)
+    accepted: list[Any] = []
+    silent = await asyncio.start_server(lambda *streams: accepted.append(streams), "127.0.0.1", 0)
+    url = f"ws://127.0.0.1:{silent.sockets[0].getsockname()[1]}"
+    async with silent, serving(app_of(endpoint)) as server:
+        script = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", INTERRUPTED, url, f"{server}/ws", cwd=HERE,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert script.stdout and script.stderr
+
+        async def line() -> str:
+            assert script.stdout
+            return (await asyncio.wait_for(script.stdout.readline(), 10)).decode().strip()
+
+        for waits in (lambda: accepted, lambda: worker.seen == ["held"],
+                      lambda: endpoint.stats()["subscriptions"] == 1, asked.is_set):
+            assert await line() == "waits"
+            await until(waits)
+            script.send_signal(signal.SIGINT)
+            assert await line() == "interrupted"
+        assert [await line(), await line(), await line()] == ["3", "1 thread", "waits"]
+        assert worker.seen[:2] == ["held", "cancelled"]
+        await until(lambda: worker.seen[2:] == ["held"])
+        script.send_signal(signal.SIGINT)
+        assert b"KeyboardInterrupt" in await asyncio.wait_for(script.stderr.read(), 10)
+        assert await script.wait() == -signal.SIGINT
+        for _, writer in accepted:
+            writer.close()
+
+
+def test_remote_costs_nothing_at_import() -> None:
+    """What only scripts and shells need is imported when it is used."""
+    code = ("import sys, fastapi_ws_lite, logging; print([name for name in "
+            "('argparse', 'anyio.from_thread', 'uvicorn') if name in sys.modules], "
+            "logging.getLogger().handlers, fastapi_ws_lite.logger.handlers)")
+    assert run(sys.executable, "-c", code) == "[] [] []\n"
+
+
+# ----------------------------------------------------------------------------------- command line
+
+
+class Cli(RpcMethodsBase):
+    """What the command line calls."""
+
+    async def join(self, *words: str, sep: str = " ") -> str:
+        """Join words."""
+        return sep.join(words)
+
+    async def echo(self, a: Any = None, b: Any = None) -> Any:
+        return {"a": a, "b": b, **self.channel.context}
+
+    async def items(self, item: Item, size: int | None = 3) -> list[Item]:
+        return [item]
+
+    async def refuse(self) -> None:
+        raise RpcError(7, "no,\nnot you", {"why": "ß"})
+
+    async def wait(self) -> None:
+        await asyncio.sleep(3600)
+
+    async def drop(self) -> None:
+        await self.channel.close(4000, "enough")
+
+
+@contextlib.asynccontextmanager
+async def commanded(**options: Any) -> AsyncIterator[tuple[PubSubEndpoint, str]]:
+    """A server, with two headers as context."""
+    endpoint, app = PubSubEndpoint(Cli(), **options), FastAPI()
+
+    @app.websocket("/ws")
+    async def route(ws: WebSocket, authorization: str = Header(""), x: str = Header("")) -> None:
+        await endpoint.main_loop(ws, auth=authorization, x=x)
+
+    async with serving(app) as url:
+        yield endpoint, f"{url}/ws"
+
+
+async def command(*argv: str) -> int:
+    return await asyncio.to_thread(lib._main, argv)
+
+
+@pytest.mark.parametrize(("words", "result"), [
+    ([], {"a": None, "b": None}),
+    (["a=1", "b=x y"], {"a": 1, "b": "x y"}),
+    (['a="1"', 'b={"c": [1]}'], {"a": "1", "b": {"c": [1]}}),
+    (["a=", "b=c=d"], {"a": "", "b": "c=d"}),
+    (['{"a": "1=2"}'], {"a": "1=2", "b": None}),
+    (['["ß", null]'], {"a": "ß", "b": None}),
+    (["a=NaN", f"b={'[' * 99999}"], {"a": "NaN", "b": "[" * 99999}),
+])
+async def test_command_call_takes_json_or_strings(
+        words: list[str], result: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """NAME=VALUE, or one object or array; the result is a line of JSON."""
+    async with commanded() as (_, url):
+        assert await command("call", url, "echo", *words) == 0
+    out, err = capsys.readouterr()
+    assert (json.loads(out), err) == ({**result, "auth": "", "x": ""}, "")
+    assert out.count("\n") == 1
+
+
+@pytest.mark.parametrize(("words", "code", "told"), [
+    (["refuse"], 4, 'no, not you (7) {"why":"ß"}'),
+    (["nothing"], 4, "Method not found (-32601)"),
+    (["--timeout", "0.5", "wait"], 4, "Request timed out (-32000)"),
+    (["drop"], 3, "the connection is closed: 4000 enough"),
+    (["echo", "a"], 2, "an argument is name=value, not 'a'"),
+    (["echo", "a=\udcff"], 2, "surrogates not allowed"),
+])
+async def test_command_that_fails_says_so_in_a_line_and_a_code(
+        words: list[str], code: int, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Answered with an error, lost, or used wrongly."""
+    async with commanded() as (_, url):
+        assert await command("call", url, *words) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert told in err
+    assert re.fullmatch("fastapi-ws-lite: .*\n", err)
+
+
+@pytest.mark.parametrize("url", ["{}/elsewhere", "http://127.0.0.1:1", "ws://127.0.0.1:1"])
+async def test_command_that_cannot_connect_does_not_try_again(
+        url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Refused, no such scheme, nobody there: told at once."""
+    async with commanded() as (_, server):
+        assert await command("methods", url.format(server)) == 3
+    assert re.fullmatch("fastapi-ws-lite: cannot connect: .*\n", capsys.readouterr().err)
+
+
+async def test_command_without_an_answer_to_the_connection_times_out(
+        capsys: pytest.CaptureFixture[str]) -> None:
+    """--timeout is for the connection, too."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"ws://127.0.0.1:{silent.getsockname()[1]}"
+        assert await command("methods", url, "--timeout", "0.05") == 3
+    assert "no connection to ws://127.0.0.1" in capsys.readouterr().err
+
+
+async def test_command_sends_headers_and_token(capsys: pytest.CaptureFixture[str]) -> None:
+    """-H may be repeated; --token is a bearer's. The old wire serves as well."""
+    async with commanded() as (_, url):
+        assert await command("call", "-H", "X: 1: 2", "-H", "y:", "--token", "t", "--wire",
+                             "jsonrpc", url, "echo") == 0
+    assert json.loads(capsys.readouterr().out) == {"a": None, "b": None, "auth": "Bearer t",
+                                                   "x": "1: 2"}
+
+
+@pytest.mark.parametrize("argv", [[], ["nothing"], ["call"], ["methods", "-H", "x", "ws://x"],
+                                  ["methods", "--timeout", "soon", "ws://x"]])
+def test_command_wrong_usage_ends_with_2(
+        argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """As argparse has it."""
+    with pytest.raises(SystemExit, match="2"):
+        lib._main(argv)
+    assert "usage: fastapi-ws-lite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", lib._COMMANDS)
+def test_command_help_shows_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of each, and the exit codes in the help of all."""
+    for argv, expected in (([name, "-h"], f"example: fastapi-ws-lite {name} "), (["-h"], "130")):
+        with pytest.raises(SystemExit, match="0"):
+            lib._main(argv)
+        assert expected in capsys.readouterr().out
+
+
+async def test_command_methods_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
+    """A signature each, and the first line of its docstring."""
+    async with commanded() as (endpoint, url):
+        stream: Any = endpoint._table["wait"]
+        stream.streams, stream.returns = True, AsyncIterator[int]
+        assert await command("methods", url) == 0
+    assert capsys.readouterr().out == """\
+join(sep: string = " ", *words: string) -> string
+    Join words.
+echo(a: any = null, b: any = null) -> any
+items(item: Item-Input, size: integer | null = 3) -> array[Item-Output]
+refuse() -> null
+wait() -> stream of integer
+drop() -> null
+"""
+
+
+async def test_command_publish_takes_an_event_or_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not JSON is a string; empty lines are not events."""
+    async with commanded() as (endpoint, url):
+        got: list[Any] = []
+        endpoint.subscribe("news", got.append)
+        assert await command("publish", url, "news", '{"n": 1}') == 0
+        monkeypatch.setattr(sys, "stdin", io.StringIO('1\n\nhello you\n"2"'))
+        assert await command("publish", url, "news") == 0
+        await until(lambda: len(got) == 4)
+    assert got == [{"n": 1}, 1, "hello you", "2"]
+
+
+async def test_command_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here, while it reads its input."""
+    def lines() -> Iterator[str]:
+        yield "1"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "stdin", lines())
+    async with commanded() as (_, url):
+        assert await command("publish", url, "news") == 130
+
+
+async def test_command_subscribe_prints_until_its_pipe_is_closed(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line of JSON an event, at once; the end of the reader is no error."""
+    reading, writing = os.pipe()
+    with open(writing, "w") as output, open(reading) as lines:
+        monkeypatch.setattr(sys, "stdout", output)
+        async with commanded() as (endpoint, url):
+            done = asyncio.create_task(command("subscribe", "--pattern", url, "n*", "m"))
+            await until(lambda: endpoint.stats()["subscriptions"] == 2)
+            endpoint.publish(["news"], {"n": "ß"})
+            event = json.loads(await asyncio.to_thread(lines.readline))
+            assert event == {"topic": "news", "data": {"n": "ß"},
+                             "position": endpoint.notifier._log.position}
+            lines.close()
+            endpoint.publish(["m"])
+            assert await done == 0
+
+
+def test_command_subscribe_ends_with_the_client() -> None:
+    """Should it ever be closed for good."""
+    endpoint = PubSubEndpoint()
+
+    async def close() -> None:
+        await until(lambda: endpoint.stats()["subscriptions"])
+        await remote._client.close()
+
+    with remote_of(endpoint) as remote, ThreadPoolExecutor(1) as threads:
+        threads.submit(remote._wait, close)
+        lib._cli_subscribe(remote, argparse.Namespace(topics=["news"], pattern=False))
+
+
+async def test_command_in_a_process_of_its_own_leaves_at_ctrl_c() -> None:
+    """As a module: promptly, with its code, and without a word."""
+    async with commanded() as (endpoint, url):
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "fastapi_ws_lite", "subscribe", url, "news", cwd=HERE,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        await until(lambda: endpoint.stats()["subscriptions"] == 1)
+        process.send_signal(signal.SIGINT)
+        assert await asyncio.wait_for(process.communicate(), 10) == (b"", b"")
+        assert process.returncode == 130
+
+
+SERVED = """
+from {} import RpcMethodsBase
+
+class Served(RpcMethodsBase):
+    async def add(self, a: int, b: int) -> int:
+        return a + b
+"""
+
+
+def test_command_serve_serves_a_class(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With calls and events, until Ctrl-C."""
+    (tmp_path / "served_here.py").write_text(SERVED.format("fastapi_ws_lite"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    got: list[Any] = []
+
+    def use() -> None:
+        try:
+            printed = ""
+            while not (at := re.search(r"serving Served at (ws:\S+/there)\n", printed)):
+                time.sleep(0.01)
+                printed += capsys.readouterr().err
+            with connect(at[1], connect_timeout=10) as remote:
+                got.append(remote.add(a=1, b=2))
+                remote.publish("news")
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    user = threading.Thread(target=use)
+    user.start()
+    target = f"{tmp_path}/served_here.py:Served"
+    assert lib._main(["serve", target, "--port", "0", "--path", "/there"]) == 130
+    user.join(10)
+    assert got == [3]
+
+
+@pytest.mark.parametrize(("how", "module"), [
+    (["-m", "fastapi_ws_lite"], "fastapi_ws_lite"), (["{}/vendored.py"], "vendored")])
+async def test_command_serve_by_any_way_of_running_the_file(
+        how: list[str], module: str, tmp_path: Path) -> None:
+    """Also a copy by another name: what is served finds the one RpcMethodsBase."""
+    (tmp_path / "vendored.py").write_text((HERE / "fastapi_ws_lite.py").read_text())
+    (tmp_path / "served.py").write_text(SERVED.format(module))
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, *(part.format(tmp_path) for part in how), "serve", "served:Served",
+        "--port", "0", cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(HERE)},
+        stderr=subprocess.PIPE)
+    assert process.stderr
+    said = await asyncio.wait_for(process.stderr.readline(), 20)
+    try:
+        async with RpcClient(said.decode().split()[-1]) as client:
+            assert (await client.other.add(1, 2)).result == 3
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert (await process.communicate())[1] == b""
+    assert process.returncode == 130
+
+
+@pytest.mark.parametrize("target", ["Served", "no_such_module:Served", "json:Served",
+                                    "json:JSONDecoder", "json:dumps"])
+def test_command_serve_of_no_such_class_is_wrong_usage(
+        target: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nor of one that has no methods to serve."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert lib._main(["serve", target]) == 2
+    assert re.fullmatch("fastapi-ws-lite: .*\n", capsys.readouterr().err)
+
+
+def test_command_serve_without_uvicorn_says_what_to_install(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is not needed for anything else."""
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert lib._main(["serve", "json:JSONDecoder"]) == 2
+    assert "pip install 'fastapi-ws-lite[standard]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("by_path", [True, False])
+def test_command_runs_as_a_file_and_as_a_module(
+        by_path: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Under its own name, whichever way it was started."""
+    monkeypatch.setattr(sys, "argv", ["fastapi_ws_lite.py", "methods", "http://localhost"])
+    with pytest.raises(SystemExit, match="3"):
+        if by_path:
+            runpy.run_path(lib.__file__, run_name="__main__")
+        else:
+            runpy.run_module("fastapi_ws_lite", run_name="__main__")
+    assert "cannot connect" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", range(3))
+async def test_command_in_the_readme_prints_what_it_says(
+        number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is called there, at the server that is there."""
+    readme = (HERE / "README.md").read_text()
+    typed, printed = re.findall(r"\$ fastapi-ws-lite ((?:call|methods) .*)\n((?:[^$`].*\n)*)",
+                                readme)[number]
+    namespace: dict[str, Any] = {}
+    exec(compile(next(readme_blocks())[1], "server.py", "exec"), namespace)
+    async with serving(namespace["app"]) as url:
+        await command(*shlex.split(typed.replace("ws://localhost:8000", url)))
+    assert "".join(capsys.readouterr()) == printed
 
 
 # --------------------------------------------------------------------------------- browser client
@@ -7177,12 +7972,21 @@ async def test_browser_comes_back_after_a_restart(browser: Browser) -> None:
     await page.run("window.kept = ws.call('add', [1, 2]); window.late = ws.subscribe('late', () => {})")
     assert await page.run("return await ws.call('add', [1, 2], {timeout: 0.05}).catch((e) => e.code)"
                           ) == -32000
-    endpoint = PubSubEndpoint(Calculator())
-    async with serving(page_app(endpoint), port=int(url.rsplit(":")[-1])):
+    endpoint.publish("news", "missed")
+    port = int(url.rsplit(":")[-1])
+    async with serving(page_app(endpoint), port=port):
         assert await page.run("await late.confirmed; return await kept") == 3
+        endpoint.publish("news", "live")
+        await page.until("got.length === 2")
+    await page.until("ws.state === 'waiting'")
+    endpoint = PubSubEndpoint(Calculator())  # another process, as it were
+    async with serving(page_app(endpoint), port=port):
+        await page.until("gaps.length")
         endpoint.publish("news", "again")
-        await page.until("got.length")
+        await page.until("got.length === 3")
         await page.run("ws.close()")
+        assert await page.run("return [got, gaps.length, gaps[0].reason]") == [
+            ["missed", "live", "again"], 1, "history"]
 
 
 @contextlib.asynccontextmanager
@@ -7255,7 +8059,7 @@ async def test_browser_resumes_from_the_last_position(browser: Browser) -> None:
         await page.until("log.length === 7")
         assert await page.run("return log") == [
             ["a", "2-b"], ["b", "3-c"], ["c", "8-h"],
-            {"since": "10-j", "position": "11-k", "reason": "not recovered"}, ["a", "12-l"],
+            {"since": "10-j", "position": "11-k", "reason": "history"}, ["a", "12-l"],
             gap, ["a", "15-o"]]
         await peer.connection.close(1011)
 
