@@ -3440,7 +3440,7 @@ async def _browser_client(request: Request) -> Response:
     return Response(_BROWSER_CLIENT, headers=headers, media_type="text/javascript")
 
 
-_BROWSER_CLIENT: Final = r"""// The client of fastapi_ws_lite for browsers, Node 22+ and Deno: no build step, no dependency.
+_BROWSER_CLIENT: Final = r"""// The client of fastapi_ws_lite for browsers, Node 22+ and Deno.
 
 /** What a call rejects with; thrown in an exposed function, it is what the server sees. */
 export class RpcError extends Error {
@@ -3449,34 +3449,34 @@ export class RpcError extends Error {
 }
 /** The connection is gone, `code` is that of its close; whether a call ran is not known. */
 export class ClosedError extends RpcError {}
-const SILENCE = 25, ANSWER = 20, CHECK = 5; // seconds; of pings, as browsers send none
 export const ALL_TOPICS = "__EventNotifier_ALL_TOPICS__";
-
+const SILENCE = 25, ANSWER = 20, CHECK = 5; // seconds; of pings, as browsers send none
 /**
  * @typedef {string | (() => string | Promise<string>)} Text a function is asked at each connection
  * @typedef {{since: string | null, position: string, reason: string}} Gap
- * @typedef {{topic: string, data: any, position: string | null}} Event
- * @typedef {"connecting" | "ready" | "waiting" | "closed"} State
+ * @typedef {(data: any, topic: string, event: {position: string}) => any} Callback
  * @typedef {{timeout?: number | null, signal?: AbortSignal}} More a timeout of null is none
+ * @typedef {"connecting" | "ready" | "waiting" | "closed"} State
  * @typedef {{token?: Text, protocols?: string[], timeout?: number | null, firstDelay?: number,
  *   maxDelay?: number, onGap?: (gap: Gap) => any, onState?: (state: State, why?: Error) => any
- * }} Options the token goes as the subprotocol "bearer.<base64url>"; times are in seconds
+ * }} Options times are in seconds; the token goes as the subprotocol "bearer.<base64url>"
  */
 const base64url = (text) => btoa(String.fromCharCode(...new TextEncoder().encode(text)))
   .replace(/[+/=]/g, (c) => ({ "+": "-", "/": "_" })[c] ?? "");
 const glob = (pattern) => new RegExp(`^${pattern.replace(/\[(!|(?!!))([^][^\]]*)\]|[^]/gu,
   (all, not, set) => (set ? `[${not && "^"}${set.replace(/[\\\]^[]/g, "\\$&")}]` // as in fnmatch
     : { "*": ".*", "?": "." }[all] ?? all.replace(/[\\^$.|+(){}[\]/]/, "\\$&")))}$`, "su");
-const guarded = (callback, ...args) => // an error of a callback is no reason to stop
-  new Promise((done) => done(callback?.(...args))).catch((error) => console.error(error));
-const answers = (where) => // browsers do not tell why it did not open: does the server answer at all?
-  fetch(where.replace(/^ws/, "http"), { mode: "no-cors" }).then((got) => got.status < 500, () => false);
 const offset = (position) => parseInt(position ?? "-1"); // its place in its log
 const valueOf = (text) => (typeof text === "function" ? text() : text);
+const guarded = (callback, ...args) => // an error of a callback is no reason to stop
+  new Promise((done) => done(callback?.(...args))).catch((error) => console.error(error));
+const reachable = (url) => fetch(url.replace(/^ws/, "http"), { mode: "no-cors" })
+  .then((answer) => answer.status < 500, () => false);
 
 /** Connect, and stay connected. @param {Text} url @param {Options} options */
 export function connect(url = "/ws", options = {}) {
-  const { token, protocols = [], timeout: patience = 60, firstDelay = 0.1, maxDelay = 30 } = options;
+  const { token, timeout: patience = 60, protocols = [], firstDelay = 0.1, maxDelay = 30 }
+    = options;
   const me = crypto.getRandomValues(new Uint32Array(4)).join("-"); // own events do not come back
   const calls = new Map(), running = new Map(), exposed = new Map(), subs = new Set();
   let state = "connecting", why, socket = null, position = null, lastId = 0, heard = 0;
@@ -3493,7 +3493,7 @@ export function connect(url = "/ws", options = {}) {
     if (socket?.readyState === 1) socket.send(text);
   }
   function request(method, params, { timeout = patience, signal, now, stream, ...on } = {}) {
-    const id = ++lastId, due = Date.now() + timeout * 1000;
+    const id = ++lastId, due = timeout === null ? Infinity : Date.now() + timeout * 1000;
     return new Promise((resolve, reject) => {
       const settle = (error, result) => {
         if (!calls.delete(id)) return;
@@ -3515,22 +3515,22 @@ export function connect(url = "/ws", options = {}) {
       calls.set(id, call);
       if (state === "closed" || signal?.aborted) return settle(signal?.reason ?? why);
       signal?.addEventListener("abort", stop);
-      if (timeout !== null && timeout < 2e6) call.timer = setTimeout(stop, timeout * 1000);
+      if (due < Date.now() + 2e9) call.timer = setTimeout(stop, due - Date.now()); // at most
       if (state === "ready" || now) send(); // else when there is a connection
     });
   }
   async function* stream(method, params, { timeout = null } = {}) {
     const got = [], leave = new AbortController();
     let id, taken = 0, ended, woken;
-    const end = (error) => { ended = { error }; woken?.(); };
     const items = (from, some) => { id = from; got.push(...some); woken?.(); };
+    const end = (error) => { ended = { error }; woken?.(); };
     const more = { timeout, signal: leave.signal, stream: 16, items };
     request(method, params, more).then(() => end(), end);
     try {
       while (got.length || !ended) {
-        if (!got.length) await new Promise((done) => { woken = done; });
-        else if (++taken % 8 || ended) yield got.shift();
-        else { post({ method: "$/credit", params: { id, n: 8 } }); yield got.shift(); }
+        if (!got.length) { await new Promise((done) => { woken = done; }); continue; }
+        if (++taken % 8 === 0 && !ended) post({ method: "$/credit", params: { id, n: 8 } });
+        yield got.shift();
       }
       if (ended.error) throw ended.error;
     } finally { leave.abort(); } // cancels the request, unless it has ended
@@ -3552,16 +3552,16 @@ export function connect(url = "/ws", options = {}) {
       fail(error instanceof RpcError ? error : new RpcError(-32603, "Internal error"));
     }
   }
-  const told = { // by the server, without an answer
-    notify(event) {
-      const { data, topic } = event, place = offset(position = event.position);
+  const told = { // by the server, and not answered
+    notify({ topic, data, position: at }) {
       for (const sub of [...subs])
-        if (sub.place < place && sub.matches(topic) && subs.has(sub)) {
-          sub.place = place;
-          guarded(sub.callback, data, topic, event);
+        if (sub.place < offset(at) && sub.matches(topic) && subs.has(sub)) {
+          sub.place = offset(at);
+          guarded(sub.callback, data, topic, { topic, data, position: at });
         }
+      position = at;
     },
-    gap(gap, whom = gap.reason === "log" ? subs : []) { // the places of another log mean nothing
+    gap(gap, whom = gap.reason === "log" ? subs : []) { // places in another log mean nothing
       guarded(options.onGap, { since: position, ...gap });
       position = gap.position;
       for (const sub of whom) sub.place = offset(position);
@@ -3572,31 +3572,32 @@ export function connect(url = "/ws", options = {}) {
   };
   function receive(message) {
     const { id, method, params, error, result } = message;
-    if (Object.hasOwn(told, method ?? "")) told[method](params);
-    else if (method !== undefined) serve(message);
-    else if (!error) calls.get(id)?.settle(null, result);
-    else calls.get(id)?.settle(new RpcError(error.code, error.message, error.data));
+    if (method === undefined)
+      calls.get(id)?.settle(error && new RpcError(error.code, error.message, error.data), result);
+    else if (Object.hasOwn(told, method)) told[method](params);
+    else serve(message);
   }
 
-  const names = (list, pattern) =>
-    [...new Set([...list].filter((sub) => sub.pattern === pattern).flatMap((sub) => sub.topics))];
+  const named = (all, pattern) =>
+    [...new Set([...all].filter((sub) => sub.pattern === pattern).flatMap((sub) => sub.topics))];
   function ask() { // for what this connection was not asked for; from where it was, if it was known
-    const mine = socket, left = [...subs].filter((sub) => sub.asked !== mine);
+    const mine = socket, news = [...subs].filter((sub) => sub.asked !== mine);
     if (mine?.readyState !== 1) return;
-    for (const [since, whom] of Map.groupBy(left, (sub) => (sub.known ? position : sub.since))) {
+    for (const [since, whom] of Map.groupBy(news, (sub) => (sub.known ? position : sub.since))) {
+      const params = { topics: named(whom, false), patterns: named(whom, true), since };
       const result = ({ position: at, recovered }) => {
         if (recovered === false) told.gap({ since, position: at, reason: "history" }, whom);
         else if (since !== undefined && offset(since) < offset(position)) position = since;
         position ??= at; // a later answer is ahead, perhaps, of what has been received
-        for (const sub of whom) sub.settle(null, at);
+        for (const sub of whom) sub.confirm(at);
       };
       for (const sub of whom) sub.asked = mine;
-      const params = { topics: names(whom, false), patterns: names(whom, true), since };
-      request("subscribe", { ...params, subscriber_id: me }, { now: true, result }).catch((error) => {
+      request("subscribe", { ...params, subscriber_id: me }, { now: true, result }).catch((e) => {
         if (mine !== socket) return;
-        if (error.code === -32000 || error.code === -32002) return drop(1006, error.message);
-        const named = whom.filter((sub) => sub.topics.some((t) => error.data?.topics?.includes(t)));
-        for (const sub of named.length ? named : whom) end(sub, error);
+        if (e.code === -32000 || e.code === -32002) return drop(1006, e.message); // better later
+        const refused = whom.filter((sub) => sub.topics.some((t) => e.data?.topics?.includes(t)));
+        for (const sub of refused.length ? refused : whom) end(sub, e);
+        console.warn("subscribe:", e.message, e.data);
         for (const sub of whom) sub.asked = null;
         ask();
       });
@@ -3604,18 +3605,19 @@ export function connect(url = "/ws", options = {}) {
   }
   function end(sub, error) {
     if (!subs.delete(sub)) return;
-    sub.settle(error);
-    const others = names(subs, sub.pattern), left = sub.topics.filter((t) => !others.includes(t));
+    sub.refuse(error);
+    const others = named(subs, sub.pattern), left = sub.topics.filter((t) => !others.includes(t));
+    const params = { [sub.pattern ? "patterns" : "topics"]: left };
     if (socket && sub.asked === socket)
-      request("unsubscribe", { [sub.pattern ? "patterns" : "topics"]: left }, { now: true })
-        .catch(() => {});
+      request("unsubscribe", params, { now: true }).catch(() => {});
   }
 
   async function connection() { // one of them, and how it has ended
     const secret = await valueOf(token), bearer = secret ? [`bearer.${base64url(secret)}`] : [];
-    const where = new URL(await valueOf(url), globalThis.location?.href).href.replace(/^http/, "ws");
+    const { href } = new URL(await valueOf(url), globalThis.location?.href);
     if (state === "closed") return {};
-    const mine = socket = new WebSocket(where, ["ws-lite.1", ...protocols, ...bearer]);
+    const offered = ["ws-lite.1", ...protocols, ...bearer];
+    const mine = socket = new WebSocket(href.replace(/^http/, "ws"), offered);
     return new Promise((resolve) => {
       let opened = false, readyAt = Infinity, timer;
       const ping = () => request("_ping_", {}, { now: true, timeout: ANSWER }).catch((error) => {
@@ -3629,7 +3631,7 @@ export function connect(url = "/ws", options = {}) {
         clearInterval(timer);
         for (const stop of [...running.values()]) stop(error);
         for (const call of [...calls.values()]) if (call.sent) call.settle(error);
-        resolve({ code, error, opened, where, seconds: (Date.now() - readyAt) / 1000 });
+        resolve({ code, error, opened, href, seconds: (Date.now() - readyAt) / 1000 });
       };
       mine.onclose = ({ code, reason }) => drop(code, reason);
       mine.onmessage = ({ data }) => {
@@ -3651,16 +3653,17 @@ export function connect(url = "/ws", options = {}) {
   async function run() {
     for (let failures = 0, refusals = 0, wasReady = false; state !== "closed"; failures++) {
       become("connecting");
-      const how = await connection().catch((error) => ({ error, opened: true })); // no token now
-      wasReady ||= how.seconds >= 0;
-      if (how.seconds >= 1) failures = 0;
-      const refused = !wasReady && (how.code === 1008 || (!how.opened && await answers(how.where)));
+      const how = await connection().catch((error) => ({ error })); // no token now, perhaps
+      const { code, error, opened, href, seconds } = how;
+      wasReady ||= seconds >= 0;
+      if (seconds >= 1) failures = 0;
+      const refused = code === 1008 || (opened === false && await reachable(href));
       if (state === "closed") return;
-      refusals = refused ? refusals + 1 : 0;
-      if (refusals === 2) return finish(how.error); // with a fresh token, too
-      const restarts = failures === 0 && (how.code === 1001 || how.code === 1012);
+      refusals = refused && !wasReady ? refusals + 1 : 0;
+      if (refusals === 2) return finish(error); // the second one with a fresh token
+      const restarts = failures === 0 && (code === 1001 || code === 1012);
       const most = restarts ? 2 : Math.min(maxDelay, firstDelay * 2 ** failures);
-      become("waiting", how.error);
+      become("waiting", error);
       await new Promise((done) => { wake = done; setTimeout(done, Math.random() * most * 1000); });
     }
   }
@@ -3677,8 +3680,8 @@ export function connect(url = "/ws", options = {}) {
     /** @returns {State} */
     get state() { return state; },
     /**
-     * Call a method of the server. @param {string} method @param {object} [params] named, or an
-     * array @param {More} [more] @returns {Promise<any>}
+     * Call a method; params by name, or an array. @param {string} method @param {object} [params]
+     * @param {More} [more] @returns {Promise<any>}
      */
     call: (method, params, more) => request(method, params, more),
     /** Iterate over what a method yields; leaving the loop cancels it. */
@@ -3694,8 +3697,7 @@ export function connect(url = "/ws", options = {}) {
     },
     /**
      * Subscribe, now and at each connection. @param {string | string[]} topics
-     * @param {(data: any, topic: string, event: Event) => any} callback
-     * @param {{pattern?: boolean, since?: string}} [how] as in fnmatch; from a stored position
+     * @param {Callback} callback @param {{pattern?: boolean, since?: string}} [how]
      */
     subscribe(topics, callback, { pattern = false, since } = {}) {
       const list = [topics].flat(), globs = pattern ? list.map(glob) : [];
@@ -3703,22 +3705,20 @@ export function connect(url = "/ws", options = {}) {
       sub.matches = pattern ? (topic) => globs.some((glob) => glob.test(topic))
         : (topic) => list.includes(topic) || list.includes(ALL_TOPICS);
       const confirmed = new Promise((resolve, reject) => {
-        sub.settle = (error, at) => {
-          if (error) return reject(error);
+        sub.confirm = (at) => {
           if (!sub.known) sub.place = Math.max(sub.place, offset(at));
-          sub.known = true;
-          resolve();
+          resolve(sub.known = true);
         };
+        sub.refuse = reject;
       });
       confirmed.catch(() => {}); // it need not be looked at
       subs.add(sub);
       queueMicrotask(() => (state === "closed" ? end(sub, why) : ask()));
-      return { topics: list, confirmed, cancel: () => end(sub, new ClosedError(1000, "cancelled")) };
+      const cancel = () => end(sub, new ClosedError(1000, "cancelled"));
+      return { topics: list, confirmed, cancel };
     },
-    /**
-     * Publish an event to each topic; one's own comes back with includeSelf only.
-     * @param {string | string[]} topics @param {any} data @param {{includeSelf?: boolean}} [how]
-     */
+    /** Publish. @param {string | string[]} topics @param {any} data
+     * @param {{includeSelf?: boolean}} [how] whether one's own subscriptions hear it */
     publish(topics, data, { includeSelf = false } = {}) {
       const notifier_id = includeSelf ? `${me}!` : me;
       return request("publish", { topics: [topics].flat(), data, notifier_id });
