@@ -9,8 +9,8 @@
 
 Each is complete, and fails if what it shows does not happen. ``demo`` is the whole of it: a server
 and two clients, each in a process of its own. ``bench`` measures, for a minute and a half, or with
-``--quick`` for a few seconds. ``dashboard`` serves a page, until Ctrl-C. The others run app and client in one process, joined
-by ASGITransport; against a server, leave ``transport`` out.
+``--quick`` for a few seconds. ``dashboard`` serves a page, until Ctrl-C. The others run app and
+client in one process, joined by ASGITransport; against a server, leave ``transport`` out.
 """
 
 import asyncio

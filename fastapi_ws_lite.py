@@ -3583,7 +3583,9 @@ export function connect(url = "/ws", options = {}) {
   function ask() { // for what this connection was not asked for; from where it was, if it was known
     const mine = socket, news = [...subs].filter((sub) => sub.asked !== mine);
     if (mine?.readyState !== 1) return;
-    for (const [since, whom] of Map.groupBy(news, (sub) => (sub.known ? position : sub.since))) {
+    const from = (sub) => (sub.known ? position : sub.since);
+    for (const since of new Set(news.map(from))) {
+      const whom = news.filter((sub) => from(sub) === since);
       const params = { topics: named(whom, false), patterns: named(whom, true), since };
       const result = ({ position: at, recovered }) => {
         if (recovered === false) told.gap({ since, position: at, reason: "history" }, whom);
@@ -3625,7 +3627,7 @@ export function connect(url = "/ws", options = {}) {
       });
       drop = (code, reason) => {
         const error = new ClosedError(code, `the connection is closed: ${code} ${reason}`.trim());
-        socket = mine.onopen = mine.onmessage = mine.onclose = null;
+        socket = mine.onopen = mine.onmessage = mine.onclose = mine.onerror = null;
         drop = () => {};
         mine.close();
         clearInterval(timer);
@@ -3634,6 +3636,7 @@ export function connect(url = "/ws", options = {}) {
         resolve({ code, error, opened, href, seconds: (Date.now() - readyAt) / 1000 });
       };
       mine.onclose = ({ code, reason }) => drop(code, reason);
+      mine.onerror = () => opened || drop(1006, ""); // after which Node 20 tells no close
       mine.onmessage = ({ data }) => {
         heard = Date.now();
         for (const message of [JSON.parse(data)].flat()) receive(message);

@@ -7746,7 +7746,8 @@ class Browser:
     """A connection to Chromium."""
 
     def __init__(self, connection: Any) -> None:
-        self.connection, self.pages, self.ids = connection, {}, itertools.count(1)
+        self.connection, self.ids = connection, itertools.count(1)
+        self.pages: dict[str, Page] = {}
         self.answers: dict[int, asyncio.Future[Any]] = {}
 
     async def send(self, method: str, session: str | None = None, **params: Any) -> Any:
@@ -8202,6 +8203,25 @@ async def test_browser_patterns_match_as_fnmatch_does(browser: Browser) -> None:
                 (topic) => glob(pattern).test(topic)));""")
         expected = [[t for t in topics if fnmatch.fnmatchcase(t, p)] for p in patterns]
         assert [*zip(patterns, matched, strict=True)] == [*zip(patterns, expected, strict=True)]
+
+
+async def test_browser_client_runs_in_node(tmp_path: Path) -> None:
+    """It is the same module; Node 22 has WebSocket without the option."""
+    node = shutil.which("node")
+    if node is None or int(run(node, "-p", "process.versions.node.split('.')[0]")) < 20:
+        pytest.skip("there is no Node, or an old one")
+    (tmp_path / "client.mjs").write_text(lib._BROWSER_CLIENT + """
+        const ws = connect(process.argv[2]), got = [], refused = connect(process.argv[2] + "/no");
+        ws.expose({back: ({n}) => (n ? ws.call("back", {n: n - 1}).then((m) => m + 1) : 0)});
+        await ws.subscribe("t", (data) => got.push(data)).confirmed;
+        await ws.publish("t", 5, {includeSelf: true});
+        console.log(await ws.call("add", [1, 2]), await ws.call("back", {n: 4}), got,
+                    await refused.call("x").catch((error) => [error.code, refused.state]));
+        ws.close();""")
+    async with serving(page_app(PubSubEndpoint(Calculator()))) as url:
+        assert await asyncio.to_thread(
+            run, node, "--no-warnings", "--experimental-websocket", str(tmp_path / "client.mjs"),
+            f"{url}/ws") == "3 4 [ 5 ] [ 1006, 'closed' ]\n"
 
 
 async def test_dashboard_shows_what_moves_and_survives_a_restart(browser: Browser) -> None:
