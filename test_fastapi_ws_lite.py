@@ -8146,11 +8146,36 @@ async def test_browser_that_is_not_answered_connects_again(browser: Browser) -> 
 
 
 def bearer(websocket: WebSocket) -> str:
-    """As the README shows it."""
     for offered in websocket.scope["subprotocols"]:
         if offered.startswith("bearer."):
             return base64.urlsafe_b64decode(offered.removeprefix("bearer.") + "==").decode()
     return websocket.query_params.get("token", "")
+
+
+def readme_names(name: str) -> dict[str, Any]:
+    """What a block of the README defines."""
+    namespace: dict[str, Any] = {}
+    (code,) = [code for found, code, _ in readme_blocks() if found == name]
+    exec(compile(code, name, "exec"), namespace)
+    return namespace
+
+
+async def test_browser_page_of_the_readme_works(browser: Browser) -> None:
+    """The sum, and what is said in one tab and seen in both; and its token lets in."""
+    shown, secret = readme_names("page.py"), readme_names("secret.py")
+    async with serving(shown["app"]) as url, serving(secret["app"]) as guarded:
+        ann, bob = [await browser.open(url) for _ in range(2)]
+        for page in (ann, bob):
+            await page.until("sum.textContent === '3'")
+        await until(lambda: shown["endpoint"].stats()["subscriptions"] == 2)
+        await ann.run("text.value = 'hello'; text.onchange()")
+        for page in (ann, bob):
+            await page.until("said.textContent === 'hello'")
+        assert await ann.run(f"""
+            const {{connect}} = await import("/ws-lite.js");
+            return await Promise.all(["secret", "other"].map((token) =>
+                connect("{guarded}/ws", {{token}}).call("_ping_").catch((e) => e.code)));
+            """) == ["pong", 1006]
 
 
 async def test_browser_token_goes_by_subprotocol_or_query(browser: Browser) -> None:
