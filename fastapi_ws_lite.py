@@ -3454,7 +3454,7 @@ const SILENCE = 25, ANSWER = 20, CHECK = 5; // seconds; of pings, as browsers se
 /**
  * @typedef {string | (() => string | Promise<string>)} Text a function is asked at each connection
  * @typedef {{since: string | null, position: string, reason: string}} Gap
- * @typedef {(data: any, topic: string, event: {position: string}) => any} Callback
+ * @typedef {{topic: string, data: any, position: string}} Event
  * @typedef {{timeout?: number | null, signal?: AbortSignal}} More a timeout of null is none
  * @typedef {"connecting" | "ready" | "waiting" | "closed"} State
  * @typedef {{token?: Text, protocols?: string[], timeout?: number | null, firstDelay?: number,
@@ -3478,17 +3478,15 @@ export function connect(url = "/ws", options = {}) {
   const { token, timeout: patience = 60, protocols = [], firstDelay = 0.1, maxDelay = 30 }
     = options;
   const me = crypto.getRandomValues(new Uint32Array(4)).join("-"); // own events do not come back
-  const calls = new Map(), running = new Map(), exposed = new Map(), subs = new Set();
+  const calls = new Map(), running = new Map(), subs = new Set();
+  const exposed = new Map([["_ping_", () => "pong"], ["_get_channel_id_", () => me]]);
   let state = "connecting", why, socket = null, position = null, lastId = 0, heard = 0;
   let drop = (code, reason) => {}, wake = () => {};
 
-  function become(next, error) {
-    [state, why] = [next, error];
-    guarded(options.onState, next, error);
-  }
+  const become = (next, error) => guarded(options.onState, state = next, why = error);
   function post(message) {
     const text = JSON.stringify({ jsonrpc: "2.0", ...message });
-    if (text.length > 2 ** 22 && new TextEncoder().encode(text).length > 2 ** 24) // as uvicorn's
+    if (text.length > 2 ** 22 && new Blob([text]).size > 2 ** 24) // what uvicorn takes
       throw new RpcError(-32003, "Message too large");
     if (socket?.readyState === 1) socket.send(text);
   }
@@ -3524,8 +3522,8 @@ export function connect(url = "/ws", options = {}) {
     let id, taken = 0, ended, woken;
     const items = (from, some) => { id = from; got.push(...some); woken?.(); };
     const end = (error) => { ended = { error }; woken?.(); };
-    const more = { timeout, signal: leave.signal, stream: 16, items };
-    request(method, params, more).then(() => end(), end);
+    request(method, params, { timeout, signal: leave.signal, stream: 16, items })
+      .then(() => end(), end);
     try {
       while (got.length || !ended) {
         if (!got.length) { await new Promise((done) => { woken = done; }); continue; }
@@ -3536,13 +3534,15 @@ export function connect(url = "/ws", options = {}) {
     } finally { leave.abort(); } // cancels the request, unless it has ended
   }
   async function serve({ id, method, params = {} }) {
-    const leave = new AbortController(), key = id ?? leave;
-    const answer = (outcome) => {
-      if (running.has(key) && id !== undefined) post({ ...outcome, id });
-      running.delete(key);
-    };
+    const leave = new AbortController(); // by which the function learns that it is cancelled
+    const stop = (error) => { fail(error); leave.abort(error); };
     const fail = ({ code, message, data }) => answer({ error: { code, message, data } });
-    running.set(key, (error) => { fail(error); leave.abort(error); });
+    const answer = (outcome) => {
+      if (running.get(id) !== stop) return; // another connection may have this id, too
+      post({ ...outcome, id });
+      running.delete(id);
+    };
+    if (id !== undefined) running.set(id, stop);
     try {
       if (!exposed.has(method)) throw new RpcError(-32601, "Method not found");
       const args = Array.isArray(params) ? params : [params, leave.signal];
@@ -3554,12 +3554,12 @@ export function connect(url = "/ws", options = {}) {
   }
   const told = { // by the server, and not answered
     notify({ topic, data, position: at }) {
+      position = at;
       for (const sub of [...subs])
-        if (sub.place < offset(at) && sub.matches(topic) && subs.has(sub)) {
+        if (subs.has(sub) && sub.matches(topic) && !(offset(at) <= sub.place)) {
           sub.place = offset(at);
           guarded(sub.callback, data, topic, { topic, data, position: at });
         }
-      position = at;
     },
     gap(gap, whom = gap.reason === "log" ? subs : []) { // places in another log mean nothing
       guarded(options.onGap, { since: position, ...gap });
@@ -3591,7 +3591,10 @@ export function connect(url = "/ws", options = {}) {
         if (recovered === false) told.gap({ since, position: at, reason: "history" }, whom);
         else if (since !== undefined && offset(since) < offset(position)) position = since;
         position ??= at; // a later answer is ahead, perhaps, of what has been received
-        for (const sub of whom) sub.confirm(at);
+        for (const sub of whom) {
+          if (!sub.known) sub.place = offset(at); // nothing older is for it
+          sub.confirm(sub.known = true);
+        }
       };
       for (const sub of whom) sub.asked = mine;
       request("subscribe", { ...params, subscriber_id: me }, { now: true, result }).catch((e) => {
@@ -3657,17 +3660,20 @@ export function connect(url = "/ws", options = {}) {
     for (let failures = 0, refusals = 0, wasReady = false; state !== "closed"; failures++) {
       become("connecting");
       const how = await connection().catch((error) => ({ error })); // no token now, perhaps
-      const { code, error, opened, href, seconds } = how;
-      wasReady ||= seconds >= 0;
-      if (seconds >= 1) failures = 0;
-      const refused = code === 1008 || (opened === false && await reachable(href));
+      if (how.seconds >= 1) failures = 0;
+      if (how.seconds >= 0) wasReady = true;
+      const early = !wasReady && state !== "closed" && how.opened === false; // why, is not told
+      const refused = how.code === 1008 || (early && await reachable(how.href));
       if (state === "closed") return;
       refusals = refused && !wasReady ? refusals + 1 : 0;
-      if (refusals === 2) return finish(error); // the second one with a fresh token
-      const restarts = failures === 0 && (code === 1001 || code === 1012);
+      if (refusals === 2) return finish(how.error); // the second one with a fresh token
+      const restarts = failures === 0 && (how.code === 1001 || how.code === 1012);
       const most = restarts ? 2 : Math.min(maxDelay, firstDelay * 2 ** failures);
-      become("waiting", error);
-      await new Promise((done) => { wake = done; setTimeout(done, Math.random() * most * 1000); });
+      become("waiting", how.error);
+      await new Promise((done) => {
+        const timer = setTimeout(done, Math.random() * most * 1000);
+        wake = () => { clearTimeout(timer); done(); };
+      });
     }
   }
   function finish(error) {
@@ -3679,13 +3685,12 @@ export function connect(url = "/ws", options = {}) {
     wake();
   }
 
-  const client = {
+  queueMicrotask(run);
+  return {
     /** @returns {State} */
     get state() { return state; },
-    /**
-     * Call a method; params by name, or an array. @param {string} method @param {object} [params]
-     * @param {More} [more] @returns {Promise<any>}
-     */
+    /** Call a method; params by name, or an array. @param {string} method @param {object} [params]
+     * @param {More} [more] @returns {Promise<any>} */
     call: (method, params, more) => request(method, params, more),
     /** Iterate over what a method yields; leaving the loop cancels it. */
     stream,
@@ -3698,22 +3703,15 @@ export function connect(url = "/ws", options = {}) {
     expose(methods) {
       for (const [name, method] of Object.entries(methods)) exposed.set(name, method.bind(methods));
     },
-    /**
-     * Subscribe, now and at each connection. @param {string | string[]} topics
-     * @param {Callback} callback @param {{pattern?: boolean, since?: string}} [how]
-     */
+    /** Subscribe, now and at each connection. @param {string | string[]} topics
+     * @param {(data: any, topic: string, event: Event) => any} callback
+     * @param {{pattern?: boolean, since?: string}} [how] as in fnmatch; from a stored position */
     subscribe(topics, callback, { pattern = false, since } = {}) {
       const list = [topics].flat(), globs = pattern ? list.map(glob) : [];
       const sub = { topics: list, pattern, since, callback, known: false, place: -1 };
       sub.matches = pattern ? (topic) => globs.some((glob) => glob.test(topic))
         : (topic) => list.includes(topic) || list.includes(ALL_TOPICS);
-      const confirmed = new Promise((resolve, reject) => {
-        sub.confirm = (at) => {
-          if (!sub.known) sub.place = Math.max(sub.place, offset(at));
-          resolve(sub.known = true);
-        };
-        sub.refuse = reject;
-      });
+      const confirmed = new Promise((...both) => { [sub.confirm, sub.refuse] = both; });
       confirmed.catch(() => {}); // it need not be looked at
       subs.add(sub);
       queueMicrotask(() => (state === "closed" ? end(sub, why) : ask()));
@@ -3729,9 +3727,6 @@ export function connect(url = "/ws", options = {}) {
     /** End the connection, for good. */
     close: () => finish(new ClosedError(1000, "the client is closed")),
   };
-  client.expose({ _ping_: () => "pong", _get_channel_id_: () => me });
-  queueMicrotask(run);
-  return client;
 }
 """
 

@@ -8127,6 +8127,30 @@ async def test_browser_iterates_over_a_stream_with_credit(browser: Browser) -> N
         assert await page.run("return await fourth") == ["the connection is closed: 1000"]
 
 
+async def test_browser_answers_once_and_only_who_asked(browser: Browser) -> None:
+    """Cancelled, it has answered already; what a lost connection asked is not told to the next."""
+    async with serving(page_app(RpcEndpoint())) as url, scripted() as (uri, accepted):
+        page = await browser.open(url)
+        await page.run(f"""
+            window.ws = connect("{uri}", {{maxDelay: 0.05}}); window.held = [];
+            ws.expose({{hold: () => new Promise((done) => held.push(done))}});""")
+        peer = await accepted.get()
+        await greeted(peer)
+        await peer.send([ask(1, "hold"), ask(2, "hold"), tell("hold")])
+        await page.until("held.length === 3")
+        await peer.send(tell("$/cancelRequest", {"id": 1}))
+        assert await peer.recv() == failed(1, -32800, "Request cancelled")
+        await peer.connection.close(1011)
+        peer = await accepted.get()
+        await greeted(peer)
+        await peer.send(ask(2, "hold"))
+        await page.until("held.length === 4")
+        await page.run("held.forEach((done, n) => done(n))")
+        assert await peer.ask(ask(5, "_ping_")) == done(2, 3)
+        assert await peer.recv() == done(5, "pong")
+        await page.run("ws.close()")
+
+
 async def test_browser_that_is_not_answered_connects_again(browser: Browser) -> None:
     """A half-open connection is noticed by a ping, after times that are shorter here."""
     async with serving(page_app(RpcEndpoint())) as url, scripted() as (uri, accepted):
