@@ -35,6 +35,7 @@ MethodNotFound, InvalidParams, InternalError, Forbidden, Overloaded, MessageTooL
 RequestTimeout (also a TimeoutError) and ChannelClosed (also a ConnectionError), with Refused.
 """
 
+import abc
 import asyncio
 import contextlib
 import fnmatch
@@ -58,11 +59,12 @@ import uuid
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack
 from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Generic, Literal, NamedTuple, Protocol, Self, TypeAlias
-from typing import TypedDict, TypeVar, Unpack
-from urllib.parse import unquote, urlsplit
+from typing import TypedDict, TypeVar, Unpack, cast
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import anyio.to_thread
 from fastapi import APIRouter, FastAPI, Request, Response, WebSocket
@@ -77,8 +79,8 @@ from starlette.websockets import WebSocketState
 __version__ = "0.1.0"
 
 __all__ = [
-    "ALL_TOPICS", "Codec", "Event", "EventNotifier", "Gap", "RpcChannel", "RpcMethodsBase",
-    "RpcResponse", "Subscription",
+    "ALL_TOPICS", "Backbone", "Codec", "Event", "EventNotifier", "Gap", "RpcChannel",
+    "RpcMethodsBase", "RpcResponse", "Subscription",
     # the server, and the client with what carries it
     "PubSubEndpoint", "RpcEndpoint",
     "ASGITransport", "NetworkTransport", "PubSubClient", "RpcClient", "SessionTransport", "Socket",
@@ -130,7 +132,8 @@ MAX_SUBSCRIPTIONS: Final = 10_000  # per connection
 MAX_PATTERNS: Final = 100  # per connection; each costs time at every publish, as topics do not
 
 SEND_SECONDS: Final = 10.0  # a peer that takes nothing for so long is let go,
-SEND_BYTES_PER_SECOND: Final = 64 * 2**10  # with more time for a large message
+SEND_BYTES_PER_SECOND: Final = 64 * 2**10  # with more time for a large message, unless we see
+LOOK_SECONDS: Final = 1.0  # what it takes, by a look so often
 CLOSE_SECONDS: Final = 2.0  # for a close to take place; then the connection is left as it is
 ASK_AGAIN_SECONDS: Final = 1.0  # at most, until a subscribe is repeated that was too much
 GRACE_SECONDS: Final = 1.0  # for what was cancelled to end; then it is left behind, and logged
@@ -146,6 +149,25 @@ FINAL_STATUS: Final = frozenset({401, 403, 404})
 POLICY_VIOLATION: Final = 1008  # these codes: RFC 6455, 7.4.1, and IANA's registry
 RESTART_CODES: Final = frozenset({1001, 1012})
 TOO_SLOW: Final = 1013
+
+BROKER_SECONDS: Final = 5.0  # for a connection with its handshake, and for an answer,
+BROKER_BYTES_PER_SECOND: Final = 2**20  # with more time for what is appended
+RELEASE_SECONDS: Final = 1.0  # that the end of a connection is waited for; it may take longer
+PAGE_BYTES: Final = 2**20  # about what is fetched at once; an entry may have more
+PAGE_ENTRIES: Final = 256
+POLL_SECONDS: Final = 1.0  # where a broker's notifications may not arrive
+BLOCK_SECONDS: Final = 2.0  # of a read that waits at the broker, or between its signs of life
+RETAINED_ENTRY_BYTES: Final = 2**14  # where a broker retains bytes and not entries, for each;
+RETAINED_BYTES: Final = 2**26  # at least, for some of the largest
+SILENCE_SECONDS: Final = 5.0  # of a broker, after which it is asked whether that is all
+REACH_SECONDS: Final = 5.0  # for another server's newest event to arrive here, too
+APPEND_EVENTS: Final = 256  # at once; more brings no more speed
+APPEND_BYTES: Final = 2**20
+BROKER_BACKOFF_SECONDS: Final = 5.0
+ENVELOPE_BYTES: Final = 64  # around topic, origin and data, and more than that
+SEEN_EVENTS: Final = 2 * QUEUE_EVENTS  # whose ids are kept, for those that were stored twice
+WRITERS: Final = 1000  # whose sequences are watched for holes
+CHANNEL: Final = "fastapi_ws_lite"
 
 # ---------------------------------------------------------------------------------------- errors
 
@@ -734,8 +756,11 @@ class Gap(NamedTuple):
 
 def _offset(position: str | None) -> int:
     """The place of a position, to compare it with others of the same log; -1 if it has none."""
-    number = (position or "").partition("-")[0]
-    return int(number) if number.isascii() and number.isdigit() and len(number) < 20 else -1
+    number = position.partition("-")[0] if position is not None else ""
+    try:
+        return int(number) if len(number) < 20 else -1
+    except ValueError:
+        return -1
 
 
 def _check_topics(topics: str | Iterable[str], *, pattern: bool = False) -> tuple[str, ...]:
@@ -802,14 +827,15 @@ class _Topics(Generic[_Sink]):
 class _Entry:
     """An event in the log. Its data is the end of its text in JSON-RPC, and kept only there.
 
-    One without a topic is a mark: nobody gets it, but it has a position.
+    One without a topic is a mark, which nobody gets; or a hole, of which all are told.
     """
 
-    __slots__ = ("_data_at", "_old", "index", "origin", "position", "size", "text", "topic")
+    __slots__ = ("_data_at", "_old", "hole", "index", "origin", "position", "size", "text", "topic")
 
     def __init__(self, index: int, position: str, topic: str | None, data: str,
-                 origin: str | None) -> None:
+                 origin: str | None, hole: str) -> None:
         self.index, self.position, self.topic, self.origin = index, position, topic, origin
+        self.hole = hole  # the reason
         head = (f'{{"jsonrpc":"2.0","method":"notify","params":{{"topic":{_quoted(topic or "")},'
                 f'"position":"{position}","data":')
         self.text, self._data_at = f"{head}{data}}}}}", len(head)
@@ -850,10 +876,10 @@ class _Log(dict[int, _Entry]):
         return self._places.get(position)
 
     def append(self, topic: str | None, data: str, origin: str | None,
-               position: str | None = None) -> _Entry:
+               position: str | None = None, hole: str = "") -> _Entry:
         index, self.end = self.end, self.end + 1
         self.position = position or f"{index}-{self._id}"
-        entry = self[index] = _Entry(index, self.position, topic, data, origin)
+        entry = self[index] = _Entry(index, self.position, topic, data, origin, hole)
         self._places[self.position] = index
         self.size += entry.size
         self.total += entry.size
@@ -950,14 +976,25 @@ class Socket(Protocol):
         """Close the connection, soon, whatever the peer does."""
 
 
-class _Direct(Protocol):
-    """What a socket may offer as ``direct``: to write frames without waiting, below ASGI."""
+class _Below(Protocol):
+    """What a socket may offer as ``below``: the server's own transport, which ASGI hides."""
+
+    takes_frames: bool
 
     def ready(self) -> bool:
-        """Whether the connection is open and takes more."""
+        """Whether the connection is open, and has sent all it was given."""
 
     def write(self, frames: bytes) -> None:
-        """Write WebSocket frames."""
+        """Write WebSocket frames, without waiting."""
+
+    def unsent(self) -> int:
+        """The bytes that the peer has not taken."""
+
+    def closing(self) -> bool:
+        """Whether the server is about to close the connection."""
+
+    def abort(self) -> None:
+        """Drop the connection, and them."""
 
 
 def _joined(texts: Sequence[str]) -> str:
@@ -1056,6 +1093,7 @@ class _Side:
         self._encode, self._decode = _coders(codec)
         self._timeout, self._max_size = default_response_timeout, max_message_size
         self._max_requests = max_concurrent_requests
+        self._stalled = 0  # peers that were let go because they took nothing
         self._make_limiters()
         self._on_connect, self._on_disconnect = _hooks(on_connect), _hooks(on_disconnect)
         self._table: _Table = {"$/cancelRequest": _cancel_request}
@@ -1137,6 +1175,7 @@ class RpcChannel:
     __slots__ = (
         "__weakref__",
         "_answers_size",
+        "_below",
         "_calls",
         "_close_timer",
         "_closed",
@@ -1167,6 +1206,7 @@ class RpcChannel:
         "_timer",
         "_timer_at",
         "_unread",
+        "_unsent",
         "_writer",
         "context",
         "id",
@@ -1177,7 +1217,8 @@ class RpcChannel:
         self.id, self.context = uuid.uuid4().hex, context
         self._socket, self._side, self._peer_takes = socket, side, side._max_size
         self._dialect, self._speaks = dialect, dialect or _JSONRPC  # only errors, until it is known
-        self._direct: _Direct | None = getattr(socket, "direct", None)
+        self._below: _Below | None = getattr(socket, "below", None)
+        self._direct = self._below if self._below and self._below.takes_frames else None
         self._held: list[tuple[int | None, str, str | None, float | None]] = []
         self._loop = asyncio.get_running_loop()
         self._outbox: list[tuple[str, int, bool]] = []  # text, its bytes, is it an answer
@@ -1198,7 +1239,8 @@ class RpcChannel:
         self._timer: asyncio.TimerHandle | None = None
         self._close_timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf
-        self._send_deadline: float | None = None
+        self._send_deadline: float | None = None  # for the peer to take something
+        self._unsent = 0  # when that was last looked at
         self._feed: _Feed | None = None
         self._receiving = False  # and will flush before it waits
         self._share = 0  # of the frame, in bytes, that the message being handled has
@@ -1589,7 +1631,10 @@ class RpcChannel:
 
     def _tick(self) -> None:
         self._timer, self._timer_at, now = None, math.inf, self._loop.time()
-        if (self._send_deadline or math.inf) <= now:
+        if not self._takes_something(now):
+            self._side._stalled += 1
+            if self._below is not None:
+                self._below.abort()
             self._end(ChannelClosed(TOO_SLOW, "takes nothing"))
             return
         for id in self._calls.expired(now):
@@ -1598,7 +1643,8 @@ class RpcChannel:
         for request in [r for r in self._running if (r.deadline or math.inf) <= now]:
             self._stop(request, RequestTimeout())
         left = [r.deadline for r in self._running if r.deadline is not None]
-        left += [] if self._send_deadline is None else [self._send_deadline]
+        if self._send_deadline is not None:
+            left.append(min(self._send_deadline, now + LOOK_SECONDS))
         self._watch(min(itertools.chain(left, self._calls.deadlines()), default=None))
 
     # sending
@@ -1629,10 +1675,12 @@ class RpcChannel:
                 self._writer = self._spawn(self._write())
                 return
             self._direct.write(_frames(self._take(), self._dialect))
+            if self._send_deadline is None and self._direct.unsent():
+                self._expect_progress()
         if self._writer is None and self._closed is None:
             self._go_live(self._direct)
 
-    def _go_live(self, direct: "_Direct | None") -> None:
+    def _go_live(self, direct: "_Below | None") -> None:
         """Let events be written past the outbox, while that is empty."""
         if self._feed is not None:
             self._feed.direct = None if self._feed.lagging else direct
@@ -1645,15 +1693,34 @@ class RpcChannel:
             self._feed.refill()
         return bool(self._outbox)
 
+    def _expect_progress(self, size: int = 0) -> None:
+        """Let the peer go if it takes nothing for too long, of what it is being sent now."""
+        now, allowance = self._loop.time(), size / SEND_BYTES_PER_SECOND
+        if self._below is not None:  # progress can be seen
+            self._unsent, allowance = self._below.unsent(), 0.0
+        self._send_deadline = now + SEND_SECONDS + allowance
+        self._watch(min(self._send_deadline, now + (LOOK_SECONDS if self._below else math.inf)))
+
+    def _takes_something(self, now: float) -> bool:
+        if self._send_deadline is not None and self._below is not None:
+            before, self._unsent = self._unsent, self._below.unsent()
+            if self._unsent < before:
+                self._send_deadline = now + SEND_SECONDS
+            elif self._unsent and self._below.closing():
+                return False
+            if self._unsent == 0 and self._writer is None:
+                self._send_deadline = None
+        return self._send_deadline is None or now < self._send_deadline
+
     async def _write(self) -> None:
         try:
             while self._outbox or self._refill():
                 frame = _joined(self._take())
-                limit = SEND_SECONDS + len(frame) / SEND_BYTES_PER_SECOND
-                self._send_deadline = self._loop.time() + limit
-                self._watch(self._send_deadline)
+                self._expect_progress(len(frame))
                 await self._socket.send(frame)
                 self._send_deadline = None
+            if self._below is not None and self._below.unsent():
+                self._expect_progress()
             if self._closing is None:
                 self._writer = None
                 self._go_live(self._direct)
@@ -1693,6 +1760,639 @@ def _params(encode: Callable[[object], str], args: _Arguments) -> str | None:
     if params is not None and params[0] not in "{[":
         raise TypeError(f"arguments are a mapping or a sequence, not {type(args).__name__}")
     return params
+
+
+# ------------------------------------------------------------------------------------- backbones
+# A backbone is an ordered log on a broker. Those below raise on any trouble, with their connection
+# dropped, and repeat nothing: that is up to who drives them. append_many() and read() may run at
+# the same time, each on a connection of its own. Connections are opened and closed in tasks of
+# their own: no cancellation breaks into a handshake, which some drivers do not survive, and nobody
+# waits long for the end of one that hangs.
+
+_Entries: TypeAlias = AsyncGenerator[tuple[int, bytes], None]
+
+
+class Backbone(Protocol):
+    """An ordered log on a broker: anything with these two methods will do."""
+
+    async def append(self, payload: bytes) -> None:
+        """Append one entry. When this returns, the broker has it.
+
+        **Raises** anything when that is not known.
+        """
+
+    def read(self, start: int | None) -> AsyncIterator[tuple[int, bytes]]:
+        """Iterate over entries with their offsets, in order, for ever.
+
+        They begin with the one at ``start``, or the first after it if that one is gone; with
+        None, with one so far before the end as is worth keeping in memory.
+
+        **Raises** LookupError, soon, if no entry is there or after it: the log was set back, or
+        began anew. Anything else means that the connection broke; silence may mean that, too.
+        """
+
+
+class _Link:
+    """A connection: what ``connect`` returns, having put on the stack how it is closed."""
+
+    def __init__(self, connect: Callable[[AsyncExitStack], Awaitable[Any]]) -> None:
+        self._connect, self._held = connect, AsyncExitStack()
+        self._opening = asyncio.create_task(self._open())
+
+    async def _open(self) -> Any:
+        async with asyncio.timeout(BROKER_SECONDS):
+            return await self._connect(self._held)
+
+    async def _close(self) -> None:
+        await asyncio.wait([self._opening])
+        with contextlib.suppress(Exception):  # it is given up anyway
+            async with asyncio.timeout(BROKER_SECONDS):
+                await self._held.aclose()
+
+    async def opened(self) -> Any:
+        return await asyncio.shield(self._opening)
+
+    async def close(self) -> None:
+        self._closing = asyncio.create_task(self._close())
+        await asyncio.wait([self._closing], timeout=RELEASE_SECONDS)
+
+
+async def _asked(awaitable: Awaitable[_T]) -> _T:
+    """What a driver answers; a cancellation that it lost, as wait_for does in 3.11, is raised."""
+    task = asyncio.current_task()
+    before = task.cancelling() if task else 0
+    try:
+        result = await awaitable
+    except LookupError as error:  # which has a meaning here
+        raise RuntimeError(f"unexpected answer of the broker: {error!r}") from error
+    if task and task.cancelling() > before:
+        raise asyncio.CancelledError
+    return result
+
+
+class _BrokerLog(abc.ABC):
+    """What the built-in ones share: connections, timeouts, and where reading begins."""
+
+    extra: ClassVar[str]  # of this package, which installs the driver
+    max_size = 2**24  # bytes of the largest payload
+
+    def __init__(self, url: str, channel: str, history: int) -> None:
+        self.url, self.channel, self.history = url, channel, history
+        self.retained_bytes = max(history * RETAINED_ENTRY_BYTES, RETAINED_BYTES)
+        self.name = re.sub("[^A-Za-z0-9_-]", "_", channel[:100])  # which every broker takes
+        if self.name != channel:
+            self.name += "-" + hashlib.sha256(channel.encode()).hexdigest()[:16]
+        self._writer: _Link | None = None
+
+    async def append(self, payload: bytes) -> None:
+        """Append one entry. When this returns, the broker has it."""
+        await self.append_many([payload])
+
+    async def append_many(self, payloads: Sequence[bytes]) -> None:
+        """Append several in order, pipelined; when this raises, any of them may be stored."""
+        size = sum(map(len, payloads))
+        self._writer = self._writer or _Link(self._connect_writer)
+        try:
+            async with asyncio.timeout(BROKER_SECONDS + size / BROKER_BYTES_PER_SECOND):
+                await _asked(self._send(await self._writer.opened(), payloads))
+        except BaseException:
+            await self.aclose()
+            raise
+
+    async def read(self, start: int | None) -> AsyncIterator[tuple[int, bytes]]:
+        """Iterate over entries, from ``start`` or about ``history`` before the end, for ever."""
+        link = _Link(self._connect)
+        try:
+            async with asyncio.timeout(BROKER_SECONDS):
+                connection = await link.opened()
+                first, end = await _asked(self._ends(connection))
+            if start is not None and start >= end:
+                raise LookupError(f"no entry at {start} or after it: the log ends before {end}")
+            begin = max(first, end - self.history if start is None else start)
+            async with contextlib.aclosing(self._follow(connection, begin)) as entries:
+                while True:
+                    yield await _asked(anext(entries))
+        finally:
+            await link.close()
+
+    async def aclose(self) -> None:
+        """Drop the connection for appending; a later append makes a new one."""
+        writer, self._writer = self._writer, None
+        if writer:
+            await writer.close()
+
+    def _import(self, name: str) -> Any:
+        try:
+            return importlib.import_module(name)
+        except ImportError as error:
+            raise ImportError(f"this backbone needs {name.partition('.')[0]}: "
+                              f"pip install 'fastapi-ws-lite[{self.extra}]'") from error
+
+    async def _connect_writer(self, held: AsyncExitStack) -> Any:
+        return await self._connect(held)
+
+    @abc.abstractmethod
+    async def _connect(self, held: AsyncExitStack) -> Any:
+        """A connection to an existing log, which is made where missing."""
+
+    @abc.abstractmethod
+    async def _send(self, connection: Any, payloads: Sequence[bytes]) -> None: ...
+
+    @abc.abstractmethod
+    async def _ends(self, connection: Any) -> tuple[int, int]:
+        """At most the first offset, and one more than the last; 0 where there is no entry."""
+
+    @abc.abstractmethod
+    def _follow(self, connection: Any, start: int) -> _Entries: ...
+
+
+class _RedisLog(_BrokerLog):
+    """A stream (Redis 7 or later), whose key is the channel. The URL is redis-py's."""
+
+    extra = "redis"
+
+    async def _connect(self, held: AsyncExitStack) -> Any:
+        redis = self._import("redis.asyncio").Redis.from_url(
+            self.url, retry=None, socket_timeout=BROKER_SECONDS)  # its default is ten retries
+        held.push_async_callback(redis.aclose)
+        return redis
+
+    async def _send(self, connection: Any, payloads: Sequence[bytes]) -> None:
+        pipeline = connection.pipeline(transaction=False)
+        for payload in payloads:  # 0-*: the time stays 0, so that the rest is an offset
+            pipeline.xadd(self.channel, {b"": payload}, id="0-*", maxlen=self.history)
+        await pipeline.execute()
+
+    async def _ends(self, connection: Any) -> tuple[int, int]:
+        if not await connection.exists(self.channel):
+            return 0, 0
+        info = await connection.xinfo_stream(self.channel)
+        first, last = info["first-entry"], info["last-entry"]  # ValueError: not a stream of ours
+        return (int(first[0][2:]), int(last[0][2:]) + 1) if last else (0, 0)
+
+    async def _follow(self, connection: Any, start: int) -> _Entries:
+        last, count = f"0-{max(start, 1) - 1}", 1
+        while True:
+            found = await connection.xread(
+                {self.channel: last}, count=count, block=int(BLOCK_SECONDS * 1000))
+            if isinstance(found, dict):  # as in RESP3, with ?protocol=3
+                found = [(key, page) for key, (page,) in found.items()]
+            for last, fields in found[0][1] if found else ():
+                yield int(last[2:]), fields[b""]
+                count = min(PAGE_ENTRIES, 2 * count, 1 + PAGE_BYTES // (len(fields[b""]) + 1))
+
+
+class _PostgresLog(_BrokerLog):
+    """Two tables for all channels. The URL is asyncpg's.
+
+    The head row of a channel, locked until the commit, makes the order; a sequence would not, as
+    its numbers become visible in any order. NOTIFY only wakes; behind pgbouncer it is lost.
+    """
+
+    extra = "postgres"
+    CREATE: Final = """DO $$ BEGIN
+        IF to_regclass('fastapi_ws_lite_log') IS NULL THEN
+            PERFORM pg_advisory_xact_lock(7817260511);  -- IF NOT EXISTS races with itself
+            CREATE TABLE IF NOT EXISTS fastapi_ws_lite_head (
+                channel text PRIMARY KEY, last bigint NOT NULL);
+            CREATE TABLE IF NOT EXISTS fastapi_ws_lite_log (
+                channel text, id bigint, payload bytea NOT NULL, PRIMARY KEY (channel, id));
+        END IF; END $$"""
+    APPEND: Final = """WITH head AS (
+        INSERT INTO fastapi_ws_lite_head AS head VALUES ($1, $3)
+        ON CONFLICT (channel) DO UPDATE SET last = head.last + $3 RETURNING last
+    ), added AS (
+        INSERT INTO fastapi_ws_lite_log SELECT $1, last - $3 + n, payload
+        FROM head, unnest($2::bytea[]) WITH ORDINALITY AS new (payload, n)
+    ), trimmed AS (
+        DELETE FROM fastapi_ws_lite_log USING head WHERE channel = $1 AND id <= last - $4
+    ) SELECT pg_notify('fastapi_ws_lite', $1)"""
+    ENDS: Final = """SELECT coalesce(min(id), 0), coalesce(max(id) + 1, 0)
+        FROM fastapi_ws_lite_log WHERE channel = $1"""
+    PAGE: Final = f"""SELECT id, payload FROM (
+        SELECT id, payload, sum(octet_length(payload)) OVER (ORDER BY id) AS size
+        FROM fastapi_ws_lite_log WHERE channel = $1 AND id >= $2 ORDER BY id LIMIT {PAGE_ENTRIES}
+    ) AS page WHERE size <= octet_length(payload) + {PAGE_BYTES} ORDER BY id"""
+
+    async def _connect(self, held: AsyncExitStack) -> Any:
+        connection = await self._import("asyncpg").connect(
+            self.url, timeout=BROKER_SECONDS, command_timeout=None,
+            statement_cache_size=0)  # which some pgbouncers forbid
+        held.push_async_callback(connection.close)
+        await connection.execute(self.CREATE)
+        return connection
+
+    async def _send(self, connection: Any, payloads: Sequence[bytes]) -> None:
+        await connection.execute(
+            self.APPEND, self.channel, payloads, len(payloads), self.history)
+
+    async def _ends(self, connection: Any) -> tuple[int, int]:
+        first, end = await connection.fetchrow(self.ENDS, self.channel)
+        return first, end
+
+    async def _follow(self, connection: Any, start: int) -> _Entries:
+        wake = asyncio.Event()
+        await connection.add_listener("fastapi_ws_lite", lambda *_: wake.set())
+        while True:
+            wake.clear()
+            page = await connection.fetch(self.PAGE, self.channel, start, timeout=BROKER_SECONDS)
+            for id, payload in page:
+                yield id, payload
+                start = id + 1
+            if not page:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(POLL_SECONDS):
+                        await wake.wait()
+
+
+class _RabbitLog(_BrokerLog):
+    """A queue of type stream. The URL is aio-pika's."""
+
+    extra = "rabbitmq"
+    max_size = 2**24 - 2**12  # the limit of RabbitMQ 4 includes what is around it
+
+    async def _connect(self, held: AsyncExitStack) -> Any:
+        aio_pika = self._import("aio_pika")
+        connection = await aio_pika.connect(self.url, timeout=BROKER_SECONDS)
+        held.push_async_callback(connection.close)
+        try:  # not with arguments, as others than its own would be an error
+            channel = await connection.channel(on_return_raises=True)
+            await channel.get_queue(self.name)
+        except aio_pika.exceptions.ChannelNotFoundEntity:  # which closed the channel
+            channel = await connection.channel(on_return_raises=True)
+            await channel.declare_queue(self.name, durable=True, arguments={
+                "x-queue-type": "stream", "x-max-length-bytes": self.retained_bytes,
+                "x-stream-max-segment-size-bytes": self.retained_bytes // 4})
+        return connection, channel, aio_pika.Message
+
+    async def _send(self, connection: Any, payloads: Sequence[bytes]) -> None:
+        _, channel, message = connection
+        publish = channel.default_exchange.publish
+        await asyncio.gather(*(publish(message(payload), self.name) for payload in payloads))
+
+    async def _consume(self, connection: Any, offset: int | str, prefetch: int) -> Any:
+        inbox: asyncio.Queue[Any] = asyncio.Queue()  # bounded by prefetch
+        channel = await connection[0].channel()
+        channel.close_callbacks.add(lambda *_: inbox.put_nowait(None))
+        await channel.set_qos(prefetch)
+        queue = await channel.get_queue(self.name)
+        await queue.consume(inbox.put, arguments={"x-stream-offset": offset})
+        return inbox, channel
+
+    async def _ends(self, connection: Any) -> tuple[int, int]:
+        inbox, channel = await self._consume(connection, "last", 2**16 - 1)
+        end = 0
+        for seconds in (0, 0.05, 0.2, 0.5):  # the last chunk is there at once, but is it always?
+            await asyncio.sleep(0 if end else seconds)
+            await channel.get_queue(self.name)  # what was sent before this answer has come
+            while not inbox.empty():
+                end = inbox.get_nowait().headers["x-stream-offset"] + 1
+        await channel.close()
+        return 0, end
+
+    async def _follow(self, connection: Any, start: int) -> _Entries:
+        inbox, _ = await self._consume(connection, start, PAGE_ENTRIES)
+        while message := await inbox.get():
+            yield message.headers["x-stream-offset"], message.body
+            await message.ack()
+        raise ConnectionError("RabbitMQ closed the channel")
+
+
+class _KafkaLog(_BrokerLog):
+    """A topic of one partition: kafka://user:password@host:port,host:port/?option=value.
+
+    Options are keyword arguments of aiokafka's clients, such as security_protocol (with a user:
+    SASL_SSL) and sasl_mechanism; ssl_cafile, ssl_certfile, ssl_keyfile; and max_request_size.
+    """
+
+    extra = "kafka"
+
+    def __init__(self, url: str, channel: str, history: int) -> None:
+        super().__init__(url, channel, history)
+        parts = urlsplit(url)
+        login, _, hosts = parts.netloc.rpartition("@")
+        self._options: dict[str, Any] = {
+            "bootstrap_servers": hosts.split(","),
+            "request_timeout_ms": int(BROKER_SECONDS * 800)}  # stop() may take as long
+        if login:
+            user, _, password = map(unquote, login.partition(":"))
+            self._options |= {"security_protocol": "SASL_SSL", "sasl_plain_username": user,
+                              "sasl_plain_password": password}
+        self._options |= {k: int(v) if v.isdecimal() else v for k, v in parse_qsl(parts.query)}
+        self._request_size = self._options.pop("max_request_size", 2**20)
+        self.max_size = self._request_size - 2**9  # the rest of a request is less
+
+    async def _start(self, held: AsyncExitStack, client: Any, **more: Any) -> Any:
+        options = self._options | more
+        files = {k: options.pop(f"ssl_{k}", None) for k in ("cafile", "certfile", "keyfile")}
+        if "SSL" in options.get("security_protocol", ""):
+            options["ssl_context"] = self._import("aiokafka.helpers").create_ssl_context(**files)
+        started = client(**options)
+        held.push_async_callback(getattr(started, "stop", None) or started.close)
+        await started.start()
+        return started
+
+    async def _make_topic(self) -> None:
+        admin, size = self._import("aiokafka.admin"), self.retained_bytes
+        async with AsyncExitStack() as held:
+            client = await self._start(held, admin.AIOKafkaAdminClient)
+            if self.name in await client.list_topics():  # asking for one by name may create it
+                return
+            answer = await client.create_topics([admin.NewTopic(self.name, 1, -1, {}, {
+                "retention.bytes": str(size), "segment.bytes": str(size // 4),
+                "max.message.bytes": str(self._request_size)})])
+        code = answer.topic_errors[0][1]
+        if code not in (0, 36):  # 36: another server was first
+            raise self._import("aiokafka.errors").for_code(code)(self.name)
+
+    async def _connect_writer(self, held: AsyncExitStack) -> Any:
+        await self._make_topic()
+        return await self._start(held, self._import("aiokafka").AIOKafkaProducer, acks="all",
+                                 max_request_size=self._request_size)
+
+    async def _send(self, connection: Any, payloads: Sequence[bytes]) -> None:
+        acks = [await connection.send(self.name, payload, partition=0) for payload in payloads]
+        await asyncio.gather(*acks)
+
+    async def _connect(self, held: AsyncExitStack) -> Any:
+        await self._make_topic()
+        kafka = self._import("aiokafka")
+        consumer = await self._start(
+            held, kafka.AIOKafkaConsumer, auto_offset_reset="none", enable_auto_commit=False,
+            max_partition_fetch_bytes=self._request_size)
+        consumer.assign([partition := kafka.TopicPartition(self.name, 0)])
+        return consumer, partition
+
+    async def _ends(self, connection: Any) -> tuple[int, int]:
+        consumer, partition = connection
+        first = (await consumer.beginning_offsets([partition]))[partition]
+        end = (await consumer.end_offsets([partition]))[partition]
+        if end > first:  # some brokers count their last batch as one; what is fetched is right
+            consumer.seek(partition, end - 1)
+            await consumer.getmany(partition, timeout_ms=1000)
+        return first, max(end, consumer.highwater(partition) or 0)
+
+    async def _follow(self, connection: Any, start: int) -> _Entries:
+        consumer, partition = connection
+        consumer.seek(partition, start)
+        while record := await consumer.getone():
+            yield record.offset, record.value
+
+
+class _NatsLog(_BrokerLog):
+    """A JetStream stream with one subject: nats://user:password@host:port,host:port."""
+
+    extra = "nats"
+    max_size = 2**20  # until the server has told its own
+
+    async def _connect(self, held: AsyncExitStack) -> Any:
+        nats, acks = self._import("nats"), list[Any]()
+        client = nats.aio.client.Client()
+
+        async def closed() -> None:  # else they wait for ever
+            for ack in acks:
+                if not ack.done():
+                    ack.set_exception(ConnectionError("the connection to NATS is closed"))
+
+        held.push_async_callback(client.close)
+        await client.connect(
+            self.url.split(","), allow_reconnect=False, max_reconnect_attempts=1, ping_interval=5,
+            reconnect_time_wait=0, connect_timeout=BROKER_SECONDS, closed_cb=closed)
+        self.max_size = client.max_payload
+        stream = client.jetstream(timeout=BROKER_SECONDS)
+        try:  # not with limits, as others than its own would be an error
+            await stream.stream_info(self.name)
+        except nats.js.errors.NotFoundError:
+            await stream.add_stream(
+                name=self.name, subjects=[self.name], max_msgs=self.history)
+        return client, stream, acks
+
+    async def _send(self, connection: Any, payloads: Sequence[bytes]) -> None:
+        _, stream, acks = connection
+        acks[:] = [await stream.publish_async(self.name, payload) for payload in payloads]
+        await asyncio.gather(*acks)
+
+    async def _ends(self, connection: Any) -> tuple[int, int]:
+        state = (await connection[1].stream_info(self.name)).state
+        return (state.first_seq, state.last_seq + 1) if state.messages else (0, 0)
+
+    async def _follow(self, connection: Any, start: int) -> _Entries:
+        client, stream, _ = connection
+        api, inbox = self._import("nats.js.api"), client.new_inbox()
+        entries = await client.subscribe(inbox)
+        await stream.add_consumer(self.name, api.ConsumerConfig(
+            deliver_subject=inbox, deliver_policy=api.DeliverPolicy.BY_START_SEQUENCE,
+            opt_start_seq=max(start, 1), ack_policy=api.AckPolicy.NONE, flow_control=True,
+            idle_heartbeat=BLOCK_SECONDS, inactive_threshold=BROKER_SECONDS))
+        while message := await entries.next_msg(timeout=BROKER_SECONDS):
+            if not message.headers:
+                yield message.metadata.sequence.stream, message.data
+            elif message.reply:  # flow control: no more comes before this is answered
+                await message.respond(b"")
+
+
+_BACKBONES: Final[dict[str, type[_BrokerLog]]] = {
+    "redis": _RedisLog, "rediss": _RedisLog, "postgresql": _PostgresLog, "postgres": _PostgresLog,
+    "amqp": _RabbitLog, "amqps": _RabbitLog, "kafka": _KafkaLog, "nats": _NatsLog, "tls": _NatsLog,
+}
+
+
+def _backbone_of(url: str, channel: str, history: int) -> _BrokerLog:
+    """The log of that name on that broker, not connected yet. Raises ValueError."""
+    scheme = url.partition("://")[0]
+    if scheme not in _BACKBONES:
+        raise ValueError(f"no backbone is known for {scheme!r}, but for {', '.join(_BACKBONES)}")
+    return _BACKBONES[scheme](url, channel, history)
+
+class _Envelope(NamedTuple):
+    """An event on its way to the backbone, and the one who waits for it."""
+    payload: bytes
+    done: "asyncio.Future[None]"
+
+
+class _Shared:
+    """A log that servers share: one writer and one reader above a backbone, for one event loop.
+
+    Each entry has an id, "writer:sequence". An append whose answer did not come is sent again, in
+    order, and the reader drops an id that it has seen. It remembers the offset and id of its last
+    entry: whenever it begins to read, that entry must come first, or something is missing. A writer
+    begins with a mark; when the reader has come to it, it knows the tail of the log, which is new
+    to nobody, and is ready. ``commit`` is called with (position, topic, data, origin, is it new),
+    ``lose`` with (position, reason) before what comes after a hole.
+    """
+
+    def __init__(self, backbone: Backbone, commit: Callable[..., None],
+                 lose: Callable[[str, str], None]) -> None:
+        self._backbone, self._commit, self._lose = backbone, commit, lose
+        self._writer, self._sequence = uuid.uuid4().hex[:12], itertools.count()
+        self._queue: deque[_Envelope] = deque()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._stirred: list[asyncio.Future[None]] = []  # those who wait for the queue,
+        self._moved: list[asyncio.Future[None]] = []  # and for the reader
+        self._seen: dict[str, None] = {}
+        self._sequences: dict[str, int] = {}  # the last of each writer
+        self._at: tuple[int, str] | None = None  # of the last entry
+        self._hole = ""  # why something is missing before the next entry
+        self._mark, self._ready, self._connected = "", False, False
+        self._written = self._read_back = 0
+        self._error: str | None = None
+        self._begin()
+        for work in (self._write, self._read):
+            _hold(self._tasks, self._for_ever(work))
+
+    def stats(self) -> dict[str, Any]:
+        return {"connected": self._connected, "queued": len(self._queue),
+                "behind": max(0, self._written - self._read_back), "last_error": self._error}
+
+    def put(self, topics: Sequence[str], data: str,
+            origin: str | None) -> list["asyncio.Future[None]"]:
+        """Queue events; the futures are done when they are in the log. Raises MessageTooLarge."""
+        size = _size(data) + sum(max((_size(_quoted(n)) for n in names if n), default=0)
+                                 for names in (topics, [origin])) + ENVELOPE_BYTES
+        limit = getattr(self._backbone, "max_size", math.inf)
+        if size > limit:
+            raise MessageTooLarge(f"{size} bytes, the limit of the backbone is {limit}")
+        new = [_Envelope(self._pack(topic, data, origin),
+                         asyncio.get_running_loop().create_future()) for topic in topics]
+        self._queue.extend(new)
+        _wake(self._stirred)
+        return [envelope.done for envelope in new]
+
+    def _pack(self, topic: str | None, data: str, origin: str | None) -> bytes:
+        head = _encode([f"{self._writer}:{next(self._sequence)}", topic, origin])
+        return f"{head}\n{data}".encode()
+
+    def _begin(self) -> None:
+        """Ask for the tail of the log, up to a mark of ours."""
+        payload, self._at = self._pack(None, "", None), None
+        self._mark = from_json(payload)[0]
+        self._queue.appendleft(_Envelope(payload, asyncio.get_running_loop().create_future()))
+        _wake(self._stirred)
+
+    async def ready(self, since: str | None) -> None:
+        """Wait until the tail of the log is here; and a position that another server has told."""
+        while not self._ready:
+            await _next_wake(self._moved)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(REACH_SECONDS):
+                while self._at is None or self._at[0] < _offset(since):
+                    await _next_wake(self._moved)
+
+    async def close(self) -> None:
+        """Give what is queued a moment to leave, and stop."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GRACE_SECONDS):
+                while self._queue:
+                    await asyncio.wait([self._queue[-1].done])
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=CLOSE_SECONDS)
+        for envelope in self._queue:
+            if not envelope.done.done():
+                envelope.done.set_exception(ChannelClosed(1001, "the endpoint was closed"))
+                envelope.done.exception()  # nobody may be there to see it
+        if (aclose := getattr(self._backbone, "aclose", None)) is not None:
+            await aclose()
+
+    async def _for_ever(self, work: Callable[[], Awaitable[None]]) -> None:
+        _current.set(None)
+        delay = BACKOFF_FIRST_SECONDS
+        while True:
+            began = asyncio.get_running_loop().time()
+            try:
+                await work()
+            except Exception as error:  # of any library: the broker is away
+                self._connected, self._error = False, f"{type(error).__name__}: {error}"
+                logger.warning("the backbone fails: %s", self._error)
+                if asyncio.get_running_loop().time() - began > BROKER_BACKOFF_SECONDS:
+                    delay = BACKOFF_FIRST_SECONDS  # it had worked for a while
+                await asyncio.sleep(delay * random.uniform(0.5, 1))
+                delay = min(2 * delay, BROKER_BACKOFF_SECONDS)
+
+    async def _write(self) -> None:
+        many = getattr(self._backbone, "append_many", None)
+        while True:
+            while not self._queue:
+                await _next_wake(self._stirred)
+            batch, size = [self._queue[0]], 0
+            for envelope in itertools.islice(self._queue, 1, APPEND_EVENTS if many else 1):
+                size += len(envelope.payload)
+                if size > APPEND_BYTES:
+                    break
+                batch.append(envelope)
+            if many is None:
+                await self._backbone.append(batch[0].payload)
+            else:
+                await many([envelope.payload for envelope in batch])
+            for envelope in batch:
+                self._queue.remove(envelope)  # the first one, unless a mark has come before it
+                self._written += 1
+                if not envelope.done.done():
+                    envelope.done.set_result(None)
+
+    async def _read(self) -> None:
+        """Read until there is silence, which is then asked about, or trouble."""
+        anchor, now = self._at, asyncio.get_running_loop().time
+        entries: Any = aiter(self._backbone.read(None if anchor is None else anchor[0]))
+        heard = False
+        try:
+            async with asyncio.timeout(SILENCE_SECONDS) as silence:
+                async for offset, payload in entries:
+                    id, topic, origin, data = _unpack(payload)
+                    if anchor is not None and offset == anchor[0] and id != anchor[1]:
+                        raise LookupError(f"another entry is at {offset}")
+                    if anchor is not None and offset > anchor[0]:
+                        self._hole = self._hole or "history"
+                    if anchor is None or offset != anchor[0]:
+                        self._take(offset, id, topic, origin, data)
+                    anchor, heard, self._connected = None, True, True
+                    silence.reschedule(now() + SILENCE_SECONDS)
+            raise ConnectionError("the backbone has ended its log")
+        except TimeoutError:
+            if not heard:
+                raise TimeoutError("the broker does not answer") from None
+        except LookupError as error:
+            logger.warning("the log of the backbone began anew: %s", error)
+            self._hole, self._read_back = "log", self._written
+            self._begin()
+        finally:
+            if (aclose := getattr(entries, "aclose", None)) is not None:
+                await aclose()
+
+    def _take(self, offset: int, id: str, topic: str | None, origin: str | None,
+              data: str) -> None:
+        self._at, own = (offset, id), id.startswith(self._writer)
+        _wake(self._moved)
+        if id in self._seen or not id:
+            return
+        self._seen[id] = None
+        if len(self._seen) > SEEN_EVENTS:
+            del self._seen[next(iter(self._seen))]
+        self._read_back += own
+        writer, _, number = id.rpartition(":")
+        last = self._sequences.pop(writer, None)
+        self._sequences[writer] = max(int(number), last or 0)
+        if len(self._sequences) > WRITERS:
+            del self._sequences[next(iter(self._sequences))]
+        if last is not None and int(number) > last + 1:
+            self._hole = self._hole or "history"
+        if self._hole:
+            self._lose(f"{max(0, offset - 1)}-{id}!", self._hole)
+        self._hole = ""
+        self._commit(f"{offset}-{id}", topic, data, origin, self._ready)
+        self._ready = self._ready or id == self._mark
+
+
+def _unpack(payload: bytes) -> tuple[str, str | None, str | None, str]:
+    """Id, topic, origin and data of an entry; without an id, it is not one of ours."""
+    head, _, data = payload.partition(b"\n")
+    with contextlib.suppress(ValueError, TypeError):
+        id, topic, origin = from_json(head)
+        if re.fullmatch("[0-9a-f]{12}:[0-9]{1,18}", id) and isinstance(topic, str | None):
+            return id, topic, origin if isinstance(origin, str) else None, data.decode()
+    logger.warning("an entry of the backbone is not one of ours: %.60r", payload)
+    return "", None, None, ""
 
 
 # ----------------------------------------------------------------------------- events in process
@@ -1957,12 +2657,17 @@ class EventNotifier:
 
     It serves one event loop at a time. Only `publish` may be called from other threads, and before
     there is a loop. ``history`` (events) and ``history_bytes`` bound the log, from which slow
-    subscribers are fed; ``max_message_size`` is that of one event, in bytes.
+    subscribers are fed; ``max_message_size`` is that of one event, in bytes. With a ``backbone``,
+    the URL of a broker or a Backbone, all that share its ``channel`` are one.
     """
 
     def __init__(self, *, history: int = HISTORY_EVENTS, history_bytes: int = HISTORY_BYTES,
                  max_message_size: int = MAX_MESSAGE_BYTES, codec: Codec | None = None,
-                 on_slow: Literal["gap", "close"] = "gap") -> None:
+                 on_slow: Literal["gap", "close"] = "gap", backbone: str | Backbone | None = None,
+                 channel: str = CHANNEL) -> None:
+        if isinstance(backbone, str):
+            backbone = _backbone_of(backbone, channel, history)
+        self._backbone, self._shared = backbone, cast(_Shared | None, None)
         if on_slow not in ("gap", "close"):
             raise ValueError(f"on_slow is 'gap' or 'close', not {on_slow!r}")
         self._encode, self._decode = _coders(codec)
@@ -2003,9 +2708,10 @@ class EventNotifier:
                 notifier_id: str | None = None) -> Awaitable[None]:
         """Publish an event to each topic; from any thread, and with ``await`` or without.
 
-        ``notifier_id`` is the id of a subscriber that does not get it. Raises ValueError for data
-        that is not JSON, MessageTooLarge, InvalidParams for a topic, and Overloaded while 10,000
-        events of other threads wait; then nothing was published.
+        ``notifier_id`` is the id of a subscriber that does not get it. When it was awaited, the
+        event is in the log, that of the backbone if there is one. Raises ValueError for data that
+        is not JSON, MessageTooLarge, InvalidParams for a topic, and Overloaded while 10,000 events
+        of other threads, or for a backbone, wait; then nothing was published.
         """
         names, text = _check_topics(topics), self._encode(data)
         size = _size(text) + max((_size(_quoted(name)) for name in names), default=0)
@@ -2015,16 +2721,16 @@ class EventNotifier:
             here = self._loop in (None, asyncio.get_running_loop()) or self._loop.is_closed()
         except RuntimeError:  # a thread that runs no loop
             here = False
+        waiting = len(self._incoming) + (len(self._shared._queue) if self._shared else 0)
+        if (self._shared or not here) and waiting >= QUEUE_EVENTS:
+            raise Overloaded(f"{waiting} events wait to be published")
         if here:
             self._attach()
-            self._append(names, text, notifier_id)
-        elif len(self._incoming) >= QUEUE_EVENTS:
-            raise Overloaded(f"{len(self._incoming)} events wait to be published")
-        else:
-            self._incoming.append((names, text, notifier_id))
-            if self._loop is not None:
-                with contextlib.suppress(RuntimeError):  # it is closed: the next one takes them
-                    self._loop.call_soon_threadsafe(self._take_incoming)
+            return self._append(names, text, notifier_id)
+        self._incoming.append((names, text, notifier_id))
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # it is closed: the next one takes them
+                self._loop.call_soon_threadsafe(self._take_incoming)
         return self
 
     def __await__(self) -> Generator[Any, None, None]:
@@ -2036,25 +2742,49 @@ class EventNotifier:
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
             self._loop, self._pending, self._pending_size, self._mark_timer = loop, [], 0, None
+            if self._backbone is not None:
+                self._shared = _Shared(self._backbone, self._commit, self._lose)
         self._take_incoming()
 
     def _take_incoming(self) -> None:
         while self._incoming:
             self._append(*self._incoming.popleft())
 
-    def _append(self, topics: tuple[str, ...], data: str, origin: str | None) -> None:
+    def _append(self, topics: tuple[str, ...], data: str, origin: str | None) -> Awaitable[None]:
+        self._published += len(topics)
+        if self._shared is not None:
+            futures = self._shared.put(topics, data, origin)
+            return _Receipt(futures[-1], f"publish to {topics}") if futures else _DONE
         for topic in topics:
-            entry = self._log.append(topic, data, origin)
-            self._published += 1
-            self._burst += entry.size + BURST_EVENT_BYTES
-            if not self._pending:
-                asyncio.get_running_loop().call_soon(self._deliver)
-            self._pending.append(entry)
-            self._pending_size += entry.size
-            if self._pending_size > FRAME_BYTES:
-                self._deliver()
-            if self._inbox.topics.match(topic):
-                self._inbox.put(Event(topic, self._decode(data), entry.position), entry.size)
+            self._commit(None, topic, data, origin)
+        return self
+
+    def _commit(self, position: str | None, topic: str | None, data: str, origin: str | None,
+                new: bool = True, hole: str = "") -> None:
+        """Put an entry into the log, and give it to those who keep up if it is new."""
+        entry = self._log.append(topic, data, origin, position, hole)
+        if not new or (topic is None and not hole):
+            return
+        self._burst += entry.size + BURST_EVENT_BYTES
+        if not self._pending:
+            asyncio.get_running_loop().call_soon(self._deliver)
+        self._pending.append(entry)
+        self._pending_size += entry.size
+        if self._pending_size > FRAME_BYTES:
+            self._deliver()
+        if topic is None:
+            self._inbox.miss(Gap(None, None, hole))
+        elif self._inbox.topics.match(topic):
+            self._inbox.put(Event(topic, self._decode(data), entry.position), entry.size)
+
+    def _lose(self, position: str, reason: str) -> None:
+        self._commit(position, None, "", None, hole=reason)
+
+    async def _close(self) -> None:
+        """Stop what the backbone needs; what comes later starts it again."""
+        if (shared := self._shared) is not None:
+            self._shared = self._loop = None
+            await shared.close()
 
     def _drained(self) -> None:
         self._inbox.full = False
@@ -2069,17 +2799,19 @@ class EventNotifier:
         entries, size = self._pending, self._pending_size
         self._pending, self._pending_size = [], 0
         topics = {entry.topic for entry in entries}
-        if len(topics) != 1 or (size > FRAME_BYTES and len(entries) > 1):
+        if len(topics) != 1 or None in topics or (size > FRAME_BYTES and len(entries) > 1):
             for entry in entries:
-                for feed in self._feeds.match(entry.topic or ""):
+                feeds = self._connected if entry.topic is None else self._feeds.match(entry.topic)
+                for feed in list(feeds):
                     if entry.index >= feed.next:
                         feed.offer(entry)
         else:
-            self._broadcast(topics.pop() or "", entries, size + OLD_WIRE_EXTRA_BYTES * len(entries))
+            self._broadcast(entries[0].topic or "", entries, size)
         if self._log.end >= self._mark_end or self._log.total >= self._mark_total:
             self._mark()
 
     def _broadcast(self, topic: str, entries: Sequence[_Entry], size: int) -> None:
+        size += OLD_WIRE_EXTRA_BYTES * len(entries)
         origins = {entry.origin for entry in entries if entry.origin is not None}
         first, last, written = entries[0].index, entries[-1].index, 0
         frames: dict[_Dialect, bytes] = {}
@@ -2129,7 +2861,7 @@ class _Feed:
 
     def __init__(self, channel: RpcChannel, notifier: EventNotifier) -> None:
         self._channel, self._notifier, self.subscriber_id = channel, notifier, channel.id
-        self.direct: _Direct | None = None  # while the connection keeps up
+        self.direct: _Below | None = None  # while the connection keeps up
         self.dialect, self.takes = channel._speaks, channel._peer_takes
         self.lagging, self.next = False, 0  # what is in the log before that place is done with
         self.told = notifier._log.end - 1  # the newest entry whose position the peer knows
@@ -2177,7 +2909,7 @@ class _Feed:
 
     def _wants(self, entry: _Entry) -> bool:
         index, topic, known = entry.index, entry.topic, self._notifier._feeds.patterns
-        return topic is not None and (
+        return bool(entry.hole) if topic is None else (
             self.topics.get(topic, math.inf) <= index
             or self.topics.get(ALL_TOPICS, math.inf) <= index
             or any(since <= index and known[name].matches(topic) is not None
@@ -2202,13 +2934,26 @@ class _Feed:
         if entry.origin is not None and entry.origin == self.subscriber_id:
             return
         channel, self.told = self._channel, entry.index
-        if entry.size + OLD_WIRE_EXTRA_BYTES <= channel._peer_takes:
+        if entry.topic is None:
+            self._tell_hole(entry.position, entry.hole)
+        elif entry.size + OLD_WIRE_EXTRA_BYTES <= channel._peer_takes:
             self._notifier._delivered += 1
             channel._put(channel._speaks.event(entry), entry.size)
         elif channel._speaks is _OLD_WIRE:
             logger.warning("an event of %r is too large for %s", entry.topic, channel.id)
         else:
             self._tell_gap(entry.position, "size")
+
+    def _tell_hole(self, position: str, reason: str) -> bool:
+        """Something was not there for this connection: say so, or end it."""
+        if self._notifier._on_slow == "gap" and self._channel._speaks is not _OLD_WIRE:
+            self._tell_gap(position, reason)
+            return True
+        self._notifier._slow_closed += 1
+        self.clear()
+        self.lagging = False
+        self._channel._spawn(self._channel.close(TOO_SLOW, "too slow"))
+        return False
 
     def _tell_gap(self, position: str, reason: str) -> None:
         self._notifier._gaps_told += 1
@@ -2223,8 +2968,10 @@ class _Feed:
     def refill(self) -> None:
         """Send what there is room for; at the end of the log, be live again."""
         log, channel = self._notifier._log, self._channel
-        if self.next < log.first and not self._skip():
-            return
+        if self.next < log.first:
+            if not self._tell_hole(log.before, "history"):
+                return
+            self.next = log.first
         stop = min(log.end, self.next + FEED_EVENTS)
         while self.next < stop and channel._outbox_size <= LIVE_BYTES:
             entry = log[self.next]
@@ -2234,18 +2981,6 @@ class _Feed:
         self.lagging = self.next < log.end
         if self.lagging and not channel._outbox:
             channel._side._stir(channel)
-
-    def _skip(self) -> bool:
-        """What comes next is not in the log any more: say so, or end the connection."""
-        if self._notifier._on_slow == "gap" and self._channel._speaks is not _OLD_WIRE:
-            self._tell_gap(self._notifier._log.before, "history")
-            self.next = self._notifier._log.first
-            return True
-        self._notifier._slow_closed += 1
-        self.clear()
-        self.lagging = False
-        self._channel._spawn(self._channel.close(TOO_SLOW, "too slow"))
-        return False
 
 
 # ------------------------------------------------------------------------------------- endpoints
@@ -2342,10 +3077,11 @@ class RpcEndpoint(_Side):
             self._loop = loop
             self._make_limiters()
 
-    def stats(self) -> dict[str, int]:
+    def stats(self) -> dict[str, Any]:
         """Gauges and counters by name."""
         channels = self.channels.values()
-        return {"channels": len(channels), "pending_calls": sum(len(c._calls) for c in channels)}
+        return {"channels": len(channels), "pending_calls": sum(len(c._calls) for c in channels),
+                "stalled_closed": self._stalled}
 
     async def close(self, code: int = 1012, reason: str = "") -> None:
         """Close all connections, staggered over two seconds at most.
@@ -2372,6 +3108,8 @@ class PubSubEndpoint(RpcEndpoint):
             come back: a number of events (0 for none), and bytes.
         on_slow: what becomes of a subscriber that falls behind by more: it is told a "gap" and goes
             on after it, or "close": it is disconnected with 1013. Those of the old wire always are.
+        backbone: a broker's URL, or a Backbone: all servers that name the same are one.
+        channel: the name of the log on that broker; two deployments need two.
     """
 
     _own: ClassVar[Mapping[str, str]] = {"subscribe": "_subscribe", "unsubscribe": "_unsubscribe",
@@ -2381,12 +3119,12 @@ class PubSubEndpoint(RpcEndpoint):
                  authorize: _Authorize | None = None,
                  on_subscribe: _Hooks = (), on_unsubscribe: _Hooks = (),
                  history: int = HISTORY_EVENTS, history_bytes: int = HISTORY_BYTES,
-                 on_slow: Literal["gap", "close"] = "gap",
-                 **options: Unpack[_EndpointOptions]) -> None:
+                 on_slow: Literal["gap", "close"] = "gap", backbone: str | Backbone | None = None,
+                 channel: str = CHANNEL, **options: Unpack[_EndpointOptions]) -> None:
         super().__init__(methods, **options)
         self.notifier = EventNotifier(
             history=history, history_bytes=history_bytes, max_message_size=self._max_size,
-            codec=options.get("codec"), on_slow=on_slow)
+            codec=options.get("codec"), on_slow=on_slow, backbone=backbone, channel=channel)
         self.publish, self.subscribe = self.notifier.publish, self.notifier.subscribe
         self.unsubscribe = self.notifier.unsubscribe
         self._authorize = authorize
@@ -2396,7 +3134,7 @@ class PubSubEndpoint(RpcEndpoint):
         super()._attach()
         self.notifier._attach()
 
-    def stats(self) -> dict[str, int]:
+    def stats(self) -> dict[str, Any]:
         """Gauges and counters by name."""
         notifier = self.notifier
         feeds = [c._feed for c in self.channels.values() if c._feed is not None]
@@ -2406,7 +3144,13 @@ class PubSubEndpoint(RpcEndpoint):
             "lagging": sum(feed.lagging for feed in feeds),
             "log_events": len(notifier._log), "log_bytes": notifier._log.size,
             "events_published": notifier._published, "events_delivered": notifier._delivered,
-            "gaps_told": notifier._gaps_told, "slow_closed": notifier._slow_closed}
+            "gaps_told": notifier._gaps_told, "slow_closed": notifier._slow_closed,
+            **({"backbone": notifier._shared.stats()} if notifier._shared else {})}
+
+    async def close(self, code: int = 1012, reason: str = "") -> None:
+        """Close all connections, staggered over two seconds at most, then leave the backbone."""
+        await super().close(code, reason)
+        await self.notifier._close()
 
     async def _check(self, channel: RpcChannel, action: str, topics: tuple[str, ...]) -> None:
         """Raises Forbidden, whose data names the topics that are refused."""
@@ -2439,6 +3183,8 @@ class PubSubEndpoint(RpcEndpoint):
                 raise InvalidParams(f"a connection has at most {MAX_SUBSCRIPTIONS} subscriptions, "
                                     f"{MAX_PATTERNS} of them patterns")
             await self._check(channel, "subscribe", names + globs)
+            if self.notifier._shared is not None:
+                await self.notifier._shared.ready(since)
             if channel._closed is not None:  # and its feed cleared
                 raise ChannelClosed
             # from here on there is no await until the answer is queued: no event falls between
@@ -2497,7 +3243,7 @@ class _ServerSocket:
     def __init__(self, websocket: WebSocket, subprotocol: str | None) -> None:
         self._websocket, self.subprotocol = websocket, subprotocol
         self._receive = websocket._receive  # its own receive() would check each message: 0.5 us
-        self.direct = _uvicorn(websocket._send)
+        self.below = _uvicorn(websocket._send)
 
     async def send(self, text: str) -> None:
         await self._websocket.send({"type": "websocket.send", "text": text})
@@ -2506,38 +3252,58 @@ class _ServerSocket:
         return _received(await self._receive())
 
     async def close(self, code: int, reason: str) -> None:
-        await self._websocket.close(code, reason)
+        try:
+            if self.below is None or not self.below.closing():
+                await self._websocket.close(code, reason)
+        finally:
+            if self.below is not None:
+                self.below.finish()
 
 
 class _Uvicorn:
-    """The connection of uvicorn below an ASGI send: 1.5 times the fan-out, as one turn of the loop
-    is one write to the socket, of bytes that all subscribers share.
+    """The connection of uvicorn below an ASGI send, for two things that ASGI has no way to say.
+
+    To write without waiting is 1.5 times the fan-out, as one turn of the loop is one write to the
+    socket, of bytes that all subscribers share. And to abort a connection is the only way to be rid
+    of a peer that reads nothing: a close waits until it has read all, as does the server's exit.
     """
 
-    __slots__ = ("_protocol", "_transport", "write")
+    __slots__ = ("_protocol", "_transport", "abort", "takes_frames", "unsent", "write")
 
     def __init__(self, protocol: Any) -> None:
         self._protocol, self._transport = protocol, protocol.transport
-        self.write = self._transport.write
+        self.write, self.abort = self._transport.write, self._transport.abort
+        self.unsent = self._transport.get_write_buffer_size
+        sansio = type(protocol).__module__ == "uvicorn.protocols.websockets.websockets_sansio_impl"
+        self.takes_frames = sansio and not protocol.conn.extensions  # compression is one
 
     def ready(self) -> bool:
-        transport = self._transport
-        return not (transport.get_write_buffer_size() or transport.is_closing()
-                    or self._protocol.close_sent)
+        return not (self.unsent() or self._transport.is_closing() or self._protocol.close_sent)
+
+    def closing(self) -> bool:
+        server = getattr(self._protocol, "ws_server", None)  # of --ws websockets
+        return self._transport.is_closing() or getattr(server, "closing", False)
+
+    def finish(self, before: float = math.inf) -> None:
+        """The connection is closed: when the peer takes no more, drop what it has not taken."""
+        unsent = self.unsent()
+        if unsent >= before:
+            self.abort()
+        elif unsent:
+            asyncio.get_running_loop().call_later(CLOSE_SECONDS, self.finish, unsent)
 
 
 def _uvicorn(send: Any) -> _Uvicorn | None:
-    """None for other servers, wsproto, compression, or middleware that is to see what is sent."""
+    """None for other servers and versions, and for middleware that is to see what is sent."""
     while getattr(send, "__module__", None) == "starlette._exception_handler":
         variables = dict(zip(send.__code__.co_freevars, send.__closure__, strict=True))
         send = variables["send"].cell_contents
     protocol: Any = getattr(send, "__self__", None)
-    if type(protocol).__module__ != "uvicorn.protocols.websockets.websockets_sansio_impl":
+    if not type(protocol).__module__.startswith("uvicorn.protocols.websockets."):
         return None
-    try:
-        return None if protocol.conn.extensions else _Uvicorn(protocol)
-    except AttributeError:  # another version of it
-        return None
+    with contextlib.suppress(AttributeError):
+        return _Uvicorn(protocol)
+    return None
 
 
 def _received(message: Message) -> str | bytes:
