@@ -37,7 +37,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import date
 from functools import partial
 from statistics import median
-from typing import Annotated, Any, NamedTuple, TypeAlias
+from typing import Annotated, Any, NamedTuple, Protocol, TypeAlias
 
 import uvicorn
 from fastapi import Depends, FastAPI, Header, WebSocket, WebSocketDisconnect, WebSocketException
@@ -264,6 +264,75 @@ async def errors() -> None:
         except RequestTimeout as error:
             assert isinstance(error, TimeoutError)
         assert (await client.other.add(a=1, b=2)).result == 3  # the connection has not noticed
+
+
+class Shop(Protocol):
+    """What a client knows of the methods of ``Till``, if it does not have the class."""
+
+    async def total(self, orders: list[Order]) -> float: ...
+
+
+class Till(RpcMethodsBase):
+    async def total(self, orders: list[Order]) -> float:
+        return sum(order.amount for order in orders) * 1.5
+
+    async def next_due(self, orders: list[Order]) -> Order:
+        return min(orders, key=lambda order: order.due)
+
+
+async def typed() -> None:
+    """Calls with the types of a class: checked by mypy before, by pydantic after."""
+    app = FastAPI()
+    RpcEndpoint(Till()).register_route(app, "/rpc")
+    orders = [Order(item="tea", amount=2, due=date(2030, 1, 2)),
+              Order(item="jam", amount=1, due=date(2030, 1, 1))]
+
+    async with RpcClient("ws://test/rpc", transport=ASGITransport(app)) as client:
+        till = client.proxy(Till, timeout=5)
+        assert await till.next_due(orders) == orders[1]    # an Order, and not its JSON
+        assert await client.proxy(Shop).total(orders=orders) == 4.5
+        try:
+            await till.total(orders, 3)  # type: ignore[call-arg]  # and mypy says so
+        except TypeError:
+            pass
+
+
+# -------------------------------------------------------------------------------------- streams
+
+
+class Machine(RpcMethodsBase):
+    """Both sides of ``streams`` have it."""
+
+    def __init__(self) -> None:
+        self.running = 0
+
+    async def work(self, steps: int) -> AsyncIterator[int]:
+        self.running += 1
+        try:
+            for step in range(steps):
+                await asyncio.sleep(0)
+                yield 100 * (step + 1) // steps
+        finally:
+            self.running -= 1
+
+    async def upload(self) -> int:
+        """Iterates over a stream that its caller exposes."""
+        return sum([percent async for percent in self.channel.proxy(Machine).work(10)])
+
+
+async def streams() -> None:
+    """An async generator is iterated over by the other side, as fast as that takes its items."""
+    app, machine = FastAPI(), Machine()
+    RpcEndpoint(machine).register_route(app, "/rpc")
+
+    async with RpcClient("ws://test/rpc", Machine(), transport=ASGITransport(app)) as client:
+        assert [percent async for percent in client.other.work(steps=4)] == [25, 50, 75, 100]
+        async for percent in client.proxy(Machine).work(1_000_000):
+            if percent == 0:
+                break                                     # which stops the work
+        while machine.running:
+            await asyncio.sleep(0.001)
+        assert await client.proxy(Machine).upload() == 550
 
 
 # --------------------------------------------------------------------------------------- events
@@ -1191,8 +1260,8 @@ def dashboard(port: int = 0) -> None:
 
 SCENARIOS: dict[str, Callable[[], Any]] = {
     function.__name__: function
-    for function in (demo, calls, both_ways, validation, errors, events, events_in_process,
-                     authorisation, reconnecting, without_a_loop)
+    for function in (demo, calls, both_ways, validation, errors, typed, streams, events,
+                     events_in_process, authorisation, reconnecting, without_a_loop)
 }
 ALL = SCENARIOS | {"bench": bench, "dashboard": dashboard}  # which run when they are named
 

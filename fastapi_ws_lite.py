@@ -57,8 +57,8 @@ import types
 import typing
 import uuid
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable
+from collections.abc import Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass
@@ -108,12 +108,15 @@ METHOD_THREADS: Final = 40  # for plain def methods; as many as FastAPI has for 
 ARRAY_ITEMS: Final = 4096  # of a batch; what we send in 64 KiB is less than that
 FRAME_BYTES: Final = 64 * 2**10  # of messages that travel together; more brings no more speed
 LIVE_BYTES: Final = 64 * 2**10  # with more than this unsent, a subscriber is fed from the log,
-FEED_EVENTS: Final = 512  # and no more of it is looked through before others run
+FEED_EVENTS: Final = 512  # and no more of it is looked through before others run; and streams
+# wait, so that the answers to other calls are not behind a megabyte of them
 ANSWERS_BYTES: Final = 2**20  # with more of them unsent, reading from that peer pauses,
 PAUSE_BYTES_PER_SECOND: Final = 2**25  # the longer the more they are; not for ever, as the peer
 # may wait for us likewise: one that sends and never reads gets about 100 MiB before it is let go
 OUTBOX_BYTES: Final = 64 * 2**20  # with more than this unsent, calls raise Overloaded
 REQUESTS_AT_ONCE: Final = 256  # of a client's own publishes, and of its subscribes; others wait
+STREAM_CREDIT: Final = 16  # items of a stream that may come before more are asked for
+MOST_CREDIT: Final = 2**53  # any number that JSON carries: what waits is bounded otherwise
 HELD_MESSAGES: Final = 1000  # that wait for the peer to show which dialect it speaks
 
 HISTORY_EVENTS: Final = 4096
@@ -345,8 +348,8 @@ _Outcome: TypeAlias = RpcResponse | RpcError
 class _Request:
     """A request of the peer and, while it runs, its state."""
 
-    __slots__ = ("batch", "channel", "deadline", "id", "method", "open", "params", "problem",
-                 "started", "task", "threaded", "timeout")
+    __slots__ = ("batch", "channel", "credit", "deadline", "id", "method", "open", "params",
+                 "problem", "started", "task", "threaded", "timeout", "waiter")
 
     def __init__(self, id: object, method: str = "", params: Any = None,
                  timeout: float | None = None, problem: RpcError | None = None) -> None:
@@ -358,6 +361,17 @@ class _Request:
         self.task: asyncio.Task[None] | None = None
         self.started = self.threaded = False
         self.channel: RpcChannel
+        self.credit = 0  # items that the peer still takes, if it asked for a stream
+        self.waiter: asyncio.Future[None] | None = None
+
+    def grant(self, n: Any) -> None:
+        if type(n) is int and n > 0:
+            self.credit = min(self.credit + n, MOST_CREDIT)
+            self.wake()
+
+    def wake(self) -> None:
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
 
 
 class _Response(NamedTuple):
@@ -379,12 +393,14 @@ def _error_object(error: RpcError) -> str:
 
 class _JsonRpc:
     def request(self, id: int | None, method: str, params: str | None,
-                timeout: float | None) -> str:
+                timeout: float | None, credit: int = 0) -> str:
         text = f'{{"jsonrpc":"2.0","method":{_quoted(method)}'
         if params is not None:
             text += f',"params":{params}'
         if timeout is not None:
             text += f',"timeout":{timeout:.3f}'
+        if credit:
+            text += f',"stream":{credit}'
         return text + ("}" if id is None else f',"id":{id}}}')
 
     def result(self, id: Any, result: str, value: object) -> str:
@@ -393,6 +409,10 @@ class _JsonRpc:
 
     def error(self, id: Any, error: RpcError) -> str:
         return f'{{"jsonrpc":"2.0","error":{_error_object(error)},"id":{_encode(id)}}}'
+
+    def items(self, id: Any, items: Iterable[str]) -> str:
+        params = f'{{"id":{_encode(id)},"items":[{",".join(items)}]}}'
+        return self.request(None, "$/stream", params, None)
 
     def event(self, entry: "_Entry") -> str:
         return entry.text
@@ -405,10 +425,14 @@ class _JsonRpc:
                  or (type(id) is float and math.isfinite(id)))
         if "method" in message:
             method, params = message["method"], message.get("params")
-            timeout = message.get("timeout")
+            timeout, credit = message.get("timeout"), message.get("stream")
             if (sound and type(method) is str and (params is None or type(params) in (dict, list))
-                    and (timeout is None or type(timeout) in (int, float))):
-                return (_Request(id, method, params, timeout),)
+                    and (timeout is None or type(timeout) in (int, float))
+                    and (credit is None or (type(credit) is int and credit > 0))):
+                request = _Request(id, method, params, timeout)
+                if credit is not None and request.open:
+                    request.grant(credit)
+                return (request,)
         elif "error" in message or "result" in message:
             own = id if type(id) in (int, float) else None  # not True, which equals 1
             if message.get("error") is not None:
@@ -418,10 +442,12 @@ class _JsonRpc:
 
 
 class _OldWire:
-    """That of fastapi_websocket_rpc 0.1: only named arguments, no timeouts, no cancelling."""
+    """That of fastapi_websocket_rpc 0.1: only named arguments, no timeouts, cancelling, streams."""
 
     def request(self, id: int | None, method: str, params: str | None,
-                timeout: float | None) -> str:
+                timeout: float | None, credit: int = 0) -> str:
+        if credit:
+            raise RpcError(-32600, "the wire of fastapi_websocket_rpc has no streams")
         if params is not None and params[0] != "{":
             raise TypeError("the wire of fastapi_websocket_rpc takes arguments by name only")
         call_id = "null" if id is None else f'"{id}"'
@@ -510,9 +536,10 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 class RpcMethodsBase:
     """Derive from this: every public method of the class can be called by the peer.
 
-    ``async def`` runs on the event loop, plain ``def`` in a worker thread. Arguments are validated
-    from the type hints, by pydantic. One instance serves all connections; what belongs to one of
-    them goes into ``self.channel.context``.
+    ``async def`` runs on the event loop, plain ``def`` in a worker thread; an async generator is a
+    stream, for the peer to iterate over. Arguments are validated from the type hints, by pydantic.
+    One instance serves all connections; what belongs to one of them goes into
+    ``self.channel.context``.
     """
 
     @property
@@ -523,39 +550,56 @@ class RpcMethodsBase:
         return request.channel
 
 
+_CONFIG: Final = ConfigDict(val_json_bytes="base64", arbitrary_types_allowed=True)
+
+
+def _adapter(kind: Any) -> tuple[TypeAdapter[Any], bool]:
+    """What validates, and whether it needs JSON text."""
+    adapter = TypeAdapter(kind, config=_CONFIG)
+    # only from JSON text are bytes base64, and dates in a strict model strings
+    return adapter, bool(re.search("'bytes'|'strict': True", repr(adapter.core_schema)))
+
+
+class _Signature:
+    """The hints and parameters of a function; without the one that is given the channel."""
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        try:
+            self.hints = typing.get_type_hints(function, include_extras=True)
+        except NameError as error:
+            raise TypeError(f"{name}: an annotation cannot be resolved: {error}") from error
+        self.channel = next((name for name, hint in self.hints.items() if hint is RpcChannel
+                             or RpcChannel in typing.get_args(hint)), None)
+        shown = inspect.signature(function)
+        self.place = list(shown.parameters).index(self.channel) if self.channel else 0
+        self.shown = shown.replace(parameters=[p for p in shown.parameters.values()
+                                               if p.name != self.channel])
+
+
 class _Method:
     """A function that a peer may call."""
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         plain = inspect.unwrap(function)
-        if inspect.isasyncgenfunction(plain) or inspect.isgeneratorfunction(plain):
-            raise TypeError(f"{name} is a generator, which a peer cannot call; name it _{name}")
-        try:
-            hints = typing.get_type_hints(function, include_extras=True)
-        except NameError as error:
-            raise TypeError(f"{name}: an annotation cannot be resolved: {error}") from error
-        self.function, self.threaded = function, not inspect.iscoroutinefunction(plain)
-        self.waits = self.threaded  # if it is known that it does not end without having to wait
-        self._channel = next((name for name, hint in hints.items() if hint is RpcChannel
-                              or RpcChannel in typing.get_args(hint)), None)
-        shown = inspect.signature(function)
-        self._place = list(shown.parameters).index(self._channel) if self._channel else 0
-        shown = shown.replace(parameters=[p for p in shown.parameters.values()
-                                          if p.name != self._channel])
+        if inspect.isgeneratorfunction(plain):
+            raise TypeError(f"{name} is a generator: make it an async one, or name it _{name}")
+        signature = _Signature(name, function)
+        self.function, self.streams = function, inspect.isasyncgenfunction(plain)
+        self.threaded = not self.streams and not inspect.iscoroutinefunction(plain)
+        # if it is known that it does not end without having to wait
+        self.waits = self.threaded or self.streams
+        self._channel, self._place = signature.channel, signature.place
 
         def arguments(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
             return args, kwargs
 
-        vars(arguments)["__signature__"] = shown
-        arguments.__annotations__ = hints
-        stand_in: Any = arguments  # has the signature of the function, and returns its arguments
-        config = ConfigDict(val_json_bytes="base64", arbitrary_types_allowed=True)
-        adapter = TypeAdapter(stand_in, config=config)
-        self._validator = adapter.validator
-        # only from JSON text are bytes base64, and dates in a strict model strings
-        self._from_json = bool(re.search("'bytes'|'strict': True", repr(adapter.core_schema)))
-        self.parameters, self.returns = list(shown.parameters.values()), hints.get("return", Any)
-        self.adapter = adapter
+        vars(arguments)["__signature__"] = signature.shown
+        arguments.__annotations__ = signature.hints
+        self.parameters = list(signature.shown.parameters.values())
+        self.returns = signature.hints.get("return", Any)
+        # the stand-in has the signature of the function, and returns its arguments
+        self.adapter, self._from_json = _adapter(arguments)
+        self._validator = self.adapter.validator
 
     def bind(self, channel: "RpcChannel", params: Any) -> tuple[Sequence[Any], dict[str, Any]]:
         """The arguments for the function. Raises InvalidParams."""
@@ -566,7 +610,9 @@ class _Method:
             else:
                 args, named = self._validator.validate_python(ArgsKwargs(args, named))
         except ValidationError as error:
-            raise _invalid_params(error, params) from error
+            problems = _problems(error, params)
+            summary = f"Invalid params: {_summary(problems)}"
+            raise InvalidParams(summary, problems) from error
         if self._channel is not None and len(args) > self._place:
             args = (*args[:self._place], channel, *args[self._place:])
         elif self._channel is not None:
@@ -574,15 +620,18 @@ class _Method:
         return args, named
 
 
-def _invalid_params(error: ValidationError, params: Any) -> InvalidParams:
-    """What is wrong with which argument; without its value, or the name of a class of ours."""
+def _problems(error: ValidationError, value: Any) -> list[dict[str, Any]]:
+    """What is wrong with which part; without its value, or the name of a class of ours."""
     problems = []
     for e in error.errors(include_url=False, include_input=False):
         named = {"class", "class_name"} & e.get("ctx", {}).keys()
-        problems.append({"loc": _path(e["loc"], params, e["type"]), "type": e["type"],
+        problems.append({"loc": _path(e["loc"], value, e["type"]), "type": e["type"],
                          "msg": "Input should be an object" if named else e["msg"]})
-    summary = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in problems[:3])
-    return InvalidParams(f"Invalid params: {summary}", problems)
+    return problems
+
+
+def _summary(problems: list[dict[str, Any]]) -> str:
+    return "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in problems[:3])
 
 
 def _path(loc: tuple[int | str, ...], value: Any, kind: str) -> list[int | str]:
@@ -608,6 +657,62 @@ def _methods_of(instance: RpcMethodsBase | None) -> dict[str, Callable[..., Any]
             found.update(vars(cls))
     return {name: value.__get__(instance, type(instance)) for name, value in found.items()
             if name[0] != "_" and inspect.isfunction(getattr(value, "__func__", value))}
+
+
+_STREAMS: Final = (AsyncIterator, AsyncIterable, AsyncGenerator)
+
+
+class _Typed:
+    """A method as a class has it, for calls of the peer's: values in, and values out."""
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        signature = _Signature(name, function)
+        self._name, self._shown = name, signature.shown
+        kind = signature.hints.get("return", Any)
+        self.streams = (inspect.isasyncgenfunction(inspect.unwrap(function))
+                        or (typing.get_origin(kind) or kind) in _STREAMS)
+        if self.streams:
+            kind = next(iter(typing.get_args(kind)), Any)
+        self._says = inspect.formatannotation(kind)
+        adapter, self._from_json = _adapter(types.GenericAlias(dict, (Literal["result"], kind)))
+        self._validator = adapter.validator
+
+    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Arguments":
+        """By name, so that any wire carries them, or where there is no name. Raises TypeError."""
+        try:
+            bound = self._shown.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{self._name}: {error}") from None
+        kinds = {name: self._shown.parameters[name].kind for name in bound.arguments}
+        if not {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL}.isdisjoint(
+                kinds.values()):
+            if bound.kwargs:
+                raise TypeError(f"{self._name}: arguments go by position or by name, not both")
+            return bound.args
+        named: dict[str, Any] = {}
+        for name, value in bound.arguments.items():
+            named.update(value if kinds[name] is inspect.Parameter.VAR_KEYWORD else {name: value})
+        return named or None
+
+    def check(self, value: Any) -> Any:
+        """What the peer returned, of the type that the class says. Raises InternalError."""
+        try:
+            if self._from_json:
+                return self._validator.validate_json(_encode({"result": value}))["result"]
+            return self._validator.validate_python({"result": value})["result"]
+        except ValidationError as error:
+            problems = _problems(error, {"result": value})
+            raise InternalError(f"{self._name}: the peer did not return {self._says}: "
+                                f"{_summary(problems)}") from error
+
+
+@functools.lru_cache(1024)
+def _typed(cls: Callable[..., Any], name: str) -> _Typed:
+    """A public function of a class, or of those it inherits from. Raises AttributeError."""
+    value = inspect.getattr_static(cls, name, None)
+    if name[0] == "_" or not inspect.isfunction(getattr(value, "__func__", value)):
+        raise AttributeError(f"{cls.__name__} has no method {name!r}")
+    return _Typed(name, value.__get__(cls, cls))
 
 
 # ---------------------------------------------------------------------------- describing methods
@@ -670,7 +775,7 @@ def _openrpc(owner: type, methods: Mapping[str, _Method]) -> Any:
 def _result_adapter(method: _Method) -> TypeAdapter[Any]:
     """Of what the method returns, or its stream carries."""
     hint = method.returns
-    if getattr(method, "streams", False):
+    if method.streams:
         hint = (*typing.get_args(hint), Any)[0]
     try:
         return TypeAdapter(hint)
@@ -695,7 +800,7 @@ def _method_object(name: str, method: _Method, arguments: dict[str, Any],
             else "by-name" if kinds & {kind.KEYWORD_ONLY, kind.VAR_KEYWORD} else "either",
             "params": sorted(params, key=lambda param: not param["required"]),
             "result": {"name": "result", "schema": result},
-            **({"x-stream": True} if getattr(method, "streams", False) else {})}
+            **({"x-stream": True} if method.streams else {})}
 
 
 # --------------------------------------------------------------------- pending calls and streams
@@ -703,12 +808,71 @@ def _method_object(name: str, method: _Method, arguments: dict[str, Any],
 # is gone before its future is set, whatever the outcome. Futures are set to a value, never to an
 # exception, so that none goes unretrieved. ``then`` is called with the outcome where it is read,
 # for those who must know it before the next message is looked at.
+#
+# A stream is a call whose answer comes after items, of which the peer may send as many as it has
+# credit for. Who iterates owns an _Incoming: the reader fills it, it never holds more than the
+# credit, and what is consumed is granted anew, so that a slow one stops the other side. Who
+# produces has the credit in its _Request, which `$/credit` adds to, and an _Outgoing, of what the
+# generator yielded in this turn of the loop. The generator runs in one task from start to end.
 
 
-class _Pending(NamedTuple):
+class _Incoming(deque[Any]):
+    """The items of a stream that have come and are not consumed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiters: list[asyncio.Future[None]] = []
+        self._credit, self._consumed = STREAM_CREDIT, 0
+
+    def put(self, items: Any) -> bool:
+        """False if they are not what may come."""
+        if type(items) is not list or len(items) > self._credit:
+            return False
+        self._credit -= len(items)
+        self.extend(items)
+        return True
+
+    def consumed(self) -> int:
+        """One more is; returns what to grant now."""
+        self._consumed += 1
+        if self._consumed < STREAM_CREDIT // 2:
+            return 0
+        granted, self._consumed = self._consumed, 0
+        self._credit += granted
+        return granted
+
+
+class _Outgoing(list[str]):
+    """The items of a stream that leave together: in 64 KiB, unless one is larger."""
+
+    def __init__(self, request: _Request, send: Callable[[str], None]) -> None:
+        super().__init__()
+        self._request, self._send = request, send
+        self._size = self._empty = _size(_JSONRPC.items(request.id, ()))
+
+    def add(self, item: str, limit: int) -> None:
+        """Raises MessageTooLarge."""
+        size = _size(item) + 1
+        if self._empty + size > limit:
+            raise MessageTooLarge(f"the item has {size - 1} bytes")
+        if self._size + size > min(FRAME_BYTES, limit):
+            self.flush()
+        self.append(item)
+        self._size += size
+
+    def flush(self) -> None:
+        if self and self._request.open:
+            self._send(_JSONRPC.items(self._request.id, self))
+        self.clear()
+        self._size = self._empty
+
+
+@dataclass(slots=True, eq=False)
+class _Pending:
     future: "asyncio.Future[_Outcome]"
     deadline: float | None
     then: Callable[[_Outcome], None] | None
+    items: _Incoming | None = None
 
 
 class _Calls(dict[int, _Pending]):
@@ -913,6 +1077,9 @@ class _Log(dict[int, _Entry]):
 # At the awaits: the reader waits for a frame, or for room in the outbox. A caller waits for its
 # future and, if it is cancelled there, tells the peer. A method may wait for anything; when it is
 # cancelled or late its answer is given for it, at once, and what it does later changes nothing.
+# One who iterates over a stream waits for an item or the outcome; wherever it leaves, it tells the
+# peer, if that has not ended the stream. A stream's task waits in its generator, or, between two
+# items, for credit or room; cancelled in either, or woken by the end, it closes the generator.
 # `close` only waits for the end, so that cancelling it cancels nothing else.
 
 
@@ -1046,7 +1213,9 @@ async def _run_hooks(hooks: Sequence[_Hook], *args: Any) -> None:
 async def _run_hooks_logged(hooks: Sequence[_Hook], *args: Any) -> None:
     for hook in hooks:
         try:
-            await _run_hooks((hook,), *args)
+            result = hook(*args)
+            if inspect.isawaitable(result):
+                await result
         except asyncio.CancelledError:
             if (task := asyncio.current_task()) is None or task.cancelling():
                 raise  # else the hook itself raised it
@@ -1055,10 +1224,33 @@ async def _run_hooks_logged(hooks: Sequence[_Hook], *args: Any) -> None:
             logger.exception("%r failed", hook)
 
 
+def _meant(channel: "RpcChannel", params: Any) -> list[_Request]:
+    """The running requests with the id that is named; notifications have none."""
+    named = type(params) is dict and "id" in params
+    return [r for r in channel._running if named and r.id == params["id"]]
+
+
 def _cancel_request(channel: "RpcChannel", params: Any) -> None:
-    id = params.get("id", _NO_ID) if isinstance(params, dict) else _NO_ID
-    for request in [r for r in channel._running if r.id == id]:
+    for request in _meant(channel, params):
         channel._stop(request, Cancelled())
+
+
+def _take_credit(channel: "RpcChannel", params: Any) -> None:
+    for request in _meant(channel, params):
+        request.grant(params.get("n"))
+
+
+def _take_items(channel: "RpcChannel", params: Any) -> None:
+    fields: dict[str, Any] = params if type(params) is dict else {}
+    id: Any = fields.get("id")
+    call = channel._calls.get(id) if type(id) in (int, float) else None
+    if call is None or call.items is None:  # it has ended, on this side
+        return
+    if not call.items.put(fields.get("items")):
+        channel._send_cancel(id)
+        channel._calls.settle(id, InternalError("the peer sent items that it was not asked for"))
+    elif call.items:  # what is empty does not end the wait
+        _wake(call.items.waiters)
 
 
 async def _ping() -> str:
@@ -1096,7 +1288,8 @@ class _Side:
         self._stalled = 0  # peers that were let go because they took nothing
         self._make_limiters()
         self._on_connect, self._on_disconnect = _hooks(on_connect), _hooks(on_disconnect)
-        self._table: _Table = {"$/cancelRequest": _cancel_request}
+        self._table: _Table = {"$/cancelRequest": _cancel_request, "$/credit": _take_credit,
+                               "$/stream": _take_items}
         self._add({"_ping_": _ping, "_get_channel_id_": _get_channel_id,
                    "rpc.discover": self._discover})
         self._add({name: getattr(self, own) for name, own in self._own.items()})
@@ -1148,28 +1341,148 @@ class _Side:
         return function
 
 
+def _by_position_or_name(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
+    if args and kwargs:
+        raise TypeError(f"{name}: arguments go by position or by name, not both")
+    return args or kwargs or None
+
+
 class _Other:
     """Calls the methods of the peer as if they were its own."""
 
-    def __init__(self, call: Callable[..., Any], timeout: _Timeout = _UNSET) -> None:
-        self._call, self._timeout = call, timeout
+    def __init__(self, caller: "_Caller", timeout: _Timeout = _UNSET) -> None:
+        self._caller, self._timeout = caller, timeout
 
     def __call__(self, *, timeout: float | None) -> "_Other":
-        return _Other(self._call, timeout)
+        return _Other(self._caller, timeout)
 
     def __getattr__(self, name: str) -> Callable[..., Coroutine[Any, Any, RpcResponse]]:
         if name.startswith("__"):  # what copy, pickle and inspect look for
             raise AttributeError(name)
 
         def method(*args: Any, **kwargs: Any) -> Any:
-            if args and kwargs:
-                raise TypeError(f"{name}: arguments go by position or by name, not both")
-            return self._call(name, args or kwargs or None, timeout=self._timeout)
+            asked = _by_position_or_name(name, args, kwargs)
+            return _Call(self._caller, name, asked, self._timeout)
 
         return method
 
 
-class RpcChannel:
+class _Proxy:
+    """Calls the methods of the peer as those of a class are called."""
+
+    __slots__ = ("_caller", "_cls", "_timeout")
+
+    def __init__(self, caller: "_Caller", cls: Callable[..., Any], timeout: _Timeout) -> None:
+        self._caller, self._cls, self._timeout = caller, cls, timeout
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        typed = _typed(self._cls, name)
+
+        def method(*args: Any, **kwargs: Any) -> Any:
+            asked = typed.arguments(args, kwargs)
+            work = self._caller._items if typed.streams else self._caller._value
+            return work(name, asked, self._timeout, typed.check)
+
+        return method
+
+
+class _Call(Coroutine[Any, Any, RpcResponse]):
+    """A call of a method of the peer: await it; or iterate over it, if that is a stream."""
+
+    __slots__ = ("_asked", "_caller", "_work")
+
+    def __init__(self, caller: "_Caller", method: str, args: _Arguments,
+                 timeout: _Timeout) -> None:
+        self._caller, self._asked = caller, (method, args, timeout)
+        self._work = caller._response(method, args, timeout)
+
+    def __await__(self) -> Generator[Any, Any, RpcResponse]:
+        return self._work.__await__()
+
+    def __aiter__(self) -> AsyncGenerator[Any, None]:
+        self._work.close()
+        return self._caller._items(*self._asked)
+
+    def send(self, value: Any) -> Any:
+        return self._work.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        return self._work.throw(*error)
+
+    def close(self) -> None:
+        self._work.close()
+
+
+class _Caller:
+    """One who calls the methods of the peer."""
+
+    __slots__ = ()
+    _response: Callable[[str, _Arguments, _Timeout], Coroutine[Any, Any, RpcResponse]]
+    _ready_channel: Callable[[_Timeout], Coroutine[Any, Any, "tuple[RpcChannel, float | None]"]]
+
+    @property
+    def other(self) -> Any:
+        """The peer's methods: ``await channel.other.add(a=1, b=2)`` is a `call`.
+
+        ``channel.other(timeout=2).add(...)`` sets the timeout, in seconds.
+        """
+        return _Other(self)
+
+    def proxy(self, cls: Callable[..., _T], *, timeout: _Timeout = _UNSET) -> _T:
+        """The peer's methods with the types of ``cls``: its class of methods, or a Protocol.
+
+        ``await channel.proxy(Calculator).add(1, 2)`` is the value itself, validated by pydantic;
+        an InternalError says that the peer returned something else. A method that is not in the
+        class is an AttributeError, and arguments that do not fit it a TypeError, before a call.
+        """
+        proxy: Any = _Proxy(self, cls, timeout)
+        return proxy  # type: ignore[no-any-return]
+
+    def call(self, method: str, args: _Arguments = None, *, timeout: _Timeout = _UNSET) -> _Call:
+        """Call a method of the peer; await the response. Cancelling it cancels the method.
+
+        ``args`` are by name (a mapping) or by position (a sequence). ``timeout`` is in seconds;
+        None is no limit, the default this side's ``default_response_timeout``; within a method, it
+        is never more than its own caller waits. A client first waits for a connection if need be.
+
+        Raises the RpcError that the peer answered; RequestTimeout; ChannelClosed if the connection
+        ends, and then whether the method ran is not known; Overloaded while 64 MiB wait to be sent;
+        MessageTooLarge, TypeError or ValueError for arguments that cannot be sent.
+
+        A stream is iterated over instead: ``async for item in channel.call("ticks")``. ``timeout``
+        is then for each item, while it is waited for. Leaving the loop ends the stream at the peer.
+        """
+        return _Call(self, method, args, timeout)
+
+    async def _value(self, method: str, args: _Arguments, timeout: _Timeout,
+                     check: Callable[[Any], Any]) -> Any:
+        return check((await self._response(method, args, timeout)).result)
+
+    async def _items(self, method: str, args: _Arguments, timeout: _Timeout,
+                     check: Callable[[Any], Any] | None = None) -> AsyncGenerator[Any, None]:
+        channel, _ = await self._ready_channel(timeout)
+        items = _Incoming()
+        id, future = channel._start(method, args, timeout, lambda _: _wake(items.waiters), items)
+        call = channel._calls[id]
+        try:
+            while items or not future.done():
+                if items:
+                    item = items.popleft()
+                    yield item if check is None else check(item)
+                    channel._grant(id, items.consumed())
+                else:
+                    call.deadline = channel._deadline(channel._loop.time(), timeout)
+                    channel._watch(call.deadline)
+                    await _next_wake(items.waiters)
+                    call.deadline = None  # what is done with an item takes its time
+            if (await channel._outcome(method, id, future)).result is not None:
+                raise InternalError(f"{method} is not a stream at the peer")
+        finally:
+            if channel._calls.pop(id, None):  # still there: it was left
+                channel._send_cancel(id)
+
+
+class RpcChannel(_Caller):
     """One connection, on either side. Not thread-safe: for use on its event loop."""
 
     __slots__ = (
@@ -1202,6 +1515,7 @@ class RpcChannel:
         "_socket",
         "_spared",
         "_speaks",
+        "_streams",
         "_tasks",
         "_timer",
         "_timer_at",
@@ -1219,7 +1533,7 @@ class RpcChannel:
         self._dialect, self._speaks = dialect, dialect or _JSONRPC  # only errors, until it is known
         self._below: _Below | None = getattr(socket, "below", None)
         self._direct = self._below if self._below and self._below.takes_frames else None
-        self._held: list[tuple[int | None, str, str | None, float | None]] = []
+        self._held: list[tuple[int | None, str, str | None, float | None, int]] = []
         self._loop = asyncio.get_running_loop()
         self._outbox: list[tuple[str, int, bool]] = []  # text, its bytes, is it an answer
         self._outbox_size = self._answers_size = 0
@@ -1227,6 +1541,7 @@ class RpcChannel:
         self._room: list[asyncio.Future[None]] = []
         self._calls, self._ids = _Calls(), itertools.count(1)
         self._running: dict[_Request, None] = {}  # with less overhead than a set has
+        self._streams: dict[_Request, None] = {}  # which wait for room
         self._tasks: set[asyncio.Task[Any]] = set()
         self._spared: list[asyncio.Task[Any] | None] = []  # called close, and go on after it
         self._reader: asyncio.Task[None] | None = None
@@ -1247,27 +1562,11 @@ class RpcChannel:
 
     # calling the peer
 
-    @property
-    def other(self) -> Any:
-        """The peer's methods: ``await channel.other.add(a=1, b=2)`` is a `call`.
-
-        ``channel.other(timeout=2).add(...)`` sets the timeout, in seconds.
-        """
-        return _Other(self.call)
-
-    async def call(self, method: str, args: _Arguments = None, *,
-                   timeout: _Timeout = _UNSET) -> RpcResponse:
-        """Call a method of the peer and wait for its response. Cancelling it cancels the method.
-
-        ``args`` are by name (a mapping) or by position (a sequence). ``timeout`` is in seconds;
-        None is no limit, the default this side's ``default_response_timeout``; within a method, it
-        is never more than its own caller waits.
-
-        Raises the RpcError that the peer answered; RequestTimeout; ChannelClosed if the connection
-        ends, and then whether the method ran is not known; Overloaded while 64 MiB wait to be sent;
-        MessageTooLarge, TypeError or ValueError for arguments that cannot be sent.
-        """
+    async def _response(self, method: str, args: _Arguments, timeout: _Timeout) -> RpcResponse:
         return await self._outcome(method, *self._start(method, args, timeout))
+
+    async def _ready_channel(self, timeout: _Timeout) -> "tuple[RpcChannel, float | None]":
+        return self, self._side._seconds(timeout)
 
     def notify(self, method: str, args: _Arguments = None) -> None:
         """Call a method of the peer and do not wait: there is no answer, not even an error.
@@ -1277,27 +1576,35 @@ class RpcChannel:
         self._send_request(None, method, _params(self._side._encode, args), None)
 
     def _start(self, method: str, args: _Arguments, timeout: _Timeout,
-               then: Callable[[_Outcome], None] | None = None,
+               then: Callable[[_Outcome], None] | None = None, items: _Incoming | None = None,
                ) -> tuple[int, "asyncio.Future[_Outcome]"]:
         """Send a request. Not a coroutine, so that what is called first is sent first."""
         params = _params(self._side._encode, args)
-        seconds = self._side._seconds(timeout)
-        request, now = _current.get(), self._loop.time()
-        deadline = None if request is None else request.deadline
-        if seconds is not None:
-            if math.isnan(seconds):
-                raise ValueError("a timeout is a number of seconds, or None")
-            own = now + min(max(0.0, seconds), LONGEST_TIMEOUT_SECONDS)
-            deadline = own if deadline is None else min(own, deadline)
+        now = self._loop.time()
+        deadline = self._deadline(now, timeout)
         id, future = next(self._ids), self._loop.create_future()
-        self._calls[id] = _Pending(future, deadline, then)
+        self._calls[id] = _Pending(future, deadline, then, items)
         try:
-            self._send_request(id, method, params, None if deadline is None else deadline - now)
+            if items is not None:  # how long each takes is for this side to see
+                self._send_request(id, method, params, None, STREAM_CREDIT)
+            else:
+                self._send_request(id, method, params, None if deadline is None else deadline - now)
         except BaseException:
             del self._calls[id]
             raise
         self._watch(deadline)
         return id, future
+
+    def _deadline(self, now: float, timeout: _Timeout) -> float | None:
+        """When a call is late, in the loop's time; within a method, not after that is."""
+        seconds, request = self._side._seconds(timeout), _current.get()
+        deadline = None if request is None else request.deadline
+        if seconds is None:
+            return deadline
+        if math.isnan(seconds):
+            raise ValueError("a timeout is a number of seconds, or None")
+        own = now + min(max(0.0, seconds), LONGEST_TIMEOUT_SECONDS)
+        return own if deadline is None else min(own, deadline)
 
     async def _outcome(self, method: str, id: int,
                        future: "asyncio.Future[_Outcome]") -> RpcResponse:
@@ -1312,15 +1619,15 @@ class RpcChannel:
         return outcome
 
     def _send_request(self, id: int | None, method: str, params: str | None,
-                      timeout: float | None) -> None:
+                      timeout: float | None, credit: int = 0) -> None:
         if self._closed is not None:
             raise ChannelClosed(self._closed.code, self._closed.reason)
         if self._outbox_size > OUTBOX_BYTES or len(self._held) >= HELD_MESSAGES:
             raise Overloaded("too much waits to be sent to this peer")
         if self._dialect is None:
-            self._held.append((id, method, params, timeout))
+            self._held.append((id, method, params, timeout, credit))
             return
-        text = self._dialect.request(id, method, params, timeout)
+        text = self._dialect.request(id, method, params, timeout, credit)
         if _size(text) > self._peer_takes:
             raise MessageTooLarge(f"{method}: {_size(text)} bytes, the limit is {self._peer_takes}")
         self._put(text)
@@ -1328,6 +1635,11 @@ class RpcChannel:
     def _send_cancel(self, id: int) -> None:
         if isinstance(self._dialect, _JsonRpc):
             self._put(self._dialect.request(None, "$/cancelRequest", f'{{"id":{id}}}', None))
+
+    def _grant(self, id: int, n: int) -> None:
+        if n and id in self._calls:
+            text = self._speaks.request(None, "$/credit", f'{{"id":{id},"n":{n}}}', None)
+            self._put_answer(text)  # as much as for answers, the peer has to read it
 
     # its end
 
@@ -1365,6 +1677,7 @@ class RpcChannel:
                 timer.cancel()
         for request in self._running:
             request.open = False
+            request.wake()
             if request.task and not request.threaded and request.task not in self._spared:
                 self._loop.call_soon(request.task.cancel)  # what came last has its first step
         for task in self._tasks.difference(self._spared, (asyncio.current_task(),)):
@@ -1510,10 +1823,10 @@ class RpcChannel:
             self._peer_takes = min(self._peer_takes, OLD_WIRE_CLIENT_BYTES)
         if dialect is not None:
             held, self._held = self._held, []
-            for id, method, params, timeout in held:
+            for id, method, params, timeout, credit in held:
                 try:
                     if id is None or id in self._calls:  # not, if it is late or was cancelled
-                        self._send_request(id, method, params, timeout)
+                        self._send_request(id, method, params, timeout, credit)
                 except (RpcError, TypeError) as error:
                     told = error if isinstance(error, RpcError) else InvalidParams(str(error))
                     self._calls.settle(id, told)
@@ -1530,6 +1843,9 @@ class RpcChannel:
             self._fail(request, request.problem or MethodNotFound())
         elif not isinstance(method, _Method):
             self._respond(request, method(self, request.params))
+        elif method.streams is not (request.credit > 0):
+            kind = "a stream" if method.streams else "no stream"
+            self._fail(request, InvalidParams(f"{request.method} is {kind}"))
         elif len(self._running) >= self._side._max_requests:
             self._fail(request, Overloaded(f"{len(self._running)} requests are running"))
         else:
@@ -1550,7 +1866,9 @@ class RpcChannel:
         _current.set(request)
         try:
             args, named = method.bind(self, request.params)
-            if method.threaded:
+            if method.streams:
+                value = await self._produce(request, method.function(*args, **named))
+            elif method.threaded:
                 call = functools.partial(method.function, *args, **named)
                 value = await self._in_thread(request, call)
                 if inspect.isawaitable(value):
@@ -1574,6 +1892,35 @@ class RpcChannel:
             self._running.pop(request, None)
             request.deadline = None  # what it leaves behind does not inherit it
             request.task = None  # its context leads back to the request: no work for the collector
+
+    async def _produce(self, request: _Request, items: AsyncGenerator[Any, None]) -> Any:
+        """Send what a generator yields, as the peer grants it and as there is room for it."""
+        out = _Outgoing(request, self._put_answer)
+        try:
+            async for item in items:
+                if not request.open:  # it was stopped, and goes on
+                    break
+                out.add(self._side._encode(item), self._peer_takes)
+                request.credit -= 1
+                if not request.credit or self._outbox_size > LIVE_BYTES:
+                    out.flush()
+                    await self._granted(request)
+                elif len(out) == 1:
+                    self._loop.call_soon(out.flush)
+        finally:
+            out.flush()  # an error comes after the items before it
+            await items.aclose()
+
+    async def _granted(self, request: _Request) -> None:
+        """Wait for credit, and for room: where several do, for that in turns."""
+        try:
+            while request.open and (not request.credit or self._outbox_size > LIVE_BYTES):
+                if request.credit:
+                    self._streams[request] = None
+                request.waiter = self._loop.create_future()
+                await request.waiter
+        finally:
+            self._streams.pop(request, None)
 
     async def _in_thread(self, request: _Request, call: Callable[[], Any]) -> Any:
         async with self._side._threads:  # while it waits for a thread it can be cancelled
@@ -1689,6 +2036,9 @@ class RpcChannel:
         """See who can go on, as there is room; returns whether there is more to send."""
         if self._room and self._answers_size <= ANSWERS_BYTES:
             _wake(self._room)
+        if self._streams and self._outbox_size <= LIVE_BYTES:
+            for request in self._streams:
+                request.wake()
         if self._feed is not None and self._feed.lagging:
             self._feed.refill()
         return bool(self._outbox)
@@ -2450,18 +2800,17 @@ def _caller(callback: _Callback) -> Callable[[Event], Any]:
             return bool(signature.bind(*args, **named))
         return False
 
-    shapes = ({"event"}, {"data", "topic"}, {"data"}, {"topic"})
-    given = next((g for g in shapes if g <= names and fits(**dict.fromkeys(g))), None)
-    if given is None and not fits(None):
+    ways: tuple[tuple[set[str], Callable[[Event], Any]], ...] = (
+        ({"event"}, lambda event: callback(event=event)),
+        ({"data", "topic"}, lambda event: callback(data=event.data, topic=event.topic)),
+        ({"data"}, lambda event: callback(data=event.data)),
+        ({"topic"}, lambda event: callback(topic=event.topic)))
+    for given, call in ways:
+        if given <= names and fits(**dict.fromkeys(given)):
+            return call
+    if not fits(None):
         raise TypeError(f"a callback takes (data), (data, topic) or (event), not {signature}")
-
-    @functools.wraps(callback)  # for what the log says
-    def call(event: Event) -> Any:
-        if given is None:
-            return callback(event.data)
-        return callback(**{name: getattr(event, name, event) for name in given})
-
-    return call
+    return lambda event: callback(event.data)
 
 
 class Subscription:
@@ -2474,12 +2823,20 @@ class Subscription:
     def __init__(self, inbox: "_Inbox", topics: tuple[str, ...], pattern: bool,
                  callback: _Callback | None, since: str | None, confirmed: bool) -> None:
         self.topics, self.pattern = topics, pattern
-        self._inbox, self._call = inbox, None if callback is None else _caller(callback)
+        self._inbox, self._callback = inbox, callback
+        self._call = None if callback is None else _caller(callback)
         self._queue = _Queue()
         self._waiters: list[asyncio.Future[None]] = []
         self._since, self._place = since, _offset(since)  # wished for; of its last event
         self._confirmed, self._ended = confirmed, False
         self._error: Exception | None = None
+
+    def __repr__(self) -> str:
+        return f"<Subscription to {', '.join(self.topics)}: {self._callback!r}>"
+
+    def __call__(self, event: Event) -> Any:
+        """Call back; not once it has ended."""
+        return None if self._call is None or self._ended else self._call(event)
 
     def cancel(self) -> None:
         """Receive no more, from now on."""
@@ -2612,9 +2969,7 @@ class _Inbox:
             item = self._begun = self.queue[0]
             if isinstance(item.event, Gap):
                 await self._missed(item.event)
-            for subscription in item.whom:
-                if subscription._call is not None and not subscription._ended:
-                    await _run_hooks_logged((subscription._call,), item.event)
+            await _run_hooks_logged(item.whom, item.event)
             self.queue.done(item)
             self._begun = None
             if self.full and not self.queue:
@@ -3511,7 +3866,7 @@ class _ClientOptions(_Options, total=False):
     connect_timeout: float | None
 
 
-class RpcClient(_Side):
+class RpcClient(_Side, _Caller):
     """Calls the methods of a server and serves its calls, through reconnects.
 
     Args:
@@ -3717,25 +4072,19 @@ class RpcClient(_Side):
 
     # calling the server
 
-    @property
-    def other(self) -> Any:
-        """The server's methods: ``await client.other.add(a=1, b=2)`` is a `call`."""
-        return _Other(self.call)
-
-    async def call(self, method: str, args: _Arguments = None, *,
-                   timeout: _Timeout = _UNSET) -> RpcResponse:
-        """Call a method of the server, as `RpcChannel.call`; wait for a connection if need be."""
+    async def _response(self, method: str, args: _Arguments, timeout: _Timeout) -> RpcResponse:
         channel, seconds = await self._ready_channel(timeout)
-        return await channel.call(method, args, timeout=seconds)
+        return await channel._response(method, args, seconds)
 
     async def _ready_channel(self, timeout: _Timeout) -> tuple[RpcChannel, float | None]:
-        """The connection, once there is one, and the seconds that are left."""
+        if self.channel is not None and self.state == "ready":
+            return self.channel, self._seconds(timeout)
         if self.state == "new":
             raise RuntimeError("the client is not started: use 'async with', or start()")
         seconds = self._seconds(timeout)
         began = asyncio.get_running_loop().time()
         try:
-            async with asyncio.timeout(None if self.state == "ready" else seconds):
+            async with asyncio.timeout(seconds):
                 while self.channel is None or self.state != "ready":
                     await self.wait_until_ready()
         except TimeoutError as error:
@@ -4095,12 +4444,22 @@ class Remote:
         self._thread, self._lock, self._closed = threading.get_ident(), threading.Lock(), False
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        method: Callable[..., Any] = getattr(_Other(self.call), name)
+        if name.startswith("__"):  # what copy, pickle and inspect look for
+            raise AttributeError(name)
+
+        def method(*args: Any, **kwargs: Any) -> Any:
+            return self.call(name, _by_position_or_name(name, args, kwargs))
+
         return method
 
     def call(self, method: str, args: _Arguments = None, *, timeout: _Timeout = _UNSET) -> Any:
         """Call a method of the server and return its result; as `RpcClient.call`."""
         return self._wait(self._client.call, method, args, timeout=timeout).result
+
+    def stream(self, method: str, args: _Arguments = None, *,
+               timeout: _Timeout = _UNSET) -> Iterator[Any]:
+        """Iterate over a stream of the server; leaving the loop ends it there."""
+        return self._iterate(aiter(self._client.call(method, args, timeout=timeout)))
 
     def notify(self, method: str, args: _Arguments = None) -> None:
         """Call a method of the server and do not wait for an answer."""
@@ -4392,7 +4751,7 @@ export function connect(url = "/ws", options = {}) {
     return new Promise((resolve) => {
       let opened = false, readyAt = Infinity, timer;
       const ping = () => request("_ping_", {}, { now: true, timeout: ANSWER }).catch((error) => {
-        if (error.code === -32000 && Date.now() - heard > ANSWER * 900) drop(1006, "no answer");
+        if (error.code === -32000) drop(1006, "no answer");
       });
       drop = (code, reason) => {
         const error = new ClosedError(code, `the connection is closed: ${code} ${reason}`.trim());
@@ -4412,7 +4771,9 @@ export function connect(url = "/ws", options = {}) {
       };
       mine.onopen = async () => {
         [opened, heard] = [true, Date.now()];
-        timer = setInterval(() => Date.now() - heard > SILENCE * 1000 && ping(), CHECK * 1000);
+        timer = setInterval(() => {
+          if (Date.now() - heard > SILENCE * 1000) ping(heard = Date.now());
+        }, CHECK * 1000);
         ask();
         await ping(); // a server that accepts only to close was never ready
         if (socket !== mine) return;

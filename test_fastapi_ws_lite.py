@@ -43,7 +43,7 @@ from contextvars import ContextVar
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, Self, assert_type
 
 import pytest
 import uvicorn
@@ -956,16 +956,12 @@ def test_table_of_a_class_is_refused() -> None:
 
 
 def test_table_generator_is_refused() -> None:
-    """Generators, plain or asynchronous, cannot be called over a connection."""
-    def plainly() -> Iterator[int]:
+    """A plain generator is not a stream: an asynchronous one is."""
+    def method() -> Iterator[int]:
         yield 1
 
-    async def asynchronously() -> AsyncIterator[int]:
-        yield 1
-
-    for function in (plainly, asynchronously):
-        with pytest.raises(TypeError, match="generator"):
-            RpcEndpoint().method(function)
+    with pytest.raises(TypeError, match="generator"):
+        RpcEndpoint().method(method)
 
 
 def test_table_unresolvable_annotation_is_refused() -> None:
@@ -6735,7 +6731,7 @@ async def test_client_log_has_no_secrets_of_the_address(
     inside.up = False
     client = RpcClient("ws://ann:pa55@test/?token=s3cret", transport=inside)
     client.start()
-    await until(lambda: inside.attempts == 2)
+    await until(lambda: inside.attempts >= 2)
     inside.up = True
     await client.wait_until_ready()
     assert "ws://test/: down: again in" in caplog.text
@@ -7119,6 +7115,933 @@ def test_module_copied_alone_works(tmp_path: Path) -> None:
     (tmp_path / "vendored.py").write_text((HERE / "fastapi_ws_lite.py").read_text())
     code = "import sys, vendored; assert 'websockets' not in sys.modules; print(vendored.__name__)"
     assert run(sys.executable, "-c", code, cwd=tmp_path) == "vendored\n"
+
+
+# ------------------------------------------------------------------------------------------ proxies
+
+
+class Parcel(BaseModel):
+    weight: float
+    due: datetime.date | None = None
+
+
+class Stamp(BaseModel, strict=True):
+    day: datetime.date
+
+
+class Depot(RpcMethodsBase):
+    """What proxies call; its results have types that JSON does not know."""
+
+    async def add(self, a: int, b: int = 10) -> int:
+        return a + b
+
+    def day(self, n: int) -> datetime.date:
+        return datetime.date(2030, 1, n)
+
+    async def raw(self, data: bytes) -> bytes:
+        return data + b"\xff"
+
+    async def stamp(self) -> Stamp:
+        return Stamp(day=datetime.date(2030, 1, 1))
+
+    async def parcels(self, *weights: float) -> list[Parcel]:
+        return [Parcel(weight=w, due=datetime.date(2030, 1, 1)) for w in weights]
+
+    async def only_position(self, a: int, /, b: int = 0, *, c: int = 0) -> list[int]:
+        return [a, b, c]
+
+    async def named(self, a: int, *, b: int, **more: int) -> dict[str, int]:
+        return {"a": a, "b": b, **more}
+
+    async def whoami(self, channel: RpcChannel, a: int) -> list[Any]:
+        return [channel.id, a]
+
+    async def anything(self):  # type: ignore[no-untyped-def]
+        return {"x": 1}
+
+    async def nothing(self) -> None: ...
+
+    async def wrong(self) -> int:
+        return "the value"  # type: ignore[return-value]
+
+    async def wrong_parcels(self) -> list[Parcel]:
+        return [Parcel(weight=1), {"weight": "heavy"}]  # type: ignore[list-item]
+
+    async def sleep(self) -> None:
+        await asyncio.sleep(3600)
+
+    async def wrong_items(self) -> AsyncIterator[int]:
+        yield 1
+        yield "two"  # type: ignore[misc]
+
+    async def days(self, n: int) -> AsyncIterator[datetime.date]:
+        for day in range(1, n + 1):
+            yield datetime.date(2030, 1, day)
+
+    async def untyped(self):  # type: ignore[no-untyped-def]
+        yield {"x": 1}
+
+    async def _private(self) -> None: ...
+
+    @staticmethod
+    async def static(a: int) -> int:
+        return a
+
+    @classmethod
+    async def of_class(cls, a: int) -> str:
+        return f"{cls.__name__} {a}"
+
+
+class Days(Protocol):
+    """A part of it, as someone without the class would write it."""
+
+    async def add(self, a: int, b: int = 10) -> int: ...
+    async def day(self, n: int) -> datetime.date: ...
+    def days(self, n: int) -> AsyncIterator[datetime.date]: ...
+
+
+@each_side
+async def test_proxy_returns_values_of_their_types(side: int) -> None:
+    """Models, dates and bytes come back as such, from either side."""
+    async with pair(Depot()) as ends:
+        depot = ends[side].proxy(Depot)
+        assert_type(depot, Depot)
+        assert_type(await depot.add(1), int)
+        assert await depot.raw(b"\x00") == b"\x00\xff"
+        due = datetime.date(2030, 1, 1)
+        assert await depot.parcels(1, 2) == [Parcel(weight=1, due=due), Parcel(weight=2, due=due)]
+        assert await depot.stamp() == Stamp(day=due)
+        assert await depot.nothing() is None  # type: ignore[func-returns-value]
+        assert await depot.anything() == {"x": 1}  # type: ignore[no-untyped-call]
+        assert (await depot.static(1), await depot.of_class(1)) == (1, "Depot 1")
+        untyped: Any = depot.untyped
+        assert [x async for x in untyped()] == [{"x": 1}]
+        day: Any = depot.day  # a plain def, which is awaited at this side
+        assert await day(2) == datetime.date(2030, 1, 2)
+
+
+async def test_proxy_of_a_protocol() -> None:
+    """A Protocol serves as well as the class, for mypy too; what it returns is an async for's."""
+    async with pair(Depot()) as (client, channel):
+        for end in (client, channel):
+            days = end.proxy(Days)
+            assert_type(days, Days)
+            assert_type(await days.day(2), datetime.date)
+            async for day in days.days(2):
+                assert_type(day, datetime.date)
+            assert day == await days.day(2)
+
+
+@each_wire
+async def test_proxy_arguments_go_by_name_where_they_have_one(wire: str) -> None:
+    """Positional and named arguments mix, on the old wire too; defaults are the callee's."""
+    async with pair(Depot(), wire) as (client, _):
+        depot = client.proxy(Depot)
+        assert [await depot.add(1), await depot.add(1, 2), await depot.add(1, b=3),
+                await depot.add(b=1, a=2)] == [11, 3, 4, 3]
+        assert await depot.named(1, b=2, c=3) == {"a": 1, "b": 2, "c": 3}
+
+
+async def test_proxy_arguments_go_by_position_where_they_have_no_name() -> None:
+    """Positional-only ones and *args cannot be named; beside them, others cannot be either."""
+    async with pair(Depot()) as (client, _):
+        depot = client.proxy(Depot)
+        assert await depot.only_position(1, 2) == await depot.only_position(1, b=2) == [1, 2, 0]
+        with pytest.raises(TypeError, match=r"only_position: .*by position or by name"):
+            await depot.only_position(1, c=2)
+
+
+async def test_proxy_channel_is_no_argument() -> None:
+    """A parameter typed RpcChannel is filled by the callee."""
+    async with pair(Depot()) as (client, channel):
+        depot: Any = client.proxy(Depot)
+        assert await depot.whoami(3) == await depot.whoami(a=3) == [channel.id, 3]
+
+
+async def test_proxy_wrong_calls_fail_before_anything_is_sent() -> None:
+    """Names that are no public method of the class, and arguments that do not fit it."""
+    async with pair(Depot()) as (client, channel):
+        depot: Any = client.proxy(Depot)
+        for name in ("nope", "_private", "__iter__", "channel"):
+            with pytest.raises(AttributeError, match=f"Depot has no method '{name}'"):
+                getattr(depot, name)
+        for args, kwargs in [((), {}), ((1, 2, 3), {}), ((1,), {"a": 1}), ((1,), {"c": 1})]:
+            with pytest.raises(TypeError, match="add: "):
+                depot.add(*args, **kwargs)
+        assert not client.channel._calls  # type: ignore[union-attr]
+        assert not channel._running
+
+
+async def test_proxy_wrong_result_is_said() -> None:
+    """What is not of the type is an error that says which method, and what was expected."""
+    async with pair(Depot()) as (client, channel):
+        depot = client.proxy(Depot)
+        with pytest.raises(InternalError, match="wrong: the peer did not return int: ") as caught:
+            await depot.wrong()
+        assert "the value" not in str(caught.value)
+        with pytest.raises(InternalError, match=r"list\[.*Parcel\]: result.1.weight: "):
+            await depot.wrong_parcels()
+        got = []
+        with pytest.raises(InternalError, match="wrong_items: the peer did not return int"):
+            async for item in depot.wrong_items():
+                got.append(item)
+        assert got == [1]
+        await until(lambda: not channel._running)
+
+
+async def test_proxy_timeout() -> None:
+    """proxy(..., timeout=) is that of its calls."""
+    async with pair(Depot()) as (client, _):
+        with pytest.raises(RequestTimeout):
+            await client.proxy(Depot, timeout=0.01).sleep()
+
+
+async def test_proxy_annotation_that_names_nothing_is_told() -> None:
+    """As when the table is made; at the call, since only then it is looked at."""
+    class Odd(RpcMethodsBase):
+        async def method(self) -> "Nowhere": ...  # type: ignore[name-defined]  # noqa: F821
+
+    async with pair(Depot()) as (client, _):
+        with pytest.raises(TypeError, match="Nowhere"):
+            await client.proxy(Odd).method()
+
+
+# ------------------------------------------------------------------------------------------ streams
+
+
+class Streamer(RpcMethodsBase):
+    """Streams, and what became of them."""
+
+    def __init__(self) -> None:
+        self.made, self.closed = 0, 0
+        self.contexts: set[Any] = set()
+        self.go = asyncio.Event()
+
+    async def count(self, n: int = 10**9, pause: bool = False) -> AsyncIterator[int]:
+        """Ends with a step that has to wait, as cleanups do."""
+        try:
+            for number in range(n):
+                self.contexts.add((asyncio.current_task(), self.channel))
+                self.made += 1
+                if pause:
+                    await asyncio.sleep(0)
+                yield number
+        finally:
+            self.contexts.add((asyncio.current_task(), self.channel))
+            try:
+                await asyncio.sleep(0)
+            finally:  # it may be cancelled once more, when the connection ends
+                self.closed += 1
+
+    async def texts(self, *sizes: int) -> AsyncIterator[str]:
+        for size in sizes:
+            self.made += 1
+            yield "x" * size
+
+    async def stall(self) -> AsyncIterator[int]:
+        """Gives one item, and then nothing."""
+        try:
+            yield 1
+            await asyncio.sleep(3600)
+        finally:
+            self.closed += 1
+
+    async def fail(self, n: int, code: int | None = None) -> AsyncIterator[int]:
+        for number in range(n):
+            yield number
+        raise ValueError("the secret") if code is None else RpcError(code, "no more")
+
+    async def stubborn(self) -> AsyncIterator[int]:
+        """Ignores that it is cancelled, and yields on."""
+        try:
+            yield 0
+            while not self.go.is_set():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await self.go.wait()
+            for number in range(100):
+                self.made += 1
+                yield number
+        finally:
+            self.closed += 1
+
+    async def stopped(self) -> AsyncIterator[int]:
+        """Is cancelled in the turn in which it has yielded."""
+        yield 1
+        lib._cancel_request(self.channel, {"id": 7})
+        await asyncio.sleep(3600)
+
+    async def not_json(self) -> AsyncIterator[Any]:
+        yield 1
+        yield math.nan
+
+    async def leave(self) -> AsyncIterator[int]:
+        """Closes the connection itself, and does not wait for that."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0):
+                await self.channel.close()
+        try:
+            for number in range(100):
+                yield number
+        finally:
+            self.closed += 1
+
+    async def total(self, method: str) -> int:
+        """What the caller streams to this side, in sum: an upload."""
+        return sum([n async for n in self.channel.call(method, {"n": 100})])
+
+    async def plain(self) -> None: ...
+
+    async def wait(self) -> None:
+        await asyncio.sleep(3600)
+
+
+@contextlib.asynccontextmanager
+async def sockets(methods: RpcMethodsBase) -> AsyncIterator[tuple[RpcClient, RpcChannel]]:
+    """Both ends of a real connection, each with these methods."""
+    endpoint = RpcEndpoint(methods)
+    async with serving(app_of(endpoint)) as url, RpcClient(f"{url}/ws", methods) as client:
+        yield client, only(endpoint)
+
+
+def idle(*ends: RpcClient | RpcChannel) -> bool:
+    """Nothing is left of any call or stream."""
+    channels = [end.channel if isinstance(end, RpcClient) else end for end in ends]
+    return not any(c._calls or c._running or c._streams for c in channels if c is not None)
+
+
+@each_side
+async def test_stream_is_iterated_in_each_way(side: int) -> None:
+    """By other, by call and by a proxy; many more items than the credit; nothing is left."""
+    async with pair(Streamer()) as ends:
+        end, numbers = ends[side], list(range(100))
+        assert [n async for n in end.other.count(n=100)] == numbers
+        assert [n async for n in end.other(timeout=9).count(100, True)] == numbers
+        assert [n async for n in end.call("count", {"n": 100})] == numbers
+        assert [n async for n in end.proxy(Streamer).count(100)] == numbers
+        assert [n async for n in end.call("count", [0])] == []
+        assert idle(*ends)
+
+
+@pytest.mark.parametrize("method", ["count", "fail"])
+async def test_stream_upload(method: str) -> None:
+    """A method iterates over a stream of its caller; its failure is that of the method."""
+    async with sockets(Streamer()) as (client, _):
+        if method == "count":
+            assert await client.proxy(Streamer).total("count") == 4950
+        else:
+            with pytest.raises(InternalError):
+                await client.proxy(Streamer).total("fail")
+
+
+async def test_stream_call_is_one_object_for_both() -> None:
+    """What a call returns is awaited, made a task, gathered, or iterated over."""
+    async with pair(Streamer()) as (client, _):
+        task = asyncio.create_task(client.other.plain())
+        async with asyncio.TaskGroup() as group:
+            group.create_task(client.call("plain"))
+        assert list(await asyncio.gather(task, client.other.plain())) == [RpcResponse(None)] * 2
+        assert await asyncio.wait_for(client.call("plain"), 9) == RpcResponse(None)
+        client.call("plain").close()  # as a coroutine's, it prevents the warning
+        call = asyncio.create_task(client.call("wait"))
+        await asyncio.sleep(0)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+
+
+async def test_stream_runs_in_one_task_that_knows_its_channel() -> None:
+    """From its start to its end, wherever it is closed from; self.channel is known throughout."""
+    streamer = Streamer()
+    async with pair(streamer) as (client, channel):
+        async for n in client.other.count(pause=True):
+            if n == 20:
+                break
+        await until(lambda: streamer.closed)
+        ((task, of),) = streamer.contexts
+        assert (of, task is asyncio.current_task()) == (channel, False)
+
+
+# its wire
+
+
+def items_of(id: Any, *items: Any) -> dict[str, Any]:
+    return tell("$/stream", {"id": id, "items": list(items)})
+
+
+def credit(id: Any, n: Any) -> dict[str, Any]:
+    return tell("$/credit", {"id": id, "n": n})
+
+
+@pytest.mark.parametrize("subprotocol", [(), (lib.SUBPROTOCOL,)])
+@pytest.mark.parametrize("id", [7, "seven", None, 7.5])
+async def test_stream_on_the_wire(subprotocol: tuple[str, ...], id: Any) -> None:
+    """Items that are ready together come in one message; an ordinary response is the end."""
+    async with plain(RpcEndpoint(Streamer()), *subprotocol) as peer:
+        await peer.send(ask(id, "count", [3], stream=16))
+        got: list[Any] = []
+        while done(id, None) not in got:
+            got += flat([await peer.recv()])
+        assert got == [items_of(id, 0, 1, 2), done(id, None)]
+
+
+async def test_stream_goes_as_far_as_the_credit() -> None:
+    """Nothing is produced without credit; more of it is added up, and cancelling closes it."""
+    streamer = Streamer()
+    async with plain(RpcEndpoint(streamer)) as peer:
+        assert await peer.ask(ask(7, "count", stream=2)) == items_of(7, 0, 1)
+        assert await answers(peer) == []
+        assert streamer.made == 2
+        assert await peer.ask(credit(7, 3)) == items_of(7, 2, 3, 4)
+        await peer.send([credit(7, 1), credit(7, 1)])
+        assert await peer.recv() == items_of(7, 5, 6)
+        assert streamer.made == 7
+        assert failed(7, -32800, "Request cancelled") in await answers(
+            peer, tell("$/cancelRequest", {"id": 7}))
+        await until(lambda: streamer.closed == 1)
+
+
+async def test_stream_credit_that_comes_before_the_first_step_counts() -> None:
+    """The request and more credit may travel together."""
+    async with plain(RpcEndpoint(Streamer()), lib.SUBPROTOCOL) as peer:
+        assert await peer.ask([ask(7, "count", stream=1), credit(7, 2)]) == items_of(7, 0, 1, 2)
+
+
+@pytest.mark.parametrize("stream", [0, -1, 1.5, "16", True, [], {}, False])
+async def test_stream_credit_of_a_wrong_kind_is_an_invalid_request(stream: Any) -> None:
+    """It is a positive integer, or null."""
+    async with plain(RpcEndpoint(Streamer())) as peer:
+        assert await answers(peer, ask(7, "count", [1], stream=stream)) == [INVALID | {"id": 7}]
+
+
+@pytest.mark.parametrize("n", [None, 0, -5, 1.5, True, "1", [1], {}])
+async def test_stream_grant_of_a_wrong_kind_is_ignored(n: Any) -> None:
+    """So is one of an unknown request, or of one that is no stream."""
+    streamer = Streamer()
+    async with plain(RpcEndpoint(streamer)) as peer:
+        assert await peer.ask(ask(7, "count", stream=1)) == items_of(7, 0)
+        assert await answers(peer, credit(7, n), credit(8, 5), credit([7], 5), tell("$/credit"),
+                             tell("$/credit", [7, 5])) == []
+        assert streamer.made == 1
+
+
+@pytest.mark.parametrize("method", ["$/credit", "$/cancelRequest"])
+@pytest.mark.parametrize("params", [None, [], [1], {}, {"n": 1}])
+async def test_stream_messages_without_an_id_mean_no_notification(method: str, params: Any) -> None:
+    """A notification that runs has no id either, and is not touched; nothing breaks."""
+    worker = Worker()
+    async with plain(RpcEndpoint(worker)) as peer:
+        assert await answers(peer, tell("hold"), tell(method, params)) == []
+        assert worker.seen == ["held"]
+        worker.go.set()
+
+
+async def test_stream_credit_without_bound_is_bounded_by_room() -> None:
+    """A peer that grants anything and takes nothing gets 64 KiB and a message, and no more."""
+    streamer, link = Streamer(), Link()
+    link.gate.clear()
+    async with serve_link(link, RpcEndpoint(streamer)) as channel:
+        link.queues[0].put_nowait(json.dumps([ask(7, "texts", [1000] * 10_000, stream=10**300),
+                                              credit(7, 10**300)]))
+        await until(lambda: channel._streams)
+        (request,) = channel._running
+        assert request.credit <= 2**53
+        assert 64 < streamer.made < 200
+        assert channel._outbox_size < 150_000
+        link.gate.set()
+        await until(lambda: streamer.made == 10_000)
+        await until(lambda: not channel._running)
+
+
+@contextlib.asynccontextmanager
+async def serve_link(link: Link, endpoint: RpcEndpoint) -> AsyncIterator[RpcChannel]:
+    """One end of a link is a channel; what it sends is in the other queue."""
+    async def nothing() -> None: ...
+
+    endpoint._attach()
+    channel = RpcChannel(link.ends[0], endpoint, lib._WS_LITE, {})
+    task = asyncio.create_task(channel._run(nothing))
+    yield channel
+    await channel.close()
+    await task
+
+
+async def test_stream_room_is_shared_in_turns() -> None:
+    """Of two streams that could fill the connection, neither waits for the end of the other."""
+    link = Link()
+    async with serve_link(link, RpcEndpoint(Streamer())):
+        link.queues[0].put_nowait(json.dumps([
+            ask(id, "texts", [50_000] * 20, stream=100) for id in (1, 2)]))
+        got: list[Any] = []
+        while sum("result" in m for m in got) < 2:
+            got += flat([json.loads(await asyncio.wait_for(link.queues[1].get(), 9))])
+        ids = [m["params"]["id"] for m in got if "params" in m]
+        assert sorted(ids) == [1] * 20 + [2] * 20
+        assert 5 < ids[:20].count(1) < 15
+
+
+async def test_stream_messages_stay_within_64_kib() -> None:
+    """Unless one item is larger, which then travels alone."""
+    link = Link()
+    sizes = [30_000, 30_000, 30_000, 10, 100_000, 10, 10]
+    async with serve_link(link, RpcEndpoint(Streamer())):
+        link.queues[0].put_nowait(json.dumps(ask(1, "texts", sizes, stream=100)))
+        got: list[Any] = []
+        while not any("result" in m for m in got):
+            frame = await asyncio.wait_for(link.queues[1].get(), 9)
+            assert len(frame) <= 2**16 or len(json.loads(frame)["params"]["items"]) == 1
+            got += flat([json.loads(frame)])
+        assert [[len(i) for i in m["params"]["items"]] for m in got[:-1]] == [
+            [30_000, 30_000], [30_000, 10], [100_000], [10, 10]]
+
+
+async def test_stream_in_a_batch_ends_in_the_batch() -> None:
+    """Its items come as they are there; what answers the batch is its end."""
+    async with plain(RpcEndpoint(Streamer())) as peer:
+        await peer.send([ask(1, "count", [2], stream=16), ask(2, "plain")])
+        assert await peer.recv() == items_of(1, 0, 1)
+        assert await peer.recv() == [done(1, None), done(2, None)]
+
+
+async def test_stream_of_a_peer_with_a_small_limit() -> None:
+    """Its messages are as small as the peer asks; a larger item is an error after those before."""
+    async with pair(Streamer(), max_message_size=300) as (client, channel):
+        channel._peer_takes = 300
+        assert len([t async for t in client.other.texts(*[90] * 9)]) == 9
+        got = []
+        with pytest.raises(MessageTooLarge, match="the item has 402 bytes"):
+            async for text in client.other.texts(1, 2, 400, 1):
+                got.append(text)
+        assert got == ["x", "xx"]
+        assert idle(client, channel)
+
+
+async def test_stream_and_call_are_told_apart() -> None:
+    """Awaiting a stream, iterating over a method, and notifying a stream: each is refused."""
+    streamer = Streamer()
+    async with pair(streamer) as (client, _):
+        with pytest.raises(InvalidParams, match="count is a stream"):
+            await client.other.count(n=1)
+        for name, error in [("plain", InvalidParams), ("nope", MethodNotFound)]:
+            with pytest.raises(error):
+                async for _ in client.call(name):
+                    raise AssertionError("an item")
+        client.notify("count", {"n": 1})
+        await client.other.plain()
+        assert (streamer.made, streamer.closed) == (0, 0)
+
+
+async def test_stream_notification_is_no_stream(caplog: pytest.LogCaptureFixture) -> None:
+    """Without an id there is nobody to send it to, whatever credit is given."""
+    streamer = Streamer()
+    async with plain(RpcEndpoint(streamer)) as peer:
+        assert await answers(peer, {**tell("count", [3]), "stream": 16}) == []
+        assert await answers(peer) == []
+        assert streamer.made == 0
+        assert caplog.text == ""  # it was not even tried
+
+
+@each_side
+async def test_stream_on_the_old_wire_is_refused(side: int) -> None:
+    """At once, by an error that says so; awaiting one is answered as everywhere."""
+    async with pair(Streamer(), OLD) as ends:
+        with pytest.raises(RpcError, match="has no streams"):
+            async for _ in ends[side].call("count", {"n": 1}):
+                raise AssertionError("an item")
+        with pytest.raises(InvalidParams, match="is a stream"):
+            await ends[side].call("count", {"n": 1})
+        assert idle(*ends)
+
+
+@pytest.mark.parametrize("first", [ask(1, "_ping_"), old("1", "_ping_", {})])
+async def test_stream_waits_for_the_dialect(first: Any) -> None:
+    """A server that does not know it yet holds the request, as it holds others."""
+    endpoint = RpcEndpoint()
+    async with plain(endpoint) as peer:
+        channel = only(endpoint)
+        items = asyncio.create_task(listed(channel.call("count")))
+        await asyncio.sleep(0.01)
+        await peer.send(first)
+        if first.get("jsonrpc"):
+            request = [await peer.recv(), await peer.recv()][0]
+            assert (request["stream"], request.get("timeout")) == (16, None)
+            await peer.send(items_of(request["id"], 1))
+            await peer.send(done(request["id"], None))
+            assert await items == [1]
+        else:
+            with pytest.raises(RpcError, match="has no streams"):
+                await items
+
+
+async def listed(items: Any) -> list[Any]:
+    return [item async for item in items]
+
+
+# what a peer may send to one who iterates
+
+
+@contextlib.asynccontextmanager
+async def iterating(**options: Any) -> AsyncIterator[tuple[Raw, int, "asyncio.Task[Any]", list[Any],
+                                                            RpcChannel]]:
+    """A channel that iterates over a stream of a peer that is in our hands."""
+    endpoint, got = RpcEndpoint(), list[Any]()
+    async with plain(endpoint, lib.SUBPROTOCOL) as peer:
+        await peer.ask(ask(1, "_ping_"))
+
+        async def work() -> None:
+            async for item in only(endpoint).call("things", **options):
+                got.append(item)
+
+        task = asyncio.create_task(work())
+        yield peer, (await peer.recv())["id"], task, got, only(endpoint)
+        await asyncio.wait([task])
+
+
+async def test_stream_consumer_grants_what_it_has_consumed() -> None:
+    """Half of the credit at a time, so that a message is for eight items."""
+    async with iterating() as (peer, id, task, got, _):
+        assert await peer.ask(items_of(id, *range(8))) == credit(id, 8)
+        assert await answers(peer, items_of(id, *range(7))) == []
+        assert await peer.ask(items_of(id, 7)) == credit(id, 8)
+        await peer.send([items_of(id, *range(8)), done(id, None)])
+        await task
+        assert got == [*range(8)] * 3
+        assert await answers(peer) == []  # nothing more is granted to what has ended
+
+
+@pytest.mark.parametrize("items", [
+    list(range(16)), None, 5, "abcdef", {"0": 1}, pytest.param([0] * 100_000, id="many")])
+async def test_stream_that_exceeds_its_credit_is_ended(items: Any) -> None:
+    """Or is malformed: it is an error here, and cancelled there; nothing of it is kept."""
+    async with iterating() as (peer, id, task, got, channel):
+        await peer.send([items_of(id, "first"), tell("$/stream", {"id": id, "items": items})])
+        assert flat([await peer.recv()]) == [tell("$/cancelRequest", {"id": id})]
+        with pytest.raises(InternalError, match="not asked for"):
+            await task
+        assert (got, idle(channel)) == (["first"], True)
+        assert await answers(peer, items_of(id, 1), done(id, None)) == []
+
+
+async def test_stream_items_of_nothing_are_ignored() -> None:
+    """Of an unknown id, of one that is no id, or of a call that is no stream."""
+    async with iterating() as (peer, id, task, got, channel):
+        call = asyncio.create_task(channel.call("x"))
+        other = (await peer.recv())["id"]
+        strange: list[Any] = [other, 99, "x", [id], {}, None, True, id + 0.5]
+        for params in [*({"id": of, "items": ["wrong"]} for of in strange), [], None, {}, [id]]:
+            await peer.send(tell("$/stream", params))
+        await peer.send(done(other, "right"))
+        assert (await call).result == "right"
+        await peer.send(done(id, None))
+        await task
+        assert got == []
+
+
+async def test_stream_messages_without_items_do_not_extend_the_wait() -> None:
+    """The timeout is for an item, and a peer cannot put it off with none."""
+    async with iterating(timeout=0.1) as (peer, id, task, _, _):
+        while not task.done():
+            await peer.send(items_of(id))
+            await asyncio.sleep(0.02)
+        with pytest.raises(RequestTimeout):
+            await task
+
+
+async def test_stream_of_a_peer_without_streams_is_an_error() -> None:
+    """One that ignores the addition answers at once; that is not silently dropped."""
+    async with iterating() as (peer, id, task, _, _):
+        await peer.send(done(id, [1, 2]))
+        with pytest.raises(InternalError, match="things is not a stream"):
+            await task
+
+
+async def test_stream_error_comes_after_the_items() -> None:
+    """All that was sent before is given out before it is raised, however fast it came."""
+    async with iterating() as (peer, id, task, got, _):
+        await peer.send([items_of(id, 1, 2), items_of(float(id), 3), failed(id, 5, "broken")])
+        with pytest.raises(RpcError, match="broken") as caught:
+            await task
+        assert (got, caught.value.code) == ([1, 2, 3], 5)
+        assert "things" in str(caught.value.__notes__)
+
+
+@each_side
+@pytest.mark.parametrize(("code", "error", "text"), [
+    (None, InternalError, "Internal error"), (77, RpcError, "no more")])
+async def test_stream_failure_comes_after_the_items(side: int, code: Any, error: Any,
+                                                    text: str) -> None:
+    """Of a generator that raises, on real sockets; the text of the exception stays there."""
+    async with sockets(Streamer()) as ends:
+        got = []
+        with pytest.raises(error, match=text):
+            async for n in ends[side].call("fail", {"n": 37, "code": code}):
+                got.append(n)
+        assert got == list(range(37))
+
+
+async def test_stream_item_that_is_no_json_ends_it(caplog: pytest.LogCaptureFixture) -> None:
+    """As a result that is none; what came before it is received."""
+    async with pair(Streamer()) as (client, channel):
+        got = []
+        with pytest.raises(InternalError):
+            async for item in client.other.not_json():
+                got.append(item)
+        assert got == [1]
+        assert "not_json failed" in caplog.text
+        assert idle(client, channel)
+
+
+# slow ones, on real sockets
+
+
+@each_side
+async def test_stream_slow_consumer_stops_the_producer(side: int) -> None:
+    """It is ahead by no more than the credit, however long it has."""
+    streamer = Streamer()
+    async with sockets(streamer) as ends:
+        consumed = 0
+        async for _ in ends[side].call("count"):
+            consumed += 1
+            if consumed in (1, 8, 9, 24, 25):
+                for _ in range(3):
+                    await ends[side].call("plain")  # a round trip, in which all comes that can
+                assert consumed < streamer.made <= consumed + 16
+            if consumed == 25:
+                break
+        await until(lambda: streamer.closed)
+        assert streamer.made <= 25 + 16
+
+
+@each_side
+async def test_stream_of_much_data_grows_neither_side(side: int) -> None:
+    """32 MB in items of 64 KB, or a gigabyte with FWL_LONG=1, to one who is slow at times."""
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    amount = 16_000 if os.environ.get("FWL_LONG") else 512
+    async with sockets(Streamer()) as ends:
+        end, largest, count, before = ends[side], 0, 0, 0
+        async for _ in end.call("texts", [64_000] * (amount + 100)):
+            count += 1
+            if count == 100:
+                before = resident()
+            if count % 50 == 0:
+                await asyncio.sleep(0.02 if count < 1000 else 0)
+                largest = max(largest, resident())
+        assert count == amount + 100
+        assert largest - before < 5_000_000
+
+
+@each_side
+@pytest.mark.parametrize("how", ["break", "raise", "aclose", "del"])
+async def test_stream_that_is_left_is_closed_in_a_round_trip(side: int, how: str) -> None:
+    """Whichever way the loop is left, the generator's finally has run when a call is answered."""
+    streamer = Streamer()
+    async with sockets(streamer) as ends:
+        items = aiter(ends[side].call("count"))
+        with contextlib.suppress(KeyError):
+            if how in ("aclose", "del"):
+                await anext(items)
+                await (items.aclose() if how == "aclose" else asyncio.sleep(0))
+            else:
+                async for _ in items:
+                    if how == "break":
+                        break
+                    raise KeyError
+        del items
+        await ends[side].call("plain")
+        assert streamer.closed == 1
+        assert idle(*ends)
+
+
+@each_side
+@pytest.mark.parametrize("how", ["cancel", "timeout", "drop"])
+async def test_stream_that_is_waited_for_is_closed_in_a_round_trip(side: int, how: str) -> None:
+    """So has it when the one who waits for an item is cancelled, late, or cut off."""
+    streamer, got = Streamer(), list[int]()
+    async with sockets(streamer) as ends:
+        end, other = ends[side], ends[1 - side]
+
+        async def consume() -> None:
+            async for n in end.other(timeout=0.05 if how == "timeout" else None).stall():
+                got.append(n)
+
+        task = asyncio.create_task(consume())
+        await until(lambda: got)
+        if how == "cancel":
+            task.cancel()
+        elif how == "drop":
+            channel = other.channel if isinstance(other, RpcClient) else other
+            assert channel is not None
+            channel._end(ChannelClosed(1006, "cut"))
+        with pytest.raises((asyncio.CancelledError, RequestTimeout, ChannelClosed)):
+            await task
+        if how == "drop":
+            await until(lambda: streamer.closed and idle(*ends))
+        else:
+            await end.call("plain")
+            assert streamer.closed == 1
+            assert idle(*ends)
+
+
+# time
+
+
+async def test_stream_timeout_is_for_each_item() -> None:
+    """It may last longer in all; and a slow consumer is not one who waits."""
+    class Slow(RpcMethodsBase):
+        async def items(self) -> AsyncIterator[int]:
+            for number in range(6):
+                await asyncio.sleep(0.04)
+                yield number
+
+    async with pair(Slow()) as (client, _):
+        got = []
+        async for n in client.other(timeout=0.12).items():
+            got.append(n)
+            if n == 2:
+                await asyncio.sleep(0.2)
+        assert got == list(range(6))
+
+
+async def test_stream_timeout_is_that_of_the_caller_of_the_method() -> None:
+    """Within a method, nothing is waited for longer than its own caller waits."""
+    class Relay(Streamer):
+        async def relay(self) -> list[int]:
+            return [n async for n in self.channel.call("stall", timeout=None)]
+
+    relay = Relay()
+    async with pair(relay) as ends:
+        with pytest.raises(RequestTimeout):
+            await ends[0].call("relay", timeout=0.03)
+        await until(lambda: relay.closed and idle(*ends))
+
+
+async def test_stream_timeout_that_is_no_number_is_refused() -> None:
+    """As that of a call is."""
+    async with pair(Streamer()) as (client, channel):
+        with pytest.raises(ValueError, match="a timeout is"):
+            await listed(client.call("count", timeout=math.nan))
+        assert idle(client, channel)
+
+
+async def test_stream_deadline_of_a_peer_is_kept() -> None:
+    """A peer that sends "timeout" has the whole of the stream bounded by it."""
+    streamer = Streamer()
+    async with plain(RpcEndpoint(streamer)) as peer:
+        assert await peer.ask(ask(7, "stall", stream=9, timeout=0.03)) == items_of(7, 1)
+        assert await peer.recv() == failed(7, -32000, "Request timed out")
+        await until(lambda: streamer.closed)
+
+
+# its end
+
+
+async def test_stream_counts_as_a_request() -> None:
+    """max_concurrent_requests bounds streams and calls together."""
+    async with pair(Streamer(), max_concurrent_requests=2) as (client, channel):
+        items = [aiter(client.call("count")) for _ in range(3)]
+        assert [await anext(i) for i in items[:2]] == [0, 0]
+        with pytest.raises(Overloaded):
+            await anext(items[2])
+        with pytest.raises(Overloaded):
+            await client.call("plain")
+        await items[0].aclose()
+        await until(lambda: len(channel._running) == 1)
+        await client.call("plain")
+        await items[1].aclose()
+
+
+async def test_stream_that_ignores_its_cancellation_is_ended_at_its_next_item() -> None:
+    """It is answered for at once, nothing of it is sent after that, and its finally runs."""
+    streamer = Streamer()
+    async with plain(RpcEndpoint(streamer)) as peer:
+        assert await peer.ask(ask(7, "stubborn", stream=9)) == items_of(7, 0)
+        assert await answers(peer, tell("$/cancelRequest", {"id": 7})) == [
+            failed(7, -32800, "Request cancelled")]
+        streamer.go.set()
+        await until(lambda: streamer.closed)
+        assert streamer.made == 1
+        assert await answers(peer) == []
+
+
+async def test_stream_sends_nothing_after_its_answer() -> None:
+    """What was yielded in the turn in which it was stopped is dropped."""
+    async with plain(RpcEndpoint(Streamer())) as peer:
+        assert await peer.ask(ask(7, "stopped", stream=9)) == failed(
+            7, -32800, "Request cancelled")
+        assert await answers(peer) == []
+
+
+async def test_stream_that_closes_its_connection_ends() -> None:
+    """It is not cancelled then, as a method is not; but neither does it wait for ever."""
+    streamer, link = Streamer(), Link()
+    async with serve_link(link, RpcEndpoint(streamer)) as channel:
+        link.gate.clear()  # so that closing has to wait, for an answer to be sent
+        link.queues[0].put_nowait(json.dumps([ask(1, "_ping_"), ask(7, "leave", stream=5)]))
+        await until(lambda: any(r.waiter for r in channel._running))
+        assert streamer.closed == 0
+        channel._end(ChannelClosed(1006, "cut"))
+        await until(lambda: streamer.closed and idle(channel))
+        link.gate.set()
+
+
+async def test_stream_of_a_connection_that_drops_gives_what_has_come() -> None:
+    """And then raises ChannelClosed; it is not taken up by the next connection."""
+    async with sockets(Streamer()) as (client, channel):
+        items = aiter(client.call("count"))
+        assert await anext(items) == 0
+        await client.call("plain")
+        channel._end(ChannelClosed(1006, "cut"))
+        await until(lambda: client.channel is not None and client.channel._calls == {})
+        got = []
+        with pytest.raises(ChannelClosed):
+            async for item in items:
+                got.append(item)
+        assert got == list(range(1, 16))
+
+
+async def test_stream_waits_for_a_connection() -> None:
+    """As a call does, up to its timeout."""
+    client = client_of(RpcEndpoint(Streamer()))
+    with pytest.raises(RuntimeError, match="not started"):
+        await listed(client.call("count", [3]))
+    client.start()
+    assert await listed(client.call("count", [3])) == [0, 1, 2]
+    await client.close()
+    with pytest.raises(ChannelClosed):
+        await listed(client.call("count", [3]))
+
+
+@each_side
+@pytest.mark.parametrize("method", ["count", "stall"])
+@pytest.mark.parametrize("how", ["cancel", "cut", "stop"])
+async def test_stream_race_at_every_suspension(side: int, method: str, how: str) -> None:
+    """Cancelled, cut or stopped by the peer after each number of turns: nothing is left."""
+    for turns in range(24):
+        streamer = Streamer()
+        async with pair(streamer) as (client, server):
+            assert client.channel is not None
+            channels = (client.channel, server)
+
+            async def consume(end: RpcChannel = channels[side]) -> None:
+                async for _ in end.call(method, {"pause": True} if method == "count" else None):
+                    pass
+
+            task = asyncio.create_task(consume())
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            if how == "cancel":
+                task.cancel()
+            elif how == "cut":
+                channels[1 - side]._end(ChannelClosed(1006, "cut"))
+            else:
+                await until(lambda: task.done() or channels[1 - side]._running)  # noqa: B023
+                for request in list(channels[1 - side]._running):
+                    channels[1 - side]._stop(request, Cancelled())
+            with pytest.raises((asyncio.CancelledError, ChannelClosed, Cancelled)):
+                await task
+            await until(lambda: idle(*channels))  # noqa: B023
+        assert streamer.closed == (streamer.made > 0) or method == "stall"
 
 
 # ----------------------------------------------------------------------------- describing methods
@@ -8319,7 +9242,7 @@ async def test_browser_that_is_not_answered_connects_again(browser: Browser) -> 
         page = await browser.open(url)
         await page.run(f"""
             const text = (await (await fetch("/ws-lite.js")).text()).replace(
-                /SILENCE = 25, ANSWER = 20, CHECK = 5/, "SILENCE = .05, ANSWER = .5, CHECK = .01");
+                /SILENCE = 25, ANSWER = 20, CHECK = 5/, "SILENCE = .1, ANSWER = .5, CHECK = .01");
             const module = await import(URL.createObjectURL(
                 new Blob([text], {{type: "text/javascript"}})));
             window.ws = module.connect("{uri}");""")
