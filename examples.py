@@ -4,13 +4,13 @@
 # ///
 """What fastapi_ws_lite does, one scenario a function.
 
-    python examples.py              lists the scenarios and runs them all, but bench
+    python examples.py              lists the scenarios and runs them all, but the last two
     python examples.py NAME...      runs those
 
 Each is complete, and fails if what it shows does not happen. ``demo`` is the whole of it: a server
 and two clients, each in a process of its own. ``bench`` measures, for a minute and a half, or with
-``--quick`` for a few seconds. The others run app and client in one process, joined
-by ASGITransport; against a server, leave ``transport`` out.
+``--quick`` for a few seconds. ``dashboard`` serves a page, until Ctrl-C. The others run app and
+client in one process, joined by ASGITransport; against a server, leave ``transport`` out.
 """
 
 import asyncio
@@ -23,7 +23,9 @@ import logging
 import math
 import mmap
 import os
+import random
 import re
+import socket
 import struct
 import subprocess
 import sys
@@ -39,6 +41,7 @@ from typing import Annotated, Any, NamedTuple, Protocol, TypeAlias
 
 import uvicorn
 from fastapi import Depends, FastAPI, Header, WebSocket, WebSocketDisconnect, WebSocketException
+from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, Field
 
 from fastapi_ws_lite import (
@@ -1008,12 +1011,259 @@ def bench(how: str = "") -> None:
         runner.run(run())
 
 
+# ----------------------------------------------------------------------- dashboard: in the browser
+
+PAGE = r"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>Dashboard</title>
+<link rel="icon" href="data:,">
+<style>
+  :root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif;
+    --back: light-dark(#f4f5f8, #0e1116); --card: light-dark(#fff, #171b22);
+    --line: light-dark(#e3e6ec, #272d37); --text: light-dark(#1b2130, #e7eaf0);
+    --soft: light-dark(#667085, #8b95a7); --main: light-dark(#3b5bdb, #7c9aff);
+    --good: light-dark(#12915c, #3ecf8e); --bad: light-dark(#d9480f, #ff8f5a); }
+  * { box-sizing: border-box; margin: 0; }
+  body { background: var(--back); color: var(--text); padding: 2rem clamp(1rem, 4vw, 3rem); }
+  main, header { max-width: 68rem; margin: 0 auto; }
+  header { display: flex; align-items: center; gap: .9rem; margin-bottom: 1.4rem; }
+  h1 { font-size: 1.3rem; font-weight: 650; letter-spacing: -.015em; margin-right: auto; }
+  h2 { font-size: .8rem; font-weight: 600; color: var(--soft); margin-bottom: .6rem; }
+  main { display: grid; grid-template-columns: repeat(4, 1fr); gap: 1rem; }
+  section { background: var(--card); border: 1px solid var(--line); border-radius: 14px;
+    padding: 1rem 1.2rem; min-width: 0; }
+  .tile h2 { margin-bottom: .2rem; } .wide { grid-column: span 4; } .half { grid-column: span 2; }
+  .number { font-size: 1.9rem; font-weight: 600; letter-spacing: -.03em; line-height: 1.2;
+    font-variant-numeric: tabular-nums; }
+  .number small { font-size: .9rem; font-weight: 500; color: var(--soft); letter-spacing: 0; }
+  .pill { display: flex; align-items: center; gap: .5rem; padding: .3rem .8rem; font-size: .85rem;
+    border: 1px solid var(--line); border-radius: 99px; background: var(--card); }
+  .pill::before { content: ""; width: .55rem; height: .55rem; border-radius: 50%;
+    background: var(--bad); transition: background .3s; }
+  .ready .pill::before { background: var(--good); }
+  .number, svg, progress { transition: opacity .4s; }
+  body:not(.ready) :is(.number, svg) { opacity: .35; }
+  svg { display: block; width: 100%; height: 11rem; overflow: visible; }
+  svg path { fill: none; stroke: var(--main); stroke-width: 2; stroke-linejoin: round;
+    vector-effect: non-scaling-stroke; }
+  svg .area { fill: var(--main); stroke: none; opacity: .1; }
+  svg .grid { stroke: var(--line); stroke-width: 1; }
+  .head { display: flex; justify-content: space-between; align-items: baseline; }
+  button, input { font: inherit; color: inherit; border-radius: 9px; padding: .42rem .9rem;
+    border: 1px solid var(--line); background: transparent; min-width: 0; }
+  button { cursor: pointer; font-weight: 550; font-size: .92rem; flex: none; }
+  button:hover { border-color: var(--main); }
+  button.main { background: var(--main); border-color: var(--main); color: var(--card); }
+  button:disabled { opacity: .5; cursor: default; }
+  :focus-visible { outline: 2px solid var(--main); outline-offset: 2px; }
+  .row { display: flex; gap: .6rem; align-items: center; margin-top: .8rem; }
+  progress { appearance: none; width: 100%; height: .5rem; border: 0; display: block;
+    margin: .6rem 0 1.1rem; }
+  progress::-webkit-progress-bar { background: var(--line); border-radius: 99px; }
+  progress::-webkit-progress-value { background: var(--main); border-radius: 99px;
+    transition: inline-size .12s; }
+  progress::-moz-progress-bar { background: var(--main); border-radius: 99px; }
+  .soft { color: var(--soft); font-size: .88rem; } #step { margin-left: auto; }
+  p.soft { margin-top: 1rem; } #text { flex: 1; }
+  #log { height: 9.5rem; overflow-y: auto; scrollbar-width: thin; display: flex;
+    flex-direction: column; gap: .25rem; }
+  #log > :first-child { margin-top: auto; }
+  #log b { font-weight: 600; color: hsl(var(--hue) 55% 50%); margin-right: .5rem; }
+  #log i { color: var(--soft); font-style: normal; font-size: .85rem; text-align: center; }
+  #log p { overflow-wrap: anywhere; }
+  @media (max-width: 46rem) { .half { grid-column: span 4 } .tile { grid-column: span 2 } }
+</style>
+<body>
+<header>
+  <h1>Dashboard</h1>
+  <span class="pill" role="status" id="state">connecting</span>
+  <button id="restart">Restart the server</button>
+</header>
+<main>
+  <section class="tile"><h2>Pages connected</h2><p class="number" id="pages">-</p></section>
+  <section class="tile"><h2>Events delivered</h2><p class="number" id="events">-</p></section>
+  <section class="tile"><h2>Round trip</h2>
+    <p class="number"><span id="trip">-</span> <small>ms</small></p></section>
+  <section class="tile"><h2>Server up for</h2>
+    <p class="number"><span id="up">-</span> <small>s</small></p></section>
+  <section class="wide">
+    <div class="head"><h2>Load, in the last 40 seconds</h2>
+      <p class="number"><span id="load">-</span> <small>%</small></p></div>
+    <svg viewBox="0 0 199 100" preserveAspectRatio="none" role="img" aria-label="load">
+      <path class="grid" d="M0 0H199M0 50H199M0 100H199"/>
+      <path class="area" id="area"/><path id="curve"/></svg>
+  </section>
+  <section class="half">
+    <h2>A call that streams how far it is</h2>
+    <p class="number"><span id="done">0</span> <small>%</small></p>
+    <progress id="bar" value="0" max="80" aria-label="progress"></progress>
+    <div class="row"><button class="main" id="build">Build</button>
+      <button id="stop" disabled>Stop</button><span class="soft" id="step">not running</span></div>
+    <p class="soft">Leaving the loop over the stream ends the generator at the server, where
+      <span id="jobs">0</span> of them run.</p>
+  </section>
+  <section class="half">
+    <h2>Chat between tabs</h2>
+    <div id="log" aria-live="polite"><i>open this page in another tab, too</i></div>
+    <form class="row" id="chat"><input id="name" size="8" aria-label="your name">
+      <input id="text" placeholder="say something" aria-label="message" autocomplete="off">
+      <button>Send</button></form>
+  </section>
+</main>
+<script type="module">
+import { connect } from "/ws-lite.js";
+
+const $ = (id) => document.getElementById(id);
+const show = (texts) => Object.keys(texts).forEach((id) => { $(id).textContent = texts[id]; });
+const loads = Array(200).fill(null); // five a second; null while nothing is known
+let load = null, was, leave = false;
+
+const onGap = () => note("some of it may be missing here");
+const ws = connect("/ws", { maxDelay: 2, onState, onGap });
+
+function onState(state) {
+  document.body.classList.toggle("ready", state === "ready");
+  show({ state: { ready: "live", waiting: "the server is away" }[state] ?? state });
+  if (state === "ready" && was) note("the server is back");
+  if (state === "waiting" && was === "ready") note("the server went away");
+  if (state !== "ready") load = null;
+  if (state !== "connecting") was = state;
+}
+
+ws.subscribe("numbers", ({ load: now, ...others }) => {
+  load = now;
+  show({ load: now.toFixed(1) });
+  for (const id in others) show({ [id]: others[id].toLocaleString() });
+});
+setInterval(() => {
+  loads.push(load);
+  loads.shift();
+  const runs = [[]]; // of neighbours that are known
+  loads.forEach((y, x) => (y === null ? runs.push([]) : runs.at(-1).push(`${x} ${100 - y}`)));
+  const lines = runs.filter((run) => run.length > 1).map((run) => "M" + run.join("L"));
+  $("curve").setAttribute("d", lines.join(""));
+  $("area").setAttribute("d", lines.map((line) => {
+    const [from, to] = [line.slice(1).split(" ")[0], line.split("L").at(-1).split(" ")[0]];
+    return `${line}L${to} 100L${from} 100Z`;
+  }).join(""));
+}, 200);
+setInterval(async () => {
+  if (ws.state !== "ready") return;
+  const began = performance.now();
+  await ws.call("_ping_").catch(() => {});
+  show({ trip: (performance.now() - began).toFixed(1) });
+}, 1000);
+
+$("build").onclick = async () => {
+  [$("build").disabled, $("stop").disabled, $("bar").value, leave] = [true, false, 0, false];
+  try {
+    for await (const { done, what } of ws.stream("build", { steps: 80 })) {
+      $("bar").value = done;
+      show({ step: what, done: Math.round(done / 0.8) });
+      if (leave) break;
+    }
+    show({ step: leave ? "stopped" : "done" });
+  } catch (error) { show({ step: error.message }); }
+  [$("build").disabled, $("stop").disabled] = [false, true];
+};
+$("stop").onclick = () => { leave = true; };
+$("restart").onclick = () => ws.notify("restart");
+
+function add(...nodes) {
+  const line = document.createElement(nodes.length > 1 ? "p" : "i");
+  line.append(...nodes);
+  $("log").append(line);
+  while ($("log").childElementCount > 200) $("log").firstElementChild.remove();
+  $("log").scrollTop = $("log").scrollHeight;
+}
+const note = (text) => add(`${new Date().toLocaleTimeString()} · ${text}`);
+ws.subscribe("chat", ({ name, text }) => {
+  const from = Object.assign(document.createElement("b"), { textContent: name });
+  const hue = [...name].reduce((sum, char) => (sum * 31 + char.codePointAt(0)) % 360, 7);
+  from.style.setProperty("--hue", hue);
+  add(from, text);
+});
+$("name").value = localStorage.name ??= "guest " + Math.ceil(Math.random() * 99);
+$("name").onchange = () => { localStorage.name = $("name").value; };
+$("chat").onsubmit = (event) => {
+  event.preventDefault();
+  const said = { name: $("name").value, text: $("text").value };
+  if (said.text) ws.publish("chat", said, { includeSelf: true }).catch((e) => note(e.message));
+  $("text").value = "";
+};
+</script>
+"""
+
+
+class Dashboard(RpcMethodsBase):
+    """What its pages call."""
+
+    def __init__(self) -> None:
+        self.jobs, self.restarting = 0, False
+
+    async def build(self, steps: int) -> AsyncIterator[dict[str, Any]]:
+        """Long work, which tells how far it is; it ends where a page leaves its loop."""
+        self.jobs += 1
+        try:
+            for step in range(steps):
+                await asyncio.sleep(random.uniform(0.01, 0.09))
+                what = ("compiling", "linking", "testing", "packing")[4 * step // steps]
+                yield {"done": step + 1, "what": what}
+        finally:
+            self.jobs -= 1
+
+    async def restart(self) -> None:
+        self.restarting = True
+
+
+async def dashboard_server(listener: socket.socket) -> bool:
+    """Serve until someone wants to restart it, or to end it; returns whether to restart."""
+    app, work = FastAPI(), Dashboard()
+    endpoint = PubSubEndpoint(work)
+    endpoint.register_route(app, "/ws", browser_client="/ws-lite.js")
+
+    @app.get("/", response_class=HTMLResponse)
+    async def page() -> str:
+        return PAGE
+
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+    task = asyncio.create_task(server.serve([listener]))
+    load, began = 50.0, time.monotonic()
+    while not task.done() and not work.restarting:
+        load = min(100, max(0, load + random.uniform(-6, 6) + (50 - load) / 25))
+        stats = endpoint.stats()
+        endpoint.publish("numbers", {
+            "load": load, "pages": stats["channels"], "events": stats["events_delivered"],
+            "jobs": work.jobs, "up": int(time.monotonic() - began)})
+        await asyncio.wait([task], timeout=0.2)
+    await endpoint.close()
+    server.should_exit = True
+    await task
+    return work.restarting
+
+
+def dashboard(port: int = 0) -> None:
+    """A page in a browser: live numbers, progress, a chat; it survives a restart of the server."""
+    shown = False
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            with socket.create_server(("127.0.0.1", port)) as listener:
+                if port != listener.getsockname()[1] or not shown:
+                    port, shown = listener.getsockname()[1], True
+                    print(f"http://127.0.0.1:{port}/ shows it, until Ctrl-C", flush=True)
+                if not asyncio.run(dashboard_server(listener)):
+                    return
+            time.sleep(2)  # long enough to see that it is away
+
+
 SCENARIOS: dict[str, Callable[[], Any]] = {
     function.__name__: function
     for function in (demo, calls, both_ways, validation, errors, typed, streams, events,
                      events_in_process, authorisation, reconnecting, without_a_loop)
 }
-ALL = SCENARIOS | {"bench": bench}  # which takes long, so it runs when it is named
+ALL = SCENARIOS | {"bench": bench, "dashboard": dashboard}  # which run when they are named
 
 
 def run(name: str) -> None:
@@ -1036,6 +1286,8 @@ def main(arguments: list[str]) -> int:
                 runner.run(bench_server(name))
         case ["bench", how] if how in SCALES:
             bench(how)
+        case ["dashboard", port] if port.isdigit():
+            dashboard(int(port))
         case _ if unknown := [name for name in arguments if name not in ALL]:
             print(f"unknown: {', '.join(unknown)}; there are: {', '.join(ALL)}")
             return 2

@@ -67,7 +67,7 @@ from typing import TypedDict, TypeVar, Unpack, cast
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import anyio.to_thread
-from fastapi import APIRouter, FastAPI, WebSocket
+from fastapi import APIRouter, FastAPI, Request, Response, WebSocket
 from fastapi.params import Depends
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from pydantic.errors import PydanticInvalidForJsonSchema, PydanticUndefinedAnnotation
@@ -3374,8 +3374,14 @@ class RpcEndpoint(_Side):
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def register_route(self, app_or_router: FastAPI | APIRouter, path: str, *,
-                       dependencies: Sequence[Depends] | None = None) -> None:
-        """Add a WebSocket route; the ``dependencies`` run before a connection is accepted."""
+                       dependencies: Sequence[Depends] | None = None,
+                       browser_client: str | None = None) -> None:
+        """Add a WebSocket route; the ``dependencies`` run before a connection is accepted.
+
+        At the path ``browser_client``, pages find an ES module that connects to it.
+        """
+        if browser_client is not None:
+            app_or_router.add_api_route(browser_client, _browser_client, include_in_schema=False)
 
         @app_or_router.websocket(path, dependencies=dependencies)
         async def route(websocket: WebSocket) -> None:
@@ -4554,6 +4560,312 @@ def connect(server_uri: str, methods: RpcMethodsBase | None = None,
             yield remote
         finally:
             remote._close()
+
+
+# -------------------------------------------------------------------------------- browser client
+# What a page imports. It speaks JSON-RPC with the additions, and holds no queue: callbacks are
+# called as events arrive, so that its position is what it has received.
+
+
+async def _browser_client(request: Request) -> Response:
+    tag = f'"{hashlib.sha256(_BROWSER_CLIENT.encode()).hexdigest()[:16]}"'
+    headers = {"ETag": tag, "Cache-Control": "no-cache"}  # which is: ask whether it has changed
+    if tag in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers=headers)
+    return Response(_BROWSER_CLIENT, headers=headers, media_type="text/javascript")
+
+
+_BROWSER_CLIENT: Final = r"""// The client of fastapi_ws_lite for browsers, Node 22+ and Deno.
+
+/** What a call rejects with; thrown in an exposed function, it is what the server sees. */
+export class RpcError extends Error {
+  /** @param {number} code @param {string} message @param {any} [data] a JSON value */
+  constructor(code, message, data) { super(message); this.code = code; this.data = data; }
+}
+/** The connection is gone, `code` is that of its close; whether a call ran is not known. */
+export class ClosedError extends RpcError {}
+export const ALL_TOPICS = "__EventNotifier_ALL_TOPICS__";
+const SILENCE = 25, ANSWER = 20, CHECK = 5; // seconds; of pings, as browsers send none
+/**
+ * @typedef {string | (() => string | Promise<string>)} Text a function is asked at each connection
+ * @typedef {{since: string | null, position: string, reason: string}} Gap
+ * @typedef {{topic: string, data: any, position: string}} Event
+ * @typedef {{timeout?: number | null, signal?: AbortSignal}} More a timeout of null is none
+ * @typedef {"connecting" | "ready" | "waiting" | "closed"} State
+ * @typedef {{token?: Text, protocols?: string[], timeout?: number | null, firstDelay?: number,
+ *   maxDelay?: number, onGap?: (gap: Gap) => any, onState?: (state: State, why?: Error) => any
+ * }} Options times are in seconds; the token goes as the subprotocol "bearer.<base64url>"
+ */
+const base64url = (text) => btoa(String.fromCharCode(...new TextEncoder().encode(text)))
+  .replace(/[+/=]/g, (c) => ({ "+": "-", "/": "_" })[c] ?? "");
+const glob = (pattern) => new RegExp(`^${pattern.replace(/\[(!|(?!!))([^][^\]]*)\]|[^]/gu,
+  (all, not, set) => (set ? `[${not && "^"}${set.replace(/[\\\]^[]/g, "\\$&")}]` // as in fnmatch
+    : { "*": ".*", "?": "." }[all] ?? all.replace(/[\\^$.|+(){}[\]/]/, "\\$&")))}$`, "su");
+const offset = (position) => parseInt(position ?? "-1"); // its place in its log
+const valueOf = (text) => (typeof text === "function" ? text() : text);
+const guarded = (callback, ...args) => // an error of a callback is no reason to stop
+  new Promise((done) => done(callback?.(...args))).catch((error) => console.error(error));
+const reachable = (url) => fetch(url.replace(/^ws/, "http"), { mode: "no-cors" })
+  .then((answer) => answer.status < 500, () => false);
+
+/** Connect, and stay connected. @param {Text} url @param {Options} options */
+export function connect(url = "/ws", options = {}) {
+  const { token, timeout: patience = 60, protocols = [], firstDelay = 0.1, maxDelay = 30 }
+    = options;
+  const me = crypto.getRandomValues(new Uint32Array(4)).join("-"); // own events do not come back
+  const calls = new Map(), running = new Map(), subs = new Set();
+  const exposed = new Map([["_ping_", () => "pong"], ["_get_channel_id_", () => me]]);
+  let state = "connecting", why, socket = null, position = null, lastId = 0, heard = 0;
+  let drop = (code, reason) => {}, wake = () => {};
+
+  const become = (next, error) => guarded(options.onState, state = next, why = error);
+  function post(message) {
+    const text = JSON.stringify({ jsonrpc: "2.0", ...message });
+    if (text.length > 2 ** 22 && new Blob([text]).size > 2 ** 24) // what uvicorn takes
+      throw new RpcError(-32003, "Message too large");
+    if (socket?.readyState === 1) socket.send(text);
+  }
+  function request(method, params, { timeout = patience, signal, now, stream, ...on } = {}) {
+    const id = ++lastId, due = timeout === null ? Infinity : Date.now() + timeout * 1000;
+    return new Promise((resolve, reject) => {
+      const settle = (error, result) => {
+        if (!calls.delete(id)) return;
+        clearTimeout(call.timer);
+        signal?.removeEventListener("abort", stop);
+        if (!error) on.result?.(result); // now, as the next message may be an event
+        error ? reject(error) : resolve(result);
+      };
+      const stop = () => {
+        if (call.sent) post({ method: "$/cancelRequest", params: { id } });
+        settle(signal?.aborted ? signal.reason : new RpcError(-32000, "Request timed out"));
+      };
+      const send = () => {
+        const left = timeout === null ? undefined : Math.max(0, due - Date.now()) / 1000;
+        call.sent = true;
+        try { post({ method, params, timeout: left, stream, id }); } catch (e) { settle(e); }
+      };
+      const call = { settle, send, sent: false, timer: 0, items: on.items };
+      calls.set(id, call);
+      if (state === "closed" || signal?.aborted) return settle(signal?.reason ?? why);
+      signal?.addEventListener("abort", stop);
+      if (due < Date.now() + 2e9) call.timer = setTimeout(stop, due - Date.now()); // at most
+      if (state === "ready" || now) send(); // else when there is a connection
+    });
+  }
+  async function* stream(method, params, { timeout = null } = {}) {
+    const got = [], leave = new AbortController();
+    let id, taken = 0, ended, woken;
+    const items = (from, some) => { id = from; got.push(...some); woken?.(); };
+    const end = (error) => { ended = { error }; woken?.(); };
+    request(method, params, { timeout, signal: leave.signal, stream: 16, items })
+      .then(() => end(), end);
+    try {
+      while (got.length || !ended) {
+        if (!got.length) { await new Promise((done) => { woken = done; }); continue; }
+        if (++taken % 8 === 0 && !ended) post({ method: "$/credit", params: { id, n: 8 } });
+        yield got.shift();
+      }
+      if (ended.error) throw ended.error;
+    } finally { leave.abort(); } // cancels the request, unless it has ended
+  }
+  async function serve({ id, method, params = {} }) {
+    const leave = new AbortController(); // by which the function learns that it is cancelled
+    const stop = (error) => { fail(error); leave.abort(error); };
+    const fail = ({ code, message, data }) => answer({ error: { code, message, data } });
+    const answer = (outcome) => {
+      if (running.get(id) !== stop) return; // another connection may have this id, too
+      post({ ...outcome, id });
+      running.delete(id);
+    };
+    if (id !== undefined) running.set(id, stop);
+    try {
+      if (!exposed.has(method)) throw new RpcError(-32601, "Method not found");
+      const args = Array.isArray(params) ? params : [params, leave.signal];
+      answer({ result: (await exposed.get(method)(...args)) ?? null });
+    } catch (error) {
+      if (!(error instanceof RpcError)) console.error(method, error);
+      fail(error instanceof RpcError ? error : new RpcError(-32603, "Internal error"));
+    }
+  }
+  const told = { // by the server, and not answered
+    notify({ topic, data, position: at }) {
+      position = at;
+      for (const sub of [...subs])
+        if (subs.has(sub) && sub.matches(topic) && !(offset(at) <= sub.place)) {
+          sub.place = offset(at);
+          guarded(sub.callback, data, topic, { topic, data, position: at });
+        }
+    },
+    gap(gap, whom = gap.reason === "log" ? subs : []) { // places in another log mean nothing
+      guarded(options.onGap, { since: position, ...gap });
+      position = gap.position;
+      for (const sub of whom) sub.place = offset(position);
+    },
+    position(moved) { position = moved.position; },
+    "$/stream": ({ id, items }) => calls.get(id)?.items?.(id, items),
+    "$/cancelRequest": ({ id }) => running.get(id)?.(new RpcError(-32800, "Request cancelled")),
+  };
+  function receive(message) {
+    const { id, method, params, error, result } = message;
+    if (method === undefined)
+      calls.get(id)?.settle(error && new RpcError(error.code, error.message, error.data), result);
+    else if (Object.hasOwn(told, method)) told[method](params);
+    else serve(message);
+  }
+
+  const named = (all, pattern) =>
+    [...new Set([...all].filter((sub) => sub.pattern === pattern).flatMap((sub) => sub.topics))];
+  function ask() { // for what this connection was not asked for; from where it was, if it was known
+    const mine = socket, news = [...subs].filter((sub) => sub.asked !== mine);
+    if (mine?.readyState !== 1) return;
+    const from = (sub) => (sub.known ? position : sub.since);
+    for (const since of new Set(news.map(from))) {
+      const whom = news.filter((sub) => from(sub) === since);
+      const params = { topics: named(whom, false), patterns: named(whom, true), since };
+      const result = ({ position: at, recovered }) => {
+        if (recovered === false) told.gap({ since, position: at, reason: "history" }, whom);
+        else if (since !== undefined && offset(since) < offset(position)) position = since;
+        position ??= at; // a later answer is ahead, perhaps, of what has been received
+        for (const sub of whom) {
+          if (!sub.known) sub.place = offset(at); // nothing older is for it
+          sub.confirm(sub.known = true);
+        }
+      };
+      for (const sub of whom) sub.asked = mine;
+      request("subscribe", { ...params, subscriber_id: me }, { now: true, result }).catch((e) => {
+        if (mine !== socket) return;
+        if (e.code === -32000 || e.code === -32002) return drop(1006, e.message); // better later
+        const refused = whom.filter((sub) => sub.topics.some((t) => e.data?.topics?.includes(t)));
+        for (const sub of refused.length ? refused : whom) end(sub, e);
+        console.warn("subscribe:", e.message, e.data);
+        for (const sub of whom) sub.asked = null;
+        ask();
+      });
+    }
+  }
+  function end(sub, error) {
+    if (!subs.delete(sub)) return;
+    sub.refuse(error);
+    const others = named(subs, sub.pattern), left = sub.topics.filter((t) => !others.includes(t));
+    const params = { [sub.pattern ? "patterns" : "topics"]: left };
+    if (socket && sub.asked === socket)
+      request("unsubscribe", params, { now: true }).catch(() => {});
+  }
+
+  async function connection() { // one of them, and how it has ended
+    const secret = await valueOf(token), bearer = secret ? [`bearer.${base64url(secret)}`] : [];
+    const { href } = new URL(await valueOf(url), globalThis.location?.href);
+    if (state === "closed") return {};
+    const offered = ["ws-lite.1", ...protocols, ...bearer];
+    const mine = socket = new WebSocket(href.replace(/^http/, "ws"), offered);
+    return new Promise((resolve) => {
+      let opened = false, readyAt = Infinity, timer;
+      const ping = () => request("_ping_", {}, { now: true, timeout: ANSWER }).catch((error) => {
+        if (error.code === -32000) drop(1006, "no answer");
+      });
+      drop = (code, reason) => {
+        const error = new ClosedError(code, `the connection is closed: ${code} ${reason}`.trim());
+        socket = mine.onopen = mine.onmessage = mine.onclose = mine.onerror = null;
+        drop = () => {};
+        mine.close();
+        clearInterval(timer);
+        for (const stop of [...running.values()]) stop(error);
+        for (const call of [...calls.values()]) if (call.sent) call.settle(error);
+        resolve({ code, error, opened, href, seconds: (Date.now() - readyAt) / 1000 });
+      };
+      mine.onclose = ({ code, reason }) => drop(code, reason);
+      mine.onerror = () => opened || drop(1006, ""); // after which Node 20 tells no close
+      mine.onmessage = ({ data }) => {
+        heard = Date.now();
+        for (const message of [JSON.parse(data)].flat()) receive(message);
+      };
+      mine.onopen = async () => {
+        [opened, heard] = [true, Date.now()];
+        timer = setInterval(() => {
+          if (Date.now() - heard > SILENCE * 1000) ping(heard = Date.now());
+        }, CHECK * 1000);
+        ask();
+        await ping(); // a server that accepts only to close was never ready
+        if (socket !== mine) return;
+        readyAt = Date.now();
+        become("ready");
+        for (const call of calls.values()) if (!call.sent) call.send();
+      };
+    });
+  }
+  async function run() {
+    for (let failures = 0, refusals = 0, wasReady = false; state !== "closed"; failures++) {
+      become("connecting");
+      const how = await connection().catch((error) => ({ error })); // no token now, perhaps
+      if (how.seconds >= 1) failures = 0;
+      if (how.seconds >= 0) wasReady = true;
+      const early = !wasReady && state !== "closed" && how.opened === false; // why, is not told
+      const refused = how.code === 1008 || (early && await reachable(how.href));
+      if (state === "closed") return;
+      refusals = refused && !wasReady ? refusals + 1 : 0;
+      if (refusals === 2) return finish(how.error); // the second one with a fresh token
+      const restarts = failures === 0 && (how.code === 1001 || how.code === 1012);
+      const most = restarts ? 2 : Math.min(maxDelay, firstDelay * 2 ** failures);
+      become("waiting", how.error);
+      await new Promise((done) => {
+        const timer = setTimeout(done, Math.random() * most * 1000);
+        wake = () => { clearTimeout(timer); done(); };
+      });
+    }
+  }
+  function finish(error) {
+    if (state === "closed") return;
+    become("closed", error);
+    drop(1000, "");
+    for (const sub of [...subs]) end(sub, error);
+    for (const call of [...calls.values()]) call.settle(error);
+    wake();
+  }
+
+  queueMicrotask(run);
+  return {
+    /** @returns {State} */
+    get state() { return state; },
+    /** Call a method; params by name, or an array. @param {string} method @param {object} [params]
+     * @param {More} [more] @returns {Promise<any>} */
+    call: (method, params, more) => request(method, params, more),
+    /** Iterate over what a method yields; leaving the loop cancels it. */
+    stream,
+    /** Call, and wait for no answer. @param {string} method @param {object} [params] */
+    notify(method, params) {
+      if (state !== "ready") throw new ClosedError(1006, "there is no connection now");
+      post({ method, params });
+    },
+    /** Let the server call these. @param {Record<string, (...args: any[]) => any>} methods */
+    expose(methods) {
+      for (const [name, method] of Object.entries(methods)) exposed.set(name, method.bind(methods));
+    },
+    /** Subscribe, now and at each connection. @param {string | string[]} topics
+     * @param {(data: any, topic: string, event: Event) => any} callback
+     * @param {{pattern?: boolean, since?: string}} [how] as in fnmatch; from a stored position */
+    subscribe(topics, callback, { pattern = false, since } = {}) {
+      const list = [topics].flat(), globs = pattern ? list.map(glob) : [];
+      const sub = { topics: list, pattern, since, callback, known: false, place: -1 };
+      sub.matches = pattern ? (topic) => globs.some((glob) => glob.test(topic))
+        : (topic) => list.includes(topic) || list.includes(ALL_TOPICS);
+      const confirmed = new Promise((...both) => { [sub.confirm, sub.refuse] = both; });
+      confirmed.catch(() => {}); // it need not be looked at
+      subs.add(sub);
+      queueMicrotask(() => (state === "closed" ? end(sub, why) : ask()));
+      const cancel = () => end(sub, new ClosedError(1000, "cancelled"));
+      return { topics: list, confirmed, cancel };
+    },
+    /** Publish. @param {string | string[]} topics @param {any} data
+     * @param {{includeSelf?: boolean}} [how] whether one's own subscriptions hear it */
+    publish(topics, data, { includeSelf = false } = {}) {
+      const notifier_id = includeSelf ? `${me}!` : me;
+      return request("publish", { topics: [topics].flat(), data, notifier_id });
+    },
+    /** End the connection, for good. */
+    close: () => finish(new ClosedError(1000, "the client is closed")),
+  };
+}
+"""
 
 
 # ----------------------------------------------------------------------------------- command line

@@ -23,6 +23,7 @@ import random
 import re
 import runpy
 import shlex
+import shutil
 import signal
 import socket
 import ssl
@@ -33,6 +34,7 @@ import threading
 import time
 import tomllib
 import types
+import urllib.error
 import urllib.request
 import weakref
 import zipfile
@@ -52,6 +54,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from pydantic import BaseModel, Field
 from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import core_schema
+from starlette.responses import HTMLResponse
 from starlette.types import Message, Receive, Scope, Send
 from uvicorn.config import WSProtocolType
 
@@ -8854,3 +8857,599 @@ async def test_command_in_the_readme_prints_what_it_says(
     async with serving(namespace["app"]) as url:
         await command(*shlex.split(typed.replace("ws://localhost:8000", url)))
     assert "".join(capsys.readouterr()) == printed
+
+
+# --------------------------------------------------------------------------------- browser client
+# In Debian's Chromium, driven by its DevTools protocol; one process for all tests, and a browser
+# context, as if it were a profile, for each of them.
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
+                None)
+CHROMIUM_OPTIONS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
+                    "--no-first-run", "--disable-background-networking",
+                    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+                    "--remote-debugging-port=0", "--window-size=1200,900")
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address at which Chromium is told what to do."""
+    if CHROMIUM is None:
+        (pytest.fail if os.environ.get("REQUIRE_BROKERS") else pytest.skip)("there is no Chromium")
+    home = tmp_path_factory.mktemp("chromium")
+    port = home / "DevToolsActivePort"
+    command = [str(CHROMIUM), *CHROMIUM_OPTIONS, f"--user-data-dir={home}"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            deadline = time.monotonic() + 30
+            while not (port.exists() and port.read_text().count("\n")):
+                assert process.poll() is None and time.monotonic() < deadline, "it does not start"
+                time.sleep(0.02)
+            number, path = port.read_text().split()
+            yield f"ws://127.0.0.1:{number}{path}"
+        finally:
+            process.terminate()
+
+
+class Browser:
+    """A connection to Chromium."""
+
+    def __init__(self, connection: Any) -> None:
+        self.connection, self.ids = connection, itertools.count(1)
+        self.pages: dict[str, Page] = {}
+        self.answers: dict[int, asyncio.Future[Any]] = {}
+
+    async def send(self, method: str, session: str | None = None, **params: Any) -> Any:
+        id = next(self.ids)
+        self.answers[id] = asyncio.get_running_loop().create_future()
+        message = {"id": id, "method": method, "params": params}
+        where = {"sessionId": session} if session else {}
+        await self.connection.send(json.dumps(message | where))
+        answer = await asyncio.wait_for(self.answers[id], 15)
+        del self.answers[id]
+        assert "error" not in answer, answer["error"]
+        return answer["result"]
+
+    async def read(self) -> None:
+        async for text in self.connection:
+            message = json.loads(text)
+            if future := self.answers.get(message.get("id")):
+                future.set_result(message)
+            elif page := self.pages.get(message.get("sessionId")):
+                page.see(message["method"], message["params"])
+
+    async def open(self, url: str, **preferences: str) -> "Page":
+        """A page that shows this address, with `connect` of the client in its global scope."""
+        context = await self.send("Target.createBrowserContext")
+        target = await self.send("Target.createTarget", url="about:blank", **context)
+        session = (await self.send("Target.attachToTarget", flatten=True, **target))["sessionId"]
+        page = self.pages[session] = Page(self, session)
+        for domain in ("Runtime", "Log", "Page"):
+            await page.send(f"{domain}.enable")
+        await page.send("Page.navigate", url=url.replace("ws:", "http:"))
+        await until(lambda: page.loaded)
+        return page
+
+
+class Page:
+    """One page, and what went wrong in it."""
+
+    def __init__(self, browser: Browser, session: str) -> None:
+        self.send = functools.partial(browser.send, session=session)
+        self.loaded, self.errors = False, list[str]()
+
+    def see(self, method: str, params: Any) -> None:
+        if method == "Page.loadEventFired":
+            self.loaded = True
+        elif method == "Runtime.exceptionThrown":
+            self.errors.append(str(params["exceptionDetails"]))
+        elif method == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning"):
+            self.errors.append(str(params["args"]))
+        elif method == "Log.entryAdded" and params["entry"]["level"] == "error":
+            self.errors.append(params["entry"]["text"])
+
+    async def run(self, code: str) -> Any:
+        """What the body of an async function returns; raises AssertionError if that throws."""
+        answer = await self.send("Runtime.evaluate", expression=f"(async () => {{{code}}})()",
+                                 awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
+        return answer["result"].get("value")
+
+    async def until(self, condition: str) -> None:
+        """Wait for what is an expression there."""
+        await self.run(f"""for (const end = Date.now() + 1e4; !({condition}); ) {{
+            if (Date.now() > end) throw new Error("it did not happen: " + {json.dumps(condition)});
+            await new Promise((done) => setTimeout(done, 5)); }}""")
+
+
+@pytest.fixture
+async def browser(chromium: str) -> AsyncIterator[Browser]:
+    from websockets.asyncio.client import connect
+
+    async with connect(chromium, max_size=None) as connection:
+        browser = Browser(connection)
+        reader = asyncio.create_task(browser.read())
+        yield browser
+        for context in (await browser.send("Target.getBrowserContexts"))["browserContextIds"]:
+            await browser.send("Target.disposeBrowserContext", browserContextId=context)
+    await reader
+
+
+def page_app(endpoint: RpcEndpoint) -> FastAPI:
+    """The endpoint with its client, and a page that imports it."""
+    app = FastAPI()
+    endpoint.register_route(app, "/ws", browser_client="/ws-lite.js")
+
+    @app.get("/", response_class=HTMLResponse)
+    async def index() -> str:
+        return """<!doctype html><title>test</title><link rel="icon" href="data:,">
+            <script type="module">
+                import * as client from "/ws-lite.js"; Object.assign(window, client);
+            </script>"""
+
+    return app
+
+
+def fetched(url: str, **headers: str) -> tuple[int, Any, str]:
+    request = urllib.request.Request(url.replace("ws:", "http:"), headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=10) as response:
+            return response.status, response.headers, response.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.headers, ""
+
+
+async def test_browser_client_is_served_and_revalidated() -> None:
+    """As a module that a browser asks about again; routers put their prefix before it."""
+    app, router = page_app(RpcEndpoint()), APIRouter(prefix="/api")
+    RpcEndpoint().register_route(router, "/ws", browser_client="/ws-lite.js")
+    app.include_router(router)
+    async with serving(app) as url:
+        status, headers, text = await asyncio.to_thread(fetched, f"{url}/ws-lite.js")
+        assert (status, text) == (200, lib._BROWSER_CLIENT)
+        assert headers["content-type"].startswith("text/javascript")
+        assert headers["cache-control"] == "no-cache"
+        for path, tag, expected in (("/api", "", 200), ("", headers["etag"], 304),
+                                    ("", f"W/{headers['etag']}", 304), ("", '"0"', 200)):
+            again = await asyncio.to_thread(fetched, f"{url}{path}/ws-lite.js",
+                                            **{"If-None-Match": tag})
+            assert again[0] == expected
+        assert not [path for path in app.openapi()["paths"] if "lite" in path]
+
+
+async def test_browser_and_server_call_each_other(browser: Browser) -> None:
+    """By name and by position, with errors, cancelled and timed out, in both directions."""
+    endpoint = RpcEndpoint(Worker())
+    async with serving(page_app(endpoint)) as url:
+        page = await browser.open(url)
+        assert await page.run("""
+            window.ws = connect("/ws", {onState: (state) => (window.states ??= []).push(state)});
+            window.told = new Promise((done) => ws.expose({
+                ask: async ({question}) => question + " yes",
+                sum: (...numbers) => numbers.reduce((a, b) => a + b),
+                refuse() { throw new RpcError(7, "no", {why: [1]}); },
+                fail() { null.secret; },
+                nothing() {},
+                tell: done,
+                hold: (_, signal) => new Promise((done) =>
+                    signal.addEventListener("abort", () => { window.aborted = true; done(); })),
+            }));
+            return [await ws.call("add", {a: 1, b: 2}), await ws.call("add", [3, 4])];
+        """) == [3, 7]
+        channel = only(endpoint)
+        assert (await channel.call("ask", {"question": "so?"})).result == "so? yes"
+        assert (await channel.call("sum", [1, 2, 3])).result == 6
+        assert (await channel.call("nothing")).result is None
+        assert (await channel.call("_ping_")).result == "pong"
+        for method, code, message, data in (
+                ("refuse", 7, "no", {"why": [1]}), ("fail", -32603, "Internal error", None),
+                ("toString", -32601, "Method not found", None)):
+            with pytest.raises(RpcError) as caught:
+                await channel.call(method)
+            assert (caught.value.code, caught.value.message, caught.value.data) == (
+                code, message, data)
+        channel.notify("tell", {"line": "x"})
+        assert await page.run("return await told") == {"line": "x"}
+        with pytest.raises(RequestTimeout):
+            await channel.call("hold", timeout=0.05)
+        await page.until("window.aborted")
+        assert await page.run("""
+            const tried = (method, params, more) => ws.call(method, params, more).catch(
+                (e) => [e instanceof RpcError, e.code, e.message, e.data ?? null]);
+            const leaving = new AbortController();
+            setTimeout(() => leaving.abort(), 50);
+            return [await tried("fail_with", {code: 5, message: "m", data: [1]}),
+                    await tried("nope"), await tried("hold", {}, {timeout: 0.05}),
+                    await tried("echo", ["x".repeat(2 ** 24)]),
+                    await ws.call("hold", {}, {signal: leaving.signal}).catch((e) => e.name),
+                    await ws.call("hold", {}, {signal: leaving.signal}).catch((e) => e.name),
+                    await ws.call("echo", [null])]
+        """) == [[True, 5, "m", [1]], [True, -32601, "Method not found", None],
+                 [True, -32000, "Request timed out", None],
+                 [True, -32003, "Message too large", None], "AbortError", "AbortError", None]
+        await until(lambda: not channel._running)
+        await page.run("ws.close(); await ws.call('add').catch((e) => e)")
+        assert await page.run("return [states, ws.state]") == [
+            ["connecting", "ready", "closed"], "closed"]
+        assert [error for error in page.errors if "secret" not in error] == []
+        await until(lambda: not endpoint.channels)
+
+
+async def test_browser_pages_publish_to_each_other(browser: Browser) -> None:
+    """Topics and patterns; one's own event comes back only if asked for."""
+    endpoint = PubSubEndpoint()
+    async with serving(page_app(endpoint)) as url:
+        ann, bob = [await browser.open(url) for _ in range(2)]
+        for page in (ann, bob):
+            await page.run("""
+                window.ws = connect();
+                window.got = [];
+                window.news = ws.subscribe("news", (data, topic) => got.push([topic, data]));
+                window.orders = ws.subscribe(["orders.*", "?x"], (data, topic, event) =>
+                    got.push([event.topic, event.data, typeof event.position]), {pattern: true});
+                await news.confirmed; await orders.confirmed;""")
+        await ann.run("await ws.publish('news', {n: 1}); await ws.publish(['orders.7', 'xx'], 2)")
+        await ann.run("await ws.publish(['news', 'other'], 3, {includeSelf: true})")
+        await bob.until("got.length === 4")
+        assert await bob.run("return got") == [
+            ["news", {"n": 1}], ["orders.7", 2, "string"], ["xx", 2, "string"], ["news", 3]]
+        await ann.until("got.length === 1")
+        await ann.run("news.cancel(); orders.cancel(); await ws.call('_ping_')")
+        assert endpoint.stats()["subscriptions"] == 3
+        await bob.run("got.length = 0; news.cancel(); await ws.call('_ping_')")
+        endpoint.publish(["news", "orders.8"], 4)
+        await bob.until("got.length === 1")
+        assert await bob.run("return got[0][0]") == "orders.8"
+        assert ann.errors == bob.errors == []
+
+
+async def test_browser_comes_back_after_a_restart(browser: Browser) -> None:
+    """It subscribes again; what is called meanwhile waits, what was under way is rejected."""
+    endpoint = PubSubEndpoint(Worker())
+    async with serving(page_app(endpoint)) as url:
+        page = await browser.open(url)
+        await page.run("""
+            window.states = []; window.got = []; window.gaps = [];
+            window.ws = connect("/ws", {maxDelay: 0.1, onState: (state) => states.push(state),
+                                        onGap: (gap) => gaps.push(gap)});
+            await ws.subscribe("news", (data) => got.push(data)).confirmed;
+            window.lost = ws.call("hold").catch((e) => [e instanceof ClosedError, e.code]);""")
+        await until(lambda: only(endpoint)._running)
+        await only(endpoint).close(1011, "gone")
+        await page.until("states.length > 2")
+        assert await page.run("return await lost") == [True, 1011]
+    await page.until("ws.state === 'waiting'")
+    assert await page.run("""
+        window.kept = ws.call("add", [1, 2]); window.late = ws.subscribe("late", () => {});
+        return await ws.call("add", [1, 2], {timeout: 0.05}).catch((e) => e.code);""") == -32000
+    endpoint.publish("news", "missed")
+    port = int(url.rsplit(":")[-1])
+    async with serving(page_app(endpoint), port=port):
+        assert await page.run("await late.confirmed; return await kept") == 3
+        endpoint.publish("news", "live")
+        await page.until("got.length === 2")
+    await page.until("ws.state === 'waiting'")
+    endpoint = PubSubEndpoint(Calculator())  # another process, as it were
+    async with serving(page_app(endpoint), port=port):
+        await page.until("gaps.length")
+        endpoint.publish("news", "again")
+        await page.until("got.length === 3")
+        await page.run("ws.close()")
+        assert await page.run("return [got, gaps.length, gaps[0].reason]") == [
+            ["missed", "live", "again"], 1, "history"]
+
+
+@contextlib.asynccontextmanager
+async def scripted() -> AsyncIterator[tuple[str, "asyncio.Queue[Raw]"]]:
+    """A server that does what the test does with its connections."""
+    from websockets.asyncio.server import serve
+
+    accepted: asyncio.Queue[Raw] = asyncio.Queue()
+
+    async def accept(connection: Any) -> None:
+        accepted.put_nowait(Raw(connection))
+        await connection.wait_closed()
+
+    protocols: Any = [lib.SUBPROTOCOL]
+    async with serve(accept, "127.0.0.1", 0, subprotocols=protocols) as server:
+        yield f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}", accepted
+
+
+async def greeted(peer: Raw, *subscribed: Any) -> list[Any]:
+    """The parameters of the first questions, once the page has its answers."""
+    asked = [await peer.recv() for _ in range(len(subscribed) + 1)]
+    assert [message["method"] for message in asked] == ["subscribe"] * len(subscribed) + ["_ping_"]
+    await peer.send([done(message["id"], answer)
+                     for message, answer in zip(asked, [*subscribed, "pong"], strict=True)])
+    return [{k: v for k, v in message["params"].items() if k != "subscriber_id"}
+            for message in asked[:-1]]
+
+
+def news(topic: str, position: str) -> dict[str, Any]:
+    return tell("notify", {"topic": topic, "position": position, "data": position})
+
+
+async def test_browser_resumes_from_the_last_position(browser: Browser) -> None:
+    """What it had is asked for since then, what is new is not; a gap is told where it is."""
+    async with serving(page_app(RpcEndpoint())) as url, scripted() as (uri, accepted):
+        page = await browser.open(url)
+        await page.run(f"""
+            window.log = [];
+            const on = (topic) => window.ws.subscribe(topic, (data) => log.push([topic, data]));
+            window.ws = connect("{uri}", {{maxDelay: 0.05, onGap: (gap) => log.push(gap),
+                onState: (state) => state === "waiting" && !log.away && (log.away = on("c"))}});
+            on("a"); window.b = on("b");""")
+        peer = await accepted.get()
+        known = {"position": "1-a", "recovered": None}
+        assert await greeted(peer, known) == [{"topics": ["a", "b"], "patterns": []}]
+        await peer.send([news("a", "2-b"), news("b", "3-c")])
+        await page.run("window.d = ws.subscribe('d*', () => {}, {pattern: true})")
+        await peer.send(done((await peer.recv())["id"], {"position": "7-g", "recovered": None}))
+        await page.run("await d.confirmed; d.cancel()")
+        assert (await peer.recv())["params"] == {"patterns": ["d*"]}
+        await page.until("log.length === 2")  # and what was answered later is not taken for it
+        await peer.connection.close(1011)
+
+        peer = await accepted.get()
+        asked = await greeted(peer, {"position": "9-i", "recovered": True}, known)
+        assert asked == [{"topics": ["a", "b"], "patterns": [], "since": "3-c"},
+                         {"topics": ["c"], "patterns": []}]
+        await peer.send([news("c", "8-h"), tell("position", {"position": "10-j"})])
+        await page.until("log.length === 3")
+        await peer.connection.close(1011)
+
+        peer = await accepted.get()
+        (first, ping) = [await peer.recv() for _ in range(2)]
+        assert first["params"]["topics"] == ["a", "b", "c"]
+        assert first["params"]["since"] == "10-j"
+        gap = {"since": "12-l", "position": "14-n", "reason": "slow"}
+        await peer.send([done(first["id"], {"position": "11-k", "recovered": False}),
+                         news("a", "12-l"), tell("gap", gap), news("a", "15-o"),
+                         done(ping["id"], "pong")])
+        await page.until("log.length === 7")
+        assert await page.run("return log") == [
+            ["a", "2-b"], ["b", "3-c"], ["c", "8-h"],
+            {"since": "10-j", "position": "11-k", "reason": "history"}, ["a", "12-l"],
+            gap, ["a", "15-o"]]
+        await peer.connection.close(1011)
+
+        peer = await accepted.get()  # a refused topic ends, the others are asked for again
+        (first, ping) = [await peer.recv() for _ in range(2)]
+        assert first["params"]["since"] == "15-o"
+        await peer.send([failed(first["id"], -32001, "Forbidden", data={"topics": ["b"]}),
+                         done(ping["id"], "pong")])
+        while (again := await peer.recv())["method"] != "subscribe":
+            pass
+        assert (again["params"]["topics"], again["params"]["since"]) == (["a", "c"], "15-o")
+        await page.run("ws.close()")
+        await peer.connection.wait_closed()
+        assert len(page.errors) == 1 and "Forbidden" in page.errors[0]
+
+
+async def test_browser_iterates_over_a_stream_with_credit(browser: Browser) -> None:
+    """What is not taken is not granted; leaving the loop cancels, and an error comes last."""
+    async with serving(page_app(RpcEndpoint())) as url, scripted() as (uri, accepted):
+        page = await browser.open(url)
+        await page.run(f"""
+            window.ws = connect("{uri}");
+            window.got = []; window.go = null;
+            window.all = async (name, until, pause) => {{
+                try {{ for await (const x of ws.stream(name, {{n: 3}})) {{
+                    got.push(x);
+                    if (x === pause) await new Promise((done) => {{ window.go = done; }});
+                    if (x === until) break; }}
+                }} catch (error) {{ got.push(error.message); }}
+                return got.splice(0); }};
+            window.first = all("ticks", 17, 5);""")
+        peer = await accepted.get()
+        await greeted(peer)
+        asked = await peer.recv()
+        assert (asked["method"], asked["params"], asked["stream"]) == ("ticks", {"n": 3}, 16)
+        assert "timeout" not in asked
+
+        async def items(*some: int) -> None:
+            await peer.send(tell("$/stream", {"id": asked["id"], "items": some}))
+
+        await items(*range(10))
+        await items(*range(10, 16))
+        await page.until("go")
+        await peer.send(tell("tell"))  # nothing came before the answer to this
+        await page.run("go(); await 0")
+        for _ in range(2):
+            assert await peer.recv() == tell("$/credit", {"id": asked["id"], "n": 8})
+        await items(16, 17, 18)
+        assert await page.run("return await first") == list(range(18))
+        assert await peer.recv() == tell("$/cancelRequest", {"id": asked["id"]})
+        await page.run("window.second = all('ticks')")
+        asked = await peer.recv()
+        await items(1)
+        await peer.send([tell("$/stream", {"id": asked["id"], "items": [2, 3]}),
+                         failed(asked["id"], 7, "broke")])
+        assert await page.run("return await second") == [1, 2, 3, "broke"]
+        await page.run("window.third = all('none')")
+        await peer.send(done((await peer.recv())["id"], None))
+        assert await page.run("return await third") == []
+        await page.run("window.fourth = all('lost')")
+        await peer.recv()
+        await page.run("ws.close()")
+        assert await page.run("return await fourth") == ["the connection is closed: 1000"]
+
+
+async def test_browser_answers_once_and_only_who_asked(browser: Browser) -> None:
+    """Cancelled, it has answered already; what a lost connection asked is not told to the next."""
+    async with serving(page_app(RpcEndpoint())) as url, scripted() as (uri, accepted):
+        page = await browser.open(url)
+        await page.run(f"""
+            window.ws = connect("{uri}", {{maxDelay: 0.05}}); window.held = [];
+            ws.expose({{hold: () => new Promise((done) => held.push(done))}});""")
+        peer = await accepted.get()
+        await greeted(peer)
+        await peer.send([ask(1, "hold"), ask(2, "hold"), tell("hold")])
+        await page.until("held.length === 3")
+        await peer.send(tell("$/cancelRequest", {"id": 1}))
+        assert await peer.recv() == failed(1, -32800, "Request cancelled")
+        await peer.connection.close(1011)
+        peer = await accepted.get()
+        await greeted(peer)
+        await peer.send(ask(2, "hold"))
+        await page.until("held.length === 4")
+        await page.run("held.forEach((done, n) => done(n))")
+        assert await peer.ask(ask(5, "_ping_")) == done(2, 3)
+        assert await peer.recv() == done(5, "pong")
+        await page.run("ws.close()")
+
+
+async def test_browser_that_is_not_answered_connects_again(browser: Browser) -> None:
+    """A half-open connection is noticed by a ping, after times that are shorter here."""
+    async with serving(page_app(RpcEndpoint())) as url, scripted() as (uri, accepted):
+        page = await browser.open(url)
+        await page.run(f"""
+            const text = (await (await fetch("/ws-lite.js")).text()).replace(
+                /SILENCE = 25, ANSWER = 20, CHECK = 5/, "SILENCE = .1, ANSWER = .5, CHECK = .01");
+            const module = await import(URL.createObjectURL(
+                new Blob([text], {{type: "text/javascript"}})));
+            window.ws = module.connect("{uri}");""")
+        peer = await accepted.get()
+        await greeted(peer)
+        assert (await peer.recv())["method"] == "_ping_"
+        await greeted(await accepted.get())
+        await page.run("ws.close()")
+
+
+def bearer(websocket: WebSocket) -> str:
+    for offered in websocket.scope["subprotocols"]:
+        if offered.startswith("bearer."):
+            return base64.urlsafe_b64decode(offered.removeprefix("bearer.") + "==").decode()
+    return websocket.query_params.get("token", "")
+
+
+def readme_names(name: str) -> dict[str, Any]:
+    """What a block of the README defines."""
+    namespace: dict[str, Any] = {}
+    (code,) = [code for found, code, _ in readme_blocks() if found == name]
+    exec(compile(code, name, "exec"), namespace)
+    return namespace
+
+
+async def test_browser_page_of_the_readme_works(browser: Browser) -> None:
+    """The sum, and what is said in one tab and seen in both; and its token lets in."""
+    shown, secret = readme_names("page.py"), readme_names("secret.py")
+    async with serving(shown["app"]) as url, serving(secret["app"]) as guarded:
+        ann, bob = [await browser.open(url) for _ in range(2)]
+        for page in (ann, bob):
+            await page.until("sum.textContent === '3'")
+        await until(lambda: shown["endpoint"].stats()["subscriptions"] == 2)
+        await ann.run("text.value = 'hello'; text.onchange()")
+        for page in (ann, bob):
+            await page.until("said.textContent === 'hello'")
+        assert await ann.run(f"""
+            const {{connect}} = await import("/ws-lite.js");
+            return await Promise.all(["secret", "other"].map((token) =>
+                connect("{guarded}/ws", {{token}}).call("_ping_").catch((e) => e.code)));
+            """) == ["pong", 1006]
+
+
+async def test_browser_token_goes_by_subprotocol_or_query(browser: Browser) -> None:
+    """Tokens that a function returns are fresh at each try; a refusal is final, and told."""
+    async def user(websocket: WebSocket, token: Annotated[str, Depends(bearer)]) -> None:
+        if token != "s3cret/ü+":
+            raise WebSocketException(1008)
+
+    endpoint = RpcEndpoint(Calculator())
+    app = page_app(RpcEndpoint())
+    endpoint.register_route(app, "/api", dependencies=[Depends(user)])
+
+    @app.websocket("/late")
+    async def late(websocket: WebSocket) -> None:
+        await websocket.accept(lib.SUBPROTOCOL)
+        await websocket.close(1008, "who are you?")
+
+    async with serving(app) as url:
+        page = await browser.open(url)
+        assert await page.run("""
+            const token = "s3cret/\\u00fc+", stale = ["old", token];
+            const clients = [connect("/api", {token}),
+                             connect("/api?token=" + encodeURIComponent(token)),
+                             connect("/api", {token: async () => stale.shift(), protocols: ["x"]}),
+                             connect(() => "/api", {token: "wrong", firstDelay: 0}),
+                             connect("/late", {firstDelay: 0})];
+            const results = await Promise.all(clients.map((ws) =>
+                ws.call("add", [1, 2]).catch((e) => [e instanceof ClosedError, e.code, ws.state])));
+            for (const ws of clients) ws.close();
+            const {confirmed} = clients[4].subscribe("x", () => {});
+            return [results, await confirmed.catch((e) => e.message)];
+        """) == [[3, 3, 3, [True, 1006, "closed"], [True, 1008, "closed"]],
+                 "the connection is closed: 1008 who are you?"]
+
+
+async def test_browser_patterns_match_as_fnmatch_does(browser: Browser) -> None:
+    """Every pattern of these characters, against topics of them."""
+    parts = ["a", "b", "*", "?", "[ab]", "[!a]", "[", "]", "[]a]", "[!]]", "[!", "[a-b]", "[^a]",
+             ".", "\\", "[\\]", "$", "\n", "😀", "{1}", "/", "[a", "[!!]"]
+    patterns = ["".join(pair) for pair in itertools.product(parts, repeat=2)]
+    topics = ["", "a", "b", "ab", "ba", "[", "]", "[]", "[!", "a]", "^a", ".", "\\", "$", "\n",
+              "😀", "a😀", "{1}", "a/", "[a", "!", "aba", "^"]
+    async with serving(page_app(RpcEndpoint())) as url:
+        page = await browser.open(url)
+        matched = await page.run(f"""
+            const text = (await (await fetch("/ws-lite.js")).text()) + "export {{ glob }};";
+            const {{glob}} = await import(URL.createObjectURL(
+                new Blob([text], {{type: "text/javascript"}})));
+            return {json.dumps(patterns)}.map((pattern) => {json.dumps(topics)}.filter(
+                (topic) => glob(pattern).test(topic)));""")
+        expected = [[t for t in topics if fnmatch.fnmatchcase(t, p)] for p in patterns]
+        assert [*zip(patterns, matched, strict=True)] == [*zip(patterns, expected, strict=True)]
+
+
+async def test_browser_client_runs_in_node(tmp_path: Path) -> None:
+    """It is the same module; Node 22 has WebSocket without the option."""
+    node = shutil.which("node")
+    if node is None or int(run(node, "-p", "process.versions.node.split('.')[0]")) < 20:
+        pytest.skip("there is no Node, or an old one")
+    (tmp_path / "client.mjs").write_text(lib._BROWSER_CLIENT + """
+        const ws = connect(process.argv[2]), got = [], refused = connect(process.argv[2] + "/no");
+        ws.expose({back: ({n}) => (n ? ws.call("back", {n: n - 1}).then((m) => m + 1) : 0)});
+        await ws.subscribe("t", (data) => got.push(data)).confirmed;
+        await ws.publish("t", 5, {includeSelf: true});
+        console.log(await ws.call("add", [1, 2]), await ws.call("back", {n: 4}), got,
+                    await refused.call("x").catch((error) => [error.code, refused.state]));
+        ws.close();""")
+    async with serving(page_app(PubSubEndpoint(Calculator()))) as url:
+        assert await asyncio.to_thread(
+            run, node, "--no-warnings", "--experimental-websocket", str(tmp_path / "client.mjs"),
+            f"{url}/ws") == "3 4 [ 5 ] [ 1006, 'closed' ]\n"
+
+
+async def test_dashboard_shows_what_moves_and_survives_a_restart(browser: Browser) -> None:
+    """As `python examples.py dashboard` serves it: numbers, progress, chat, in two pages."""
+    command = [sys.executable, "examples.py", "dashboard"]
+    with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        try:
+            url = (await asyncio.to_thread(process.stdout.readline)).split()[0]
+            page, other = [await browser.open(url) for _ in range(2)]
+            shown = "document.getElementById('{}').textContent"
+            for seen in (page, other):
+                await seen.until(f"{shown.format('pages')} === '2'")
+            load = await page.run(f"return {shown.format('load')}")
+            await page.until(f"{shown.format('load')} !== '{load}'")
+            await page.until("document.getElementById('curve').getAttribute('d').includes('L')")
+            await page.run("document.getElementById('build').click()")
+            await page.until("document.getElementById('bar').value > 3")
+            await page.until(f"{shown.format('jobs')} === '1'")
+            await page.run("document.getElementById('stop').click()")
+            await page.until(f"{shown.format('jobs')} === '0'")
+            await other.run("""document.getElementById("text").value = "hello <b>";
+                               document.getElementById("chat").requestSubmit()""")
+            await page.until(f"{shown.format('log')}.includes('hello <b>')")
+            assert page.errors == other.errors == []
+            await page.run("document.getElementById('restart').click()")
+            await page.until(f"{shown.format('state')} === 'the server is away'")
+            await page.until(f"{shown.format('state')} === 'live'")
+            await page.until(f"{shown.format('log')}.includes('may be missing')")
+            load = await page.run(f"return {shown.format('load')}")
+            await page.until(f"{shown.format('load')} !== '{load}'")
+        finally:
+            process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 0
