@@ -1485,46 +1485,11 @@ class _Caller:
 class RpcChannel(_Caller):
     """One connection, on either side. Not thread-safe: for use on its event loop."""
 
-    __slots__ = (
-        "__weakref__",
-        "_answers_size",
-        "_below",
-        "_calls",
-        "_close_timer",
-        "_closed",
-        "_closing",
-        "_dialect",
-        "_direct",
-        "_end_waiters",
-        "_failure",
-        "_feed",
-        "_held",
-        "_ids",
-        "_loop",
-        "_outbox",
-        "_outbox_size",
-        "_peer_takes",
-        "_performs",
-        "_reader",
-        "_receiving",
-        "_room",
-        "_running",
-        "_send_deadline",
-        "_share",
-        "_side",
-        "_socket",
-        "_spared",
-        "_speaks",
-        "_streams",
-        "_tasks",
-        "_timer",
-        "_timer_at",
-        "_unread",
-        "_unsent",
-        "_writer",
-        "context",
-        "id",
-    )
+    __slots__ = tuple("""
+        __weakref__ _answers_size _below _calls _close_timer _closed _closing _dialect _direct
+        _end_waiters _failure _feed _held _ids _loop _outbox _outbox_size _peer_takes _performs
+        _reader _receiving _room _running _send_deadline _share _side _socket _spared _speaks
+        _streams _tasks _timer _timer_at _unread _unsent _writer context id""".split())
 
     def __init__(self, socket: Socket, side: _Side, dialect: _Dialect | None,
                  context: dict[str, Any]) -> None:
