@@ -7708,3 +7708,160 @@ async def test_command_in_the_readme_prints_what_it_says(
     async with serving(namespace["app"]) as url:
         await command(*shlex.split(typed.replace("ws://localhost:8000", url)))
     assert "".join(capsys.readouterr()) == printed
+
+
+# ------------------------------------------------------------------ resuming: what went wrong once
+
+
+def positions(endpoint: PubSubEndpoint, topic: str, numbers: Sequence[Any]) -> list[str]:
+    """Publish these, and return the position of each."""
+    return [str((endpoint.publish(topic, n), endpoint.notifier._log.position)[1]) for n in numbers]
+
+
+async def test_resume_since_waits_for_what_is_older_than_the_live_events(quick: None) -> None:
+    """What comes before its answer, for another subscription, does not overtake the rest."""
+    endpoint, got = PubSubEndpoint(), list[Any]()
+    async with PubSubClient(transport=Inside(endpoint)) as client:
+        await client.subscribe("t", lambda data: None)
+        first = positions(endpoint, "t", range(4))[0]
+        endpoint.publish("t", 4)
+        await client.subscribe("t", got.append, since=first)
+        await until(lambda: got == [1, 2, 3, 4])
+
+
+async def test_resume_since_with_nothing_new_is_a_place_to_resume_at(quick: None) -> None:
+    """A position that was given is known from then on, though no event has come."""
+    endpoint, got = PubSubEndpoint(), list[Any]()
+    async with PubSubClient(transport=(inside := Inside(endpoint))) as client:
+        await client.subscribe("t", got.append, since=positions(endpoint, "t", [0])[0])
+        inside.up = False
+        await endpoint.close(1011)
+        endpoint.publish("t", 1)
+        inside.up = True
+        await until(lambda: got == [1])
+
+
+async def test_resume_of_one_topic_from_two_places_serves_both(quick: None) -> None:
+    """One who wishes for what is newer does not take from another what is older."""
+    endpoint, one, two = PubSubEndpoint(), list[Any](), list[Any]()
+    async with PubSubClient(transport=(inside := Inside(endpoint))) as client:
+        await client.subscribe("t", one.append)
+        inside.up = False
+        await endpoint.close(1011)
+        client.subscribe("t", two.append, since=positions(endpoint, "t", range(5))[2])
+        inside.up = True
+        await until(lambda: (one, two) == (list(range(5)), [3, 4]))
+
+
+async def test_resume_of_a_full_queue_is_not_cut_short_by_a_subscription(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one topic is sent again for, the others may still lack."""
+    monkeypatch.setattr(lib, "QUEUE_EVENTS", 3)
+    endpoint, got, gaps, gate = PubSubEndpoint(), list[Any](), list[Gap](), asyncio.Event()
+
+    async def slow(data: Any) -> None:
+        await gate.wait()
+        got.append(data)
+
+    async with PubSubClient(transport=Inside(endpoint), on_gap=gaps.append) as client:
+        await client.subscribe("u", slow)
+        there = positions(endpoint, "u", range(10))
+        await until(lambda: client._inbox.full)
+        await client.subscribe("t", slow, since=there[5])
+        gate.set()
+        await until(lambda: len(got) >= 10)
+        assert (got, gaps) == (list(range(10)), [])
+
+
+async def test_resume_that_is_asked_again_begins_where_it_was(quick: None) -> None:
+    """Though events of other topics have come since."""
+    gates, slow = [asyncio.Event() for _ in range(2)], list[Any]()
+
+    async def may(channel: RpcChannel, action: str, topics: tuple[str, ...]) -> bool:
+        if topics == ("t",):
+            slow.append(topics)
+            await gates[len(slow) % 2].wait()
+        return True
+
+    gates[1].set()
+    endpoint, got, other = PubSubEndpoint(authorize=may), list[Any](), list[Any]()
+    async with PubSubClient(transport=(inside := Inside(endpoint)), default_response_timeout=0.2,
+                            ) as client:
+        await client.subscribe("t", got.append)
+        inside.up = False
+        await endpoint.close(1011)
+        endpoint.publish("t", 1)
+        client.subscribe("u", other.append)
+        inside.up = True
+        await until(lambda: len(slow) == 2)
+        endpoint.publish("u", 2)
+        await until(lambda: other == [2])
+        await until(lambda: got == [1])
+
+
+async def test_resume_in_several_questions_tells_a_gap(quick: None) -> None:
+    """What the second one has sent again may be too late for who is in both."""
+    endpoint, gaps = PubSubEndpoint(), list[Gap]()
+    async with PubSubClient(transport=Inside(endpoint), on_gap=gaps.append,
+                            max_message_size=400) as client:
+        await client.subscribe([f"a long topic {n}" for n in range(20)], print)
+        position = client.position
+        await drop(endpoint, client)
+        await until(lambda: gaps == [Gap(position, None, "size")])
+
+
+async def test_gap_during_the_hook_of_another_is_told_too() -> None:
+    """The hook may have looked already; of those that wait, one is made."""
+    gaps, gate = list[Gap](), asyncio.Event()
+
+    async def on_gap(gap: Gap) -> None:
+        gaps.append(gap)
+        await gate.wait()
+
+    client = PubSubClient(on_gap=on_gap)
+    client._inbox.miss(Gap("0-a", "1-a", "history"))
+    await until(lambda: gaps)
+    client._inbox.miss(Gap("1-a", "2-a", "history"))
+    client._inbox.miss(Gap("1-a", "2-a", "queue", ("t",)))
+    client._inbox.miss(Gap("2-a", "3-a", "size"))
+    gate.set()
+    await until(lambda: len(gaps) == 3)
+    assert gaps[1:] == [Gap("1-a", "3-a", "history"), Gap("1-a", "2-a", "queue", ("t",))]
+    client._inbox.miss(Gap("3-a", "4-a", "history"))
+    client._inbox.miss(Gap("2-a", "5-a", "history"))
+    assert client._inbox.queue[-1].event == Gap(None, "5-a", "history")
+    await until(lambda: len(gaps) == 4)
+    await client.close()
+
+
+async def test_position_is_told_after_the_events_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a connection that falls behind at that moment."""
+    monkeypatch.setattr(lib, "LIVE_BYTES", 0)
+    endpoint = PubSubEndpoint()
+    async with plain(endpoint) as peer:
+        await subscribed(peer, "t")
+        only(endpoint).notify("something")
+        endpoint.publish("t", 1)
+        endpoint.notifier._mark()
+        assert [(await peer.recv())["method"] for _ in range(2)] == ["something", "notify"]
+
+
+async def test_position_is_told_to_one_who_resumed_behind() -> None:
+    """Quiet topics do not end in a gap: the next mark is for it too."""
+    endpoint = PubSubEndpoint()
+    async with plain(endpoint) as peer:
+        endpoint.publish("other", 1)
+        await subscribed(peer, "t", since=endpoint.notifier._log.before)
+        endpoint.notifier._mark()
+        assert (await peer.recv())["params"] == {"position": endpoint.notifier._log.position}
+
+
+async def test_old_wire_client_with_a_position_is_told_a_gap_once() -> None:
+    """That wire knows none; and it is asked for each topic once."""
+    endpoint, gaps, told = PubSubEndpoint(), list[Gap](), list[Any]()
+    endpoint._on_subscribe = (lambda channel, topics: told.append(topics),)
+    async with client_of(endpoint, wire=OLD, on_gap=gaps.append, since="7-a") as client:
+        await client.subscribe("t", print)
+        await client.subscribe("u", print, since="8-a")
+        await until(lambda: len(gaps) == 2 and told == [("t",), ("u",)])
+        assert gaps[0] == Gap(None, None, "reconnect")
