@@ -47,6 +47,9 @@ from fastapi import (
     APIRouter, Cookie, Depends, FastAPI, HTTPException, Header, WebSocket, WebSocketException,
 )
 from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine, invariant, rule, run_state_machine_as_test,
+)
 from pydantic import BaseModel, Field
 from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import core_schema
@@ -7865,3 +7868,409 @@ async def test_old_wire_client_with_a_position_is_told_a_gap_once() -> None:
         await client.subscribe("u", print, since="8-a")
         await until(lambda: len(gaps) == 2 and told == [("t",), ("u",)])
         assert gaps[0] == Gap(None, None, "reconnect")
+
+
+# ------------------------------------------------------------------------ the log, against a model
+# What is published, and when each subscription was made, is written down; what arrives is compared
+# with it. The machine stalls, cuts, and restarts; what it knows of the library is only public. A
+# further server, once servers share a log, is one more element of World.endpoints.
+
+LONG = bool(os.environ.get("FWL_LONG"))
+SMALL = {"LIVE_BYTES": 600, "FRAME_BYTES": 900, "FEED_EVENTS": 4, "QUEUE_EVENTS": 5,
+         "BACKOFF_FIRST_SECONDS": 0.001, "BACKOFF_MAX_SECONDS": 0.002, "ASK_AGAIN_SECONDS": 0.002,
+         "RESTART_SPREAD_SECONDS": 0.002, "CLOSE_SECONDS": 0.05, "GRACE_SECONDS": 0.05}
+HISTORY = 12
+
+
+class Hasty(asyncio.SelectorEventLoop):
+    """A loop whose time passes as fast as there is nothing to do, and the same each time."""
+
+    now = 0.0
+
+    def time(self) -> float:
+        return self.now
+
+    def _run_once(self) -> None:
+        mine: Any = self
+        if not mine._ready and mine._scheduled:
+            self.now = max(self.now, mine._scheduled[0]._when)
+        super()._run_once()  # type: ignore[misc]
+
+
+class StallingSocket:
+    """A connection whose receiving can be held up, and which can be cut."""
+
+    def __init__(self, inner: Socket, flow: asyncio.Event) -> None:
+        self.inner, self.flow, self.cut = inner, flow, asyncio.Event()
+        self.subprotocol = inner.subprotocol
+
+    async def send(self, text: str) -> None:
+        await self.inner.send(text)
+
+    async def recv(self) -> str | bytes:
+        received = asyncio.ensure_future(self.inner.recv())
+        cut = asyncio.ensure_future(self.cut.wait())
+        try:
+            await asyncio.wait([received, cut], return_when=asyncio.FIRST_COMPLETED)
+            flows = asyncio.ensure_future(self.flow.wait())
+            await asyncio.wait([flows, cut], return_when=asyncio.FIRST_COMPLETED)
+            flows.cancel()
+            if cut.done():
+                raise ChannelClosed(1006, "cut")
+            return await received
+        finally:
+            received.cancel()
+            cut.cancel()
+
+    async def close(self, code: int, reason: str) -> None:
+        await self.inner.close(code, reason)
+
+
+class Stalling:
+    """Opens such connections, one at a time, to the endpoint that there is, unless it is down."""
+
+    def __init__(self, world: "World") -> None:
+        self.world, self.up, self.flow = world, True, asyncio.Event()
+        self.flow.set()
+        self.socket: StallingSocket | None = None
+
+    async def open(self, uri: str, **options: Any) -> Socket:
+        if not self.up:
+            raise OSError("down")
+        inner = await ASGITransport(root_app(self.world.endpoint)).open(uri, **options)
+        self.socket = StallingSocket(inner, self.flow)
+        return self.socket
+
+    def cut(self) -> None:
+        if self.socket is not None:
+            self.socket.cut.set()
+
+
+@dataclasses.dataclass(eq=False)
+class Heard:
+    """A subscription, and what is due to it: (due, ended] is what it must get, or be told of."""
+
+    names: tuple[str, ...]
+    pattern: bool
+    made: int  # as many events were published before: it gets none of them
+    since: int | None  # from there on all are due, once it is confirmed; None for from then on
+    due: int | None = None
+    handle: lib.Subscription | None = None
+    events: Any = None  # of an iterator
+    got: list[int] = dataclasses.field(default_factory=list)
+
+    def wants(self, topic: str) -> bool:
+        if self.pattern:
+            return any(fnmatch.fnmatchcase(topic, name) for name in self.names)
+        return topic in self.names or ALL_TOPICS in self.names
+
+
+class Peer:
+    """A client with its subscriptions, and the gaps it was told of: (after, up to, topics)."""
+
+    def __init__(self, world: "World", since: str | None = None) -> None:
+        self.world, self.transport = world, Stalling(world)
+        self.client = PubSubClient(transport=self.transport, on_gap=self.missed, since=since)
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.heard: list[Heard] = []
+        self.gaps: list[tuple[int, int, tuple[str, ...]]] = []
+        self.client.start()
+
+    async def missed(self, gap: Gap) -> None:
+        numbers, now = self.world.numbers, len(self.world.published)
+        after = -1 if gap.since is None else numbers.get(gap.since, -1)
+        up_to = now if gap.position is None else numbers[gap.position]
+        self.gaps.append((after, up_to, gap.topics))
+
+    def told(self, heard: Heard, number: int) -> bool:
+        return any(after < number <= up_to and (not topics or set(heard.names) <= set(topics))
+                   for after, up_to, topics in self.gaps)
+
+    def due(self, heard: Heard, first: float, last: float) -> list[int]:
+        """What it was to get from first to last, did not get, and was not told of."""
+        low = max(first, (heard.due or 0) + 1)
+        return [n for n, (topic, origin) in enumerate(self.world.published, 1)
+                if low <= n <= last and heard.due is not None and origin is not self
+                and heard.wants(topic) and n not in heard.got and not self.told(heard, n)]
+
+    def take(self, heard: Heard, event: Event) -> None:
+        number, last = event.data[0], heard.got[-1] if heard.got else 0
+        topic, origin = self.world.published[number - 1]
+        assert number > last, "once, and in order"
+        assert number > heard.made, "nothing older than the subscription"
+        assert event.topic == topic and origin is not self
+        if heard.events is None:  # an iterator is told of its gaps beside it
+            assert self.due(heard, last + 1, number - 1) == [], "a hole is told before"
+        heard.got.append(number)
+
+    def subscribe(self, names: tuple[str, ...], pattern: bool, iterator: bool,
+                  since: str | None) -> None:
+        now = len(self.world.published)
+        place = None if since is None else self.world.numbers[since]
+        if self.heard:  # what is on its way, for another subscription, is for this one too
+            now = max((n for h in self.heard for n in h.got), default=0)
+        heard = Heard(names, pattern, now if place is None else place, place)
+
+        async def callback(event: Event) -> None:
+            try:
+                assert heard.wants(event.topic)
+                await self.gate.wait()
+                if heard.wants(event.topic):  # still
+                    self.take(heard, event)
+            except AssertionError as error:  # which would only be logged
+                self.world.failures.append(error)
+
+        heard.handle = self.client.subscribe(names, None if iterator else callback,
+                                             pattern=pattern, since=since)
+        heard.events = aiter(heard.handle) if iterator else None
+        self.heard.append(heard)
+
+    async def read(self, heard: Heard) -> None:
+        """All but the last stay for good; that one counts as handled with the next."""
+        assert heard.handle is not None
+        while any(item.event.data[0] not in heard.got for item in heard.handle._queue
+                  if isinstance(item.event, Event)):
+            self.take(heard, await anext(heard.events))
+
+    def check(self) -> None:
+        """What the position says was handled was, or was told of."""
+        now = len(self.world.published)
+        position = self.world.numbers.get(self.client.position or "", -1)
+        for heard in self.heard:
+            if heard.handle is not None and heard.handle._confirmed and heard.due is None:
+                heard.due = now if heard.since is None else heard.since
+            in_hand = (heard.events is not None and heard.got[-1:]) or [0]
+            assert [n for n in self.due(heard, 0, position) if n != in_hand[0]] == []
+
+
+class World:
+    """A server, which may begin anew, and clients of it."""
+
+    def __init__(self) -> None:
+        self.published: list[tuple[str, Peer | None]] = []
+        self.numbers: dict[str, int] = {}  # how many were published, by position
+        self.restarts, self.failures = 0, list[AssertionError]()
+        self.begin()
+        self.peers = [Peer(self), Peer(self)]
+
+    def begin(self) -> None:
+        self.endpoint = PubSubEndpoint(history=HISTORY)
+        self.note()
+
+    def note(self) -> None:
+        self.numbers[self.endpoint.notifier._log.position] = len(self.published)
+
+    def publish(self, topic: str, size: int, origin: Peer | None = None) -> list[Any]:
+        self.published.append((topic, origin))
+        return [len(self.published), "x" * size]
+
+    async def turns(self, count: int) -> None:
+        for _ in range(count):
+            await asyncio.sleep(0)
+
+    def quiet(self) -> bool:
+        stats = self.endpoint.stats()
+        return stats["lagging"] == 0 and all(
+            peer.client.state == "ready" and not peer.client._asking and not peer.client._inbox.full
+            and not peer.client._inbox.queue and peer.client._inbox.unconfirmed == {}
+            for peer in self.peers) and all(
+            not c._outbox and c._writer is None for c in self.endpoint.channels.values())
+
+    async def settle(self) -> None:
+        """Hold nothing up any more, and wait until all that is on its way has arrived."""
+        for peer in self.peers:
+            peer.transport.up = True
+            peer.transport.flow.set()
+            peer.gate.set()
+        rest = 0
+        while rest < 60:  # turns without anything to do
+            await asyncio.sleep(0 if rest else 0.001)
+            rest = rest + 1 if self.quiet() else 0
+        for peer in self.peers:
+            for heard in peer.heard:
+                if heard.events is not None and heard.names:
+                    await peer.read(heard)
+        for peer in self.peers:
+            for heard in peer.heard:
+                assert peer.due(heard, 0, math.inf) == [], "each arrived, or was told of"
+
+    async def close(self) -> None:
+        for peer in self.peers:
+            for heard in peer.heard:
+                if heard.events is not None:
+                    await heard.events.aclose()
+            await peer.client.close()
+        while self.endpoint.channels:
+            await asyncio.sleep(0.001)
+        stats = self.endpoint.stats()
+        assert (stats["topics"], stats["subscriptions"], stats["lagging"]) == (0, 0, 0)
+
+
+topic_names = st.sampled_from(["a", "b", "ab"])
+peer_numbers = st.integers(0, 1)
+
+
+class LogMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.runner = asyncio.Runner(loop_factory=Hasty)
+        self.world = self.do(self.make())
+
+    def do(self, work: Any) -> Any:
+        async def within() -> Any:
+            async with asyncio.timeout(100):
+                return await work
+
+        return self.runner.run(within())
+
+    async def make(self) -> World:
+        return World()
+
+    async def later(self, function: Callable[..., Any], *args: Any) -> None:
+        function(*args)
+
+    @rule(topics=st.lists(topic_names, min_size=1, max_size=8), size=st.sampled_from([1, 300]),
+          turns=st.integers(0, 3))
+    def publish(self, topics: list[str], size: int, turns: int) -> None:
+        async def work() -> None:
+            for topic in topics:
+                self.world.endpoint.publish(topic, self.world.publish(topic, size))
+                self.world.note()
+                await self.world.turns(turns)
+
+        self.do(work())
+
+    @rule(number=peer_numbers, topic=topic_names, to_self=st.booleans())
+    def publish_from_client(self, number: int, topic: str, to_self: bool) -> None:
+        world, peer = self.world, self.world.peers[number]
+
+        async def work() -> None:
+            peer.transport.up = True
+            peer.transport.flow.set()
+            origin, before = None if to_self else peer, world.endpoint.notifier._log.position
+            data = world.publish(topic, 1, origin)
+            try:
+                await peer.client.publish(topic, data, include_self=to_self)
+            except ChannelClosed:  # then it may be in the log, or not
+                if world.endpoint.notifier._log.position == before:
+                    world.published.pop()
+            world.note()
+
+        self.do(work())
+
+    @rule(number=peer_numbers, names=st.sampled_from([
+              ("a",), ("b",), ("a", "b"), ("a*", ), ("*b", "a"), (ALL_TOPICS,)]),
+          iterator=st.booleans(), since=st.none() | st.integers(0, 30), turns=st.integers(0, 30))
+    def subscribe(self, number: int, names: tuple[str, ...], iterator: bool, since: int | None,
+                  turns: int) -> None:
+        async def work() -> None:
+            positions = list(self.world.numbers)[-(since or 0) - 1:]
+            self.world.peers[number].subscribe(
+                names, "*" in "".join(names), iterator, None if since is None else positions[0])
+            await self.world.turns(turns)
+
+        self.do(work())
+
+    @rule(number=peer_numbers, which=st.integers(0, 5), by_topic=st.booleans())
+    def unsubscribe(self, number: int, which: int, by_topic: bool) -> None:
+        peer = self.world.peers[number]
+        there = [heard for heard in peer.heard if heard.names]
+
+        async def work() -> None:
+            heard = there[which % len(there)]
+            assert heard.handle is not None
+            if by_topic:
+                peer.client.unsubscribe(heard.names[0], pattern=heard.pattern)
+            else:
+                heard.handle.cancel()
+            for other in there:
+                assert other.handle is not None
+                other.names = other.handle.topics  # of those that are gone nothing is due
+
+        if there:
+            self.do(work())
+
+    @rule(number=peer_numbers, what=st.sampled_from(["flow", "gate"]), held=st.booleans())
+    def stall_or_drain(self, number: int, what: str, held: bool) -> None:
+        peer = self.world.peers[number]
+        event = peer.transport.flow if what == "flow" else peer.gate
+        self.do(self.later(event.clear if held else event.set))
+
+    @rule(number=peer_numbers, up=st.booleans())
+    def drop(self, number: int, up: bool) -> None:
+        peer = self.world.peers[number]
+        peer.transport.up = up
+        self.do(self.later(peer.transport.cut))
+
+    @rule(number=peer_numbers)
+    def read(self, number: int) -> None:
+        async def work() -> None:
+            peer = self.world.peers[number]
+            for heard in peer.heard:
+                if heard.events is not None and heard.names:
+                    await peer.read(heard)
+
+        self.do(work())
+
+    @rule()
+    def restart(self) -> None:
+        async def work() -> None:
+            self.world.restarts += 1
+            before = self.world.endpoint
+            self.world.begin()
+            await before.close()
+
+        self.do(work())
+
+    @rule(number=peer_numbers)
+    def begin_again_where_it_was(self, number: int) -> None:
+        """The client's own process restarts, and goes on from its position."""
+        async def work() -> None:
+            peer, world = self.world.peers[number], self.world
+            await peer.client.close()
+            position = peer.client.position
+            for heard in peer.heard:
+                if heard.events is not None:
+                    await heard.events.aclose()
+            world.peers[number] = Peer(world)
+            if position is not None:
+                for heard in peer.heard[:2]:
+                    if heard.names:
+                        world.peers[number].subscribe(heard.names, heard.pattern, False, position)
+
+        self.do(work())
+
+    @rule(turns=st.integers(1, 40))
+    def wait(self, turns: int) -> None:
+        self.do(self.world.turns(turns))
+
+    @rule()
+    def settle(self) -> None:
+        self.do(self.world.settle())
+
+    @invariant()
+    def positions_are_true(self) -> None:
+        for peer in self.world.peers:
+            peer.check()
+        for failure in self.world.failures:
+            raise failure
+
+    def teardown(self) -> None:
+        try:
+            self.do(self.world.settle())
+            self.positions_are_true()
+            if not self.world.restarts and len(self.world.published) <= min(HISTORY, 5):
+                assert [peer.gaps for peer in self.world.peers] == [[], []], "none without a cause"
+        finally:
+            self.do(self.world.close())
+            self.runner.close()
+
+
+def test_log_agrees_with_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Order, once for each subscription, and every hole told before the first event after it."""
+    for name, value in SMALL.items():
+        monkeypatch.setattr(lib, name, value)
+    examples, steps = (3000, 50) if LONG else (60, 30)
+    run_state_machine_as_test(LogMachine, settings=settings(
+        thorough, max_examples=examples, stateful_step_count=steps))
