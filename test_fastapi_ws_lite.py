@@ -3906,8 +3906,8 @@ class Relay:
 
 
 @contextlib.asynccontextmanager
-async def relaying(url: str) -> AsyncIterator[Relay]:
-    proxy = Relay()
+async def relaying(url: str, proxy: Any = None) -> AsyncIterator[Any]:
+    proxy = proxy or Relay()
     server = await asyncio.start_server(proxy.serve, "127.0.0.1", 0)
     proxy.port, proxy.target = server.sockets[0].getsockname()[1], port_of(url)
     try:
@@ -7978,6 +7978,7 @@ class Peer:
         self.client.start()
 
     async def missed(self, gap: Gap) -> None:
+        self.world.note()
         numbers, now = self.world.numbers, len(self.world.published)
         after = -1 if gap.since is None else numbers.get(gap.since, -1)
         up_to = now if gap.position is None else numbers[gap.position]
@@ -8059,7 +8060,7 @@ class World:
         self.note()
 
     def note(self) -> None:
-        self.numbers[self.endpoint.notifier._log.position] = len(self.published)
+        self.numbers.setdefault(self.endpoint.notifier._log.position, len(self.published))
 
     def publish(self, topic: str, size: int, origin: Peer | None = None) -> list[Any]:
         self.published.append((topic, origin))
@@ -8274,3 +8275,175 @@ def test_log_agrees_with_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
     examples, steps = (3000, 50) if LONG else (60, 30)
     run_state_machine_as_test(LogMachine, settings=settings(
         thorough, max_examples=examples, stateful_step_count=steps))
+
+
+# ------------------------------------------------------------------------- chaos over real sockets
+
+CHAOS_SECONDS = 600 if LONG else 10
+CHAOS_SERVER = """
+import asyncio, os, sys, time
+import uvicorn
+from fastapi import FastAPI
+from fastapi_ws_lite import PubSubEndpoint
+
+port, path, until = int(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+app, endpoint = FastAPI(), PubSubEndpoint()
+endpoint.register_route(app, "/ws")
+out = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+number = sum(line.isdigit() for line in os.read(out, 2**30).split())
+os.write(out, f"begin-{endpoint.notifier._log._id}\\n".encode())
+
+async def publish():
+    global number
+    while time.monotonic() < until:
+        number += 1
+        os.write(out, b"%d\\n" % number)
+        endpoint.publish("t", number)
+        await asyncio.sleep(1 / 200)
+
+async def main():
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="critical"))
+    task = asyncio.create_task(publish())
+    await server.serve()
+
+asyncio.run(main())
+"""
+CHAOS_CLIENTS = """
+import asyncio, logging, os, sys
+import fastapi_ws_lite as lib
+
+logging.disable()
+lib.BACKOFF_MAX_SECONDS = 0.5
+out = os.open(sys.argv[2], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+async def client(name):
+    def write(*what):
+        os.write(out, " ".join(map(str, (name, *what))).encode() + b"\\n")
+    transport = lib.NetworkTransport(ping_interval=1, ping_timeout=1, open_timeout=2)
+    client = lib.PubSubClient(sys.argv[1], transport=transport,
+                              on_gap=lambda gap: write("gap", gap.since, gap.position))
+    client.subscribe("t", lambda data: write("event", data))
+    client.start()
+    await client.wait_until_done()
+
+async def main():
+    await asyncio.gather(*(client(n) for n in range(5)))
+
+asyncio.run(main())
+"""
+
+
+class Chaos(Relay):
+    """A proxy that does to connections what networks do."""
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await super().serve(reader, writer)
+        except (OSError, asyncio.IncompleteReadError):
+            writer.close()  # the server is not there
+
+    def half_close(self) -> None:
+        for writer in list(self.writers)[::2]:
+            with contextlib.suppress(OSError):
+                writer.write_eof()
+
+
+def chaos_verdict(published: list[str], heard: list[str]) -> dict[str, int]:
+    """What became of the events, at all the clients of one process."""
+    logs: dict[str, int] = {}  # how many events were published before each log
+    total = 0
+    for line in published:
+        if line.startswith("begin-"):
+            logs[line[6:]] = total
+        else:
+            total += 1
+    found = dict.fromkeys(("delivered", "announced", "unannounced", "duplicated", "disordered"), 0)
+
+    def number(position: str, unknown: int) -> int:
+        offset, _, log = position.partition("-")
+        return unknown if position == "None" else logs[log] + int(offset)
+
+    for name in {line.split()[0] for line in heard}:
+        got: set[int] = set()
+        told: set[int] = set()
+        last = 0
+        for words in (line.split() for line in heard):
+            if words[:2] == [name, "gap"]:
+                told.update(range(number(words[2], 0) + 1, number(words[3], total) + 1))
+            elif words[:2] == [name, "event"]:
+                n = int(words[2])
+                found["duplicated"] += n in got
+                found["disordered"] += n < last
+                missing = set(range(last + 1, n)) - told if last else set()
+                found["unannounced"] += len(missing)
+                found["announced"] += len(range(last + 1, n)) - len(missing) if last else 0
+                last = max(n, last)
+                got.add(n)
+        found["delivered"] += len(got)
+        found["unannounced"] += len(set(range(last + 1, total + 1)) - told)
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="stops and kills processes")
+async def test_chaos_loses_nothing_unannounced(tmp_path: Path) -> None:
+    """Servers killed, connections reset, swallowed and half closed, clients stopped."""
+    for name, code in (("server.py", CHAOS_SERVER), ("clients.py", CHAOS_CLIENTS)):
+        (tmp_path / name).write_text(code)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    published, heard = tmp_path / "published", [tmp_path / f"heard{n}" for n in range(4)]
+    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    end = time.monotonic() + CHAOS_SECONDS + 3
+    dice = random.Random(1)
+
+    def start(script: str, *args: object) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, tmp_path / script, *map(str, args)],
+                                env=environment)
+
+    def serve() -> subprocess.Popen[bytes]:
+        return start("server.py", port, published, end)
+
+    def lines(path: Path) -> list[str]:
+        return path.read_text().splitlines() if path.exists() else []
+
+    def caught_up(path: Path) -> bool:
+        last = lines(published)[-1]
+        return sum(line.endswith(f" event {last}") for line in lines(path)[-50:]) == 5
+
+    async with relaying(f"ws://127.0.0.1:{port}", Chaos()) as chaos:
+        server = serve()
+        clients = [start("clients.py", f"ws://127.0.0.1:{chaos.port}/ws", path) for path in heard]
+        try:
+            await until(lambda: all(len(lines(path)) > 100 for path in heard), 30)
+            blows = itertools.cycle(dice.sample(["kill", "reset", "swallow", "half", "stop"], 5))
+            while time.monotonic() < end - 2.5:
+                blow = next(blows)
+                if blow == "kill":
+                    server.kill()
+                    await asyncio.to_thread(server.wait)
+                    server = serve()
+                elif blow == "reset":
+                    chaos.reset()
+                elif blow == "swallow":
+                    chaos.flowing.clear()
+                    await asyncio.sleep(dice.uniform(0.5, 2.5))
+                    chaos.flowing.set()
+                elif blow == "half":
+                    chaos.half_close()
+                else:
+                    stopped = dice.choice(clients)
+                    stopped.send_signal(signal.SIGSTOP)
+                    await asyncio.sleep(dice.uniform(0.5, 2.5))
+                    stopped.send_signal(signal.SIGCONT)
+                await asyncio.sleep(dice.uniform(0.1, 0.9))
+            await until(lambda: time.monotonic() > end + 0.1, 10)
+            await until(lambda: all(map(caught_up, heard)), 20)
+        finally:
+            for process in (*clients, server):
+                process.kill()
+                await asyncio.to_thread(process.wait)
+    found = [chaos_verdict(lines(published), lines(path)) for path in heard]
+    total = {name: sum(each[name] for each in found) for name in found[0]}
+    print("chaos: published", sum(map(str.isdigit, lines(published))), total)
+    assert total["delivered"] > 1000
+    assert total | {"unannounced": 0, "duplicated": 0, "disordered": 0} == total
