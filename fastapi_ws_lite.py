@@ -2734,7 +2734,8 @@ class _Item(NamedTuple):
     event: Event | Gap
     whom: Sequence["Subscription"]
     size: int
-    previous: str | None  # the position before it
+    previous: str | None  # the position before it,
+    era: int  # and how many logs there were before that one's
 
 
 class _Queue(deque[_Item]):
@@ -2856,6 +2857,7 @@ class _Inbox:
         self.queue, self.full = _Queue(), False
         self._begun: _Item | None = None  # which is the first in the queue until it is done
         self.iterators: dict[Subscription, None] = {}
+        self.era = 0  # how often the log has begun anew
         self._changed, self._missed, self._drained = changed, missed, drained
         self._confirmed = confirmed  # from the start, as there is nobody to ask
         self.unconfirmed: dict[Subscription, float] = {}  # each with the last question before it
@@ -2898,15 +2900,15 @@ class _Inbox:
         """Take an event for those who want it; returns whether callbacks will get all so far."""
         called = []
         for subscription in self.topics.match(event.topic):
-            if 0 <= place <= subscription._place:
-                continue  # it had this one
+            if 0 <= place <= subscription._place or subscription._since is not None:
+                continue  # it had this one, or gets it after what it waits for
             if subscription._call is not None:
                 called.append(subscription)
             else:
-                self._put_iterator(subscription, _Item(event, (), size, previous))
+                self._put_iterator(subscription, _Item(event, (), size, previous, self.era))
                 subscription._place = place
         if called and not self.full:
-            self.full = not self.queue.put(_Item(event, called, size, previous))
+            self.full = not self.queue.put(_Item(event, called, size, previous, self.era))
             if not self.full:
                 for subscription in called:
                     subscription._place = place
@@ -2923,10 +2925,18 @@ class _Inbox:
 
     def miss(self, gap: Gap) -> None:
         """Tell of a gap when what was queued before it is done; of several in a row, as of one."""
-        last = self.queue[-1].event if self.queue else None
-        if not isinstance(last, Gap) or last.topics != gap.topics:
-            self.queue.append(_Item(gap, (), 0, gap.since))
-            self._start()
+        for place, item in enumerate(reversed(self.queue), 1):
+            last = item.event
+            if not isinstance(last, Gap) or item is self._begun:  # whose hook may have looked
+                break
+            if last.topics == gap.topics:
+                since = last.since if gap.since in (last.since, last.position) else None
+                self.queue[-place] = item._replace(
+                    event=last._replace(since=since, position=gap.position),
+                    previous=min(item.previous, gap.since, key=_offset))
+                return
+        self.queue.append(_Item(gap, (), 0, gap.since, self.era))
+        self._start()
 
     def _start(self) -> None:
         loop = asyncio.get_running_loop()
@@ -3159,6 +3169,8 @@ class EventNotifier:
 
     def _mark(self) -> None:
         """Tell those who are live, but hear nothing, where the log is: they can resume there."""
+        if self._pending:
+            self._deliver()
         log = self._log
         self._mark_end = log.end + max(1, self._history[0] // MARK_FRACTION)
         self._mark_total = log.total + self._history[1] // MARK_FRACTION
@@ -3180,11 +3192,12 @@ def _notice(method: str, **params: Any) -> str:
 class _Feed:
     """A connection's place in the log: live while it keeps up, else fed as its outbox drains.
 
-    Its topics and patterns each have a floor: no older entry is sent because of them.
+    Its topics and patterns each have a floor: no older entry is sent because of them. While the
+    log is gone through again for some of them, the others have another: where they were by then.
     """
 
     __slots__ = ("_channel", "_notifier", "dialect", "direct", "lagging", "lock", "next",
-                 "patterns", "subscriber_id", "takes", "told", "topics")
+                 "patterns", "sent", "subscriber_id", "takes", "told", "topics")
 
     def __init__(self, channel: RpcChannel, notifier: EventNotifier) -> None:
         self._channel, self._notifier, self.subscriber_id = channel, notifier, channel.id
@@ -3194,6 +3207,7 @@ class _Feed:
         self.told = notifier._log.end - 1  # the newest entry whose position the peer knows
         self.topics: dict[str, int] = {}
         self.patterns: dict[str, int] = {}
+        self.sent: dict[_Key, int] = {}  # what is before that was sent, because of this key
         self.lock = asyncio.Lock()  # so that what is asked for later takes effect later
         notifier._connected[self] = None
         if notifier._mark_timer is None:
@@ -3214,13 +3228,18 @@ class _Feed:
         floor = log.end if found is None else found + 1
         reached = self.next if self.lagging else log.end
         if floor < reached:
-            for mine in (self.topics, self.patterns) if topics or patterns else ():
-                mine.update({name: max(reached, at) for name, at in mine.items()})
+            again = not (topics or patterns)
+            self.sent = {} if again else {
+                (name, mine is self.patterns): max(
+                    reached, self.sent.get((name, mine is self.patterns), 0))
+                for mine in (self.topics, self.patterns) for name in mine}
             self.next, self.lagging = floor, True
+        self.told = min(self.told, floor - 1)
         for mine, names in ((self.topics, topics), (self.patterns, patterns)):
             for name in names:
                 self._notifier._feeds.add(self, name, mine is self.patterns)
                 mine[name] = min(floor, mine.get(name, floor))
+                self.sent.pop((name, mine is self.patterns), None)
         return None if since is None else found is not None
 
     def remove(self, topics: Iterable[str], patterns: Iterable[str]) -> None:
@@ -3229,6 +3248,7 @@ class _Feed:
             for name in names:
                 self._notifier._feeds.discard(self, name, mine is self.patterns)
                 mine.pop(name, None)
+                self.sent.pop((name, mine is self.patterns), None)
 
     def clear(self) -> None:
         self.remove(list(self.topics), list(self.patterns))
@@ -3237,10 +3257,14 @@ class _Feed:
     def _wants(self, entry: _Entry) -> bool:
         index, topic, known = entry.index, entry.topic, self._notifier._feeds.patterns
         return bool(entry.hole) if topic is None else (
-            self.topics.get(topic, math.inf) <= index
-            or self.topics.get(ALL_TOPICS, math.inf) <= index
-            or any(since <= index and known[name].matches(topic) is not None
-                   for name, since in self.patterns.items()))
+            self._from(topic, False) <= index or self._from(ALL_TOPICS, False) <= index
+            or any(self._from(name, True) <= index and known[name].matches(topic) is not None
+                   for name in self.patterns))
+
+    def _from(self, name: str, pattern: bool) -> float:
+        """From which entry on it gets what matches this."""
+        floor = (self.patterns if pattern else self.topics).get(name, math.inf)
+        return max(floor, self.sent.get((name, pattern), 0)) if self.sent else floor
 
     def catch_up(self) -> None:
         """Have what was published before this moment go before what is said next."""
@@ -4117,7 +4141,9 @@ class PubSubClient(RpcClient):
         Keep it, and give it as ``since`` to the client of a later process. None if not known.
         """
         queues = [self._inbox.queue, *(s._queue for s in self._inbox.iterators)]
-        return min((q[0].previous for q in queues if q), key=_offset, default=self._received)
+        places = [(q[0].era, q[0].previous) for q in queues if q]
+        places.append((self._inbox.era, self._received))  # it may be the least, after a rewind
+        return min(places, key=lambda place: (place[0], _offset(place[1])))[1]
 
     def subscribe(self, topics: str | Iterable[str], callback: _Callback | None = None, *,
                   pattern: bool = False, since: str | None = None) -> Subscription:
@@ -4127,9 +4153,9 @@ class PubSubClient(RpcClient):
         without one, iterate over what is returned. ``since`` is a position: what the server still
         has of the events after it comes first. Cancelling the wait leaves it subscribed.
         """
-        before = self._questions
         subscription = self._inbox.subscribe(topics, callback, pattern, since or self._since)
-        if self._questions == before and not self._later and self._greeted is self.channel:
+        if self._greeted is self.channel and self._known.issuperset(
+                (topic, pattern) for topic in subscription.topics) and subscription._since is None:
             subscription._place = self._top  # its topics are subscribed already
         self._inbox.unconfirmed[subscription] = math.inf if self._later else self._questions
         self._confirm()
@@ -4197,7 +4223,7 @@ class PubSubClient(RpcClient):
 
     def _restart_at(self, position: str, keys: Iterable[_Key]) -> None:
         """The places of before mean nothing in the log that is there now."""
-        self._top = _offset(position)
+        self._top, self._inbox.era = _offset(position), self._inbox.era + 1
         for subscription in {s: None for key in keys for s in self._inbox.topics.having(*key)}:
             subscription._place = self._top
 
@@ -4238,19 +4264,27 @@ class PubSubClient(RpcClient):
         """The answer to a subscribe, before anything that comes after it is looked at."""
         result = outcome.result if isinstance(outcome, RpcResponse) else False
         self._known.update(keys if result is not False else ())
+        there = {s: None for key in keys for s in self._inbox.topics.having(*key)}
+        if isinstance(outcome, RpcError):  # it is asked again: for that place, not for a later one
+            for subscription in there:
+                subscription._since = subscription._since or since
         if type(result) is not dict or type(position := result.get("position")) is not str:
+            if result is not False and any(s._since is not None for s in there):
+                self._lose(None, None, "reconnect")
+                for subscription in there:
+                    subscription._since = None
             return
         if since is not None and result.get("recovered") is not True:
-            self._lose(since, position, "history")
+            self._lose(None if self._inbox.full else since, position, "history")
             self._restart_at(position, keys)
-        elif since is None and self._received is None:
+        elif self._received is None or (
+                since is not None and _offset(since) < _offset(self._received)):
             self._received = position
-        elif since is not None and _offset(since) < _offset(self._received):
-            self._received = since
-        for subscription in {s: None for key in keys for s in self._inbox.topics.having(*key)}:
+        for subscription in there:
             if not subscription._confirmed and subscription._place < 0:
                 subscription._place = _offset(position)
-            subscription._since = None
+            if subscription._since == since:
+                subscription._since = None
 
     async def _close(self) -> None:
         await super()._close()
@@ -4309,17 +4343,28 @@ class PubSubClient(RpcClient):
             everything = ALL_TOPICS in self._inbox.topics.exact
             keys = self._told.keys() | {(name, False) for name in self._inbox.topics.exact}
             wanted = {key for key in keys if everything == (key[0] == ALL_TOPICS)}
-        new: dict[str | None, set[_Key]] = {}
-        for key in wanted:
-            wishes = [s._since for s in self._inbox.topics.having(*key) if s._since is not None]
-            if wishes or key not in self._told:
-                known = self._received if key in self._known else None
-                new.setdefault(min(wishes, key=_offset, default=known), set()).add(key)
         gone = (keys - wanted) & self._told.keys()
         self._known -= gone
         return [*itertools.chain.from_iterable(
-            self._ask(channel, "subscribe", new[since], since) for since in new),
+            self._ask(channel, "subscribe", asked, since)
+            for since, asked in self._beginnings(wanted, channel._speaks).items()),
             *self._ask(channel, "unsubscribe", gone)]
+
+    def _beginnings(self, keys: set[_Key], dialect: _Dialect) -> dict[str | None, set[_Key]]:
+        """What to ask for, by where it is to begin: now (this first), or after a position.
+
+        A key may have several: places of different logs cannot be compared.
+        """
+        new: dict[str | None, set[_Key]] = {None: set()}
+        for key in keys:
+            wishes = dict.fromkeys(s._since for s in self._inbox.topics.having(*key))
+            if dialect is _OLD_WIRE:
+                wishes = {None: None}
+            if key not in self._told and None in wishes:
+                new.setdefault(self._received if key in self._known else None, set()).add(key)
+            for since in filter(None, wishes):
+                new.setdefault(since, set()).add(key)
+        return new
 
     def _ask(self, channel: RpcChannel, method: str, keys: set[_Key],
              since: str | None = None) -> list["asyncio.Task[None]"]:
@@ -4337,6 +4382,8 @@ class PubSubClient(RpcClient):
             if len(keys) == 1:
                 self._refuse(keys, error)
                 return []
+            if since is not None:  # the second half of what is sent again may be late for some
+                self._inbox.miss(Gap(since, None, "size"))
             half = set(itertools.islice(keys, len(keys) // 2))
             return [*self._ask(channel, method, half, since),
                     *self._ask(channel, method, keys - half, since)]

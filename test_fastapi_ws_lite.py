@@ -51,6 +51,9 @@ from fastapi import (
     APIRouter, Cookie, Depends, FastAPI, HTTPException, Header, WebSocket, WebSocketException,
 )
 from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine, invariant, rule, run_state_machine_as_test,
+)
 from pydantic import BaseModel, Field
 from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import core_schema
@@ -4061,8 +4064,8 @@ class Relay:
 
 
 @contextlib.asynccontextmanager
-async def relaying(url: str) -> AsyncIterator[Relay]:
-    proxy = Relay()
+async def relaying(url: str, proxy: Any = None) -> AsyncIterator[Any]:
+    proxy = proxy or Relay()
     server = await asyncio.start_server(proxy.serve, "127.0.0.1", 0)
     proxy.port, proxy.target = server.sockets[0].getsockname()[1], port_of(url)
     try:
@@ -9453,3 +9456,739 @@ async def test_dashboard_shows_what_moves_and_survives_a_restart(browser: Browse
         finally:
             process.send_signal(signal.SIGINT)
         assert process.wait(10) == 0
+
+
+# ------------------------------------------------------------------ resuming: what went wrong once
+
+
+def positions(endpoint: PubSubEndpoint, topic: str, numbers: Sequence[Any]) -> list[str]:
+    """Publish these, and return the position of each."""
+    return [str((endpoint.publish(topic, n), endpoint.notifier._log.position)[1]) for n in numbers]
+
+
+async def test_resume_since_waits_for_what_is_older_than_the_live_events(quick: None) -> None:
+    """What comes before its answer, for another subscription, does not overtake the rest."""
+    endpoint, got = PubSubEndpoint(), list[Any]()
+    async with PubSubClient(transport=Inside(endpoint)) as client:
+        await client.subscribe("t", lambda data: None)
+        first = positions(endpoint, "t", range(4))[0]
+        endpoint.publish("t", 4)
+        await client.subscribe("t", got.append, since=first)
+        await until(lambda: got == [1, 2, 3, 4])
+
+
+async def test_resume_since_with_nothing_new_is_a_place_to_resume_at(quick: None) -> None:
+    """A position that was given is known from then on, though no event has come."""
+    endpoint, got = PubSubEndpoint(), list[Any]()
+    async with PubSubClient(transport=(inside := Inside(endpoint))) as client:
+        await client.subscribe("t", got.append, since=positions(endpoint, "t", [0])[0])
+        inside.up = False
+        await endpoint.close(1011)
+        endpoint.publish("t", 1)
+        inside.up = True
+        await until(lambda: got == [1])
+
+
+async def test_resume_of_one_topic_from_two_places_serves_both(quick: None) -> None:
+    """One who wishes for what is newer does not take from another what is older."""
+    endpoint, one, two = PubSubEndpoint(), list[Any](), list[Any]()
+    async with PubSubClient(transport=(inside := Inside(endpoint))) as client:
+        await client.subscribe("t", one.append)
+        inside.up = False
+        await endpoint.close(1011)
+        client.subscribe("t", two.append, since=positions(endpoint, "t", range(5))[2])
+        inside.up = True
+        await until(lambda: (one, two) == (list(range(5)), [3, 4]))
+
+
+async def test_resume_of_a_full_queue_is_not_cut_short_by_a_subscription(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one topic is sent again for, the others may still lack."""
+    monkeypatch.setattr(lib, "QUEUE_EVENTS", 3)
+    endpoint, got, gaps, gate = PubSubEndpoint(), list[Any](), list[Gap](), asyncio.Event()
+
+    async def slow(data: Any) -> None:
+        await gate.wait()
+        got.append(data)
+
+    async with PubSubClient(transport=Inside(endpoint), on_gap=gaps.append) as client:
+        await client.subscribe("u", slow)
+        there = positions(endpoint, "u", range(10))
+        await until(lambda: client._inbox.full)
+        await client.subscribe("t", slow, since=there[5])
+        gate.set()
+        await until(lambda: len(got) >= 10)
+        assert (got, gaps) == (list(range(10)), [])
+
+
+async def test_resume_that_is_asked_again_begins_where_it_was(quick: None) -> None:
+    """Though events of other topics have come since."""
+    gates, slow = [asyncio.Event() for _ in range(2)], list[Any]()
+
+    async def may(channel: RpcChannel, action: str, topics: tuple[str, ...]) -> bool:
+        if topics == ("t",):
+            slow.append(topics)
+            await gates[len(slow) % 2].wait()
+        return True
+
+    gates[1].set()
+    endpoint, got, other = PubSubEndpoint(authorize=may), list[Any](), list[Any]()
+    async with PubSubClient(transport=(inside := Inside(endpoint)), default_response_timeout=0.2,
+                            ) as client:
+        await client.subscribe("t", got.append)
+        inside.up = False
+        await endpoint.close(1011)
+        endpoint.publish("t", 1)
+        client.subscribe("u", other.append)
+        inside.up = True
+        await until(lambda: len(slow) == 2)
+        endpoint.publish("u", 2)
+        await until(lambda: other == [2])
+        await until(lambda: got == [1])
+
+
+async def test_resume_in_several_questions_tells_a_gap(quick: None) -> None:
+    """What the second one has sent again may be too late for who is in both."""
+    endpoint, gaps = PubSubEndpoint(), list[Gap]()
+    async with PubSubClient(transport=Inside(endpoint), on_gap=gaps.append,
+                            max_message_size=400) as client:
+        await client.subscribe([f"a long topic {n}" for n in range(20)], print)
+        position = client.position
+        await drop(endpoint, client)
+        await until(lambda: gaps == [Gap(position, None, "size")])
+
+
+async def test_gap_during_the_hook_of_another_is_told_too() -> None:
+    """The hook may have looked already; of those that wait, one is made."""
+    gaps, gate = list[Gap](), asyncio.Event()
+
+    async def on_gap(gap: Gap) -> None:
+        gaps.append(gap)
+        await gate.wait()
+
+    client = PubSubClient(on_gap=on_gap)
+    client._inbox.miss(Gap("0-a", "1-a", "history"))
+    await until(lambda: gaps)
+    client._inbox.miss(Gap("1-a", "2-a", "history"))
+    client._inbox.miss(Gap("1-a", "2-a", "queue", ("t",)))
+    client._inbox.miss(Gap("2-a", "3-a", "size"))
+    gate.set()
+    await until(lambda: len(gaps) == 3)
+    assert gaps[1:] == [Gap("1-a", "3-a", "history"), Gap("1-a", "2-a", "queue", ("t",))]
+    client._inbox.miss(Gap("3-a", "4-a", "history"))
+    client._inbox.miss(Gap("2-a", "5-a", "history"))
+    assert client._inbox.queue[-1].event == Gap(None, "5-a", "history")
+    await until(lambda: len(gaps) == 4)
+    await client.close()
+
+
+async def test_position_is_told_after_the_events_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a connection that falls behind at that moment."""
+    monkeypatch.setattr(lib, "LIVE_BYTES", 0)
+    endpoint = PubSubEndpoint()
+    async with plain(endpoint) as peer:
+        await subscribed(peer, "t")
+        only(endpoint).notify("something")
+        endpoint.publish("t", 1)
+        endpoint.notifier._mark()
+        assert [(await peer.recv())["method"] for _ in range(2)] == ["something", "notify"]
+
+
+async def test_position_is_told_to_one_who_resumed_behind() -> None:
+    """Quiet topics do not end in a gap: the next mark is for it too."""
+    endpoint = PubSubEndpoint()
+    async with plain(endpoint) as peer:
+        endpoint.publish("other", 1)
+        await subscribed(peer, "t", since=endpoint.notifier._log.before)
+        endpoint.notifier._mark()
+        assert (await peer.recv())["params"] == {"position": endpoint.notifier._log.position}
+
+
+async def test_old_wire_client_with_a_position_is_told_a_gap_once() -> None:
+    """That wire knows none; and it is asked for each topic once."""
+    endpoint, gaps, told = PubSubEndpoint(), list[Gap](), list[Any]()
+    endpoint._on_subscribe = (lambda channel, topics: told.append(topics),)
+    async with client_of(endpoint, wire=OLD, on_gap=gaps.append, since="7-a") as client:
+        await client.subscribe("t", print)
+        await client.subscribe("u", print, since="8-a")
+        await until(lambda: len(gaps) == 2 and told == [("t",), ("u",)])
+        assert gaps[0] == Gap(None, None, "reconnect")
+
+
+# ------------------------------------------------------------------------ the log, against a model
+# What is published, and when each subscription was made, is written down; what arrives is compared
+# with it. The machine stalls, cuts, and restarts; what it knows of the library is only public. A
+# further server, once servers share a log, is one more element of World.endpoints.
+
+LONG = bool(os.environ.get("FWL_LONG"))
+SMALL = {"LIVE_BYTES": 600, "FRAME_BYTES": 900, "FEED_EVENTS": 4, "QUEUE_EVENTS": 5,
+         "BACKOFF_FIRST_SECONDS": 0.001, "BACKOFF_MAX_SECONDS": 0.002, "ASK_AGAIN_SECONDS": 0.002,
+         "RESTART_SPREAD_SECONDS": 0.002, "CLOSE_SECONDS": 0.05, "GRACE_SECONDS": 0.05}
+HISTORY = 12
+
+
+class Hasty(asyncio.SelectorEventLoop):
+    """A loop whose time passes as fast as there is nothing to do, and the same each time."""
+
+    now = 0.0
+
+    def time(self) -> float:
+        return self.now
+
+    def _run_once(self) -> None:
+        mine: Any = self
+        if not mine._ready and mine._scheduled:
+            self.now = max(self.now, mine._scheduled[0]._when)
+        super()._run_once()  # type: ignore[misc]
+
+
+class StallingSocket:
+    """A connection whose receiving can be held up, and which can be cut."""
+
+    def __init__(self, inner: Socket, flow: asyncio.Event) -> None:
+        self.inner, self.flow, self.cut = inner, flow, asyncio.Event()
+        self.subprotocol = inner.subprotocol
+
+    async def send(self, text: str) -> None:
+        await self.inner.send(text)
+
+    async def recv(self) -> str | bytes:
+        received = asyncio.ensure_future(self.inner.recv())
+        cut = asyncio.ensure_future(self.cut.wait())
+        try:
+            await asyncio.wait([received, cut], return_when=asyncio.FIRST_COMPLETED)
+            flows = asyncio.ensure_future(self.flow.wait())
+            await asyncio.wait([flows, cut], return_when=asyncio.FIRST_COMPLETED)
+            flows.cancel()
+            if cut.done():
+                raise ChannelClosed(1006, "cut")
+            return await received
+        finally:
+            received.cancel()
+            cut.cancel()
+
+    async def close(self, code: int, reason: str) -> None:
+        await self.inner.close(code, reason)
+
+
+class Stalling:
+    """Opens such connections, one at a time, to the endpoint that there is, unless it is down."""
+
+    def __init__(self, world: "World") -> None:
+        self.world, self.up, self.flow = world, True, asyncio.Event()
+        self.flow.set()
+        self.socket: StallingSocket | None = None
+
+    async def open(self, uri: str, **options: Any) -> Socket:
+        if not self.up:
+            raise OSError("down")
+        inner = await ASGITransport(root_app(self.world.endpoint)).open(uri, **options)
+        self.socket = StallingSocket(inner, self.flow)
+        return self.socket
+
+    def cut(self) -> None:
+        if self.socket is not None:
+            self.socket.cut.set()
+
+
+@dataclasses.dataclass(eq=False)
+class Heard:
+    """A subscription, and what is due to it: (due, ended] is what it must get, or be told of."""
+
+    names: tuple[str, ...]
+    pattern: bool
+    made: int  # as many events were published before: it gets none of them
+    since: int | None  # from there on all are due, once it is confirmed; None for from then on
+    due: int | None = None
+    handle: lib.Subscription | None = None
+    events: Any = None  # of an iterator
+    got: list[int] = dataclasses.field(default_factory=list)
+
+    def wants(self, topic: str) -> bool:
+        if self.pattern:
+            return any(fnmatch.fnmatchcase(topic, name) for name in self.names)
+        return topic in self.names or ALL_TOPICS in self.names
+
+
+class Peer:
+    """A client with its subscriptions, and the gaps it was told of: (after, up to, topics)."""
+
+    def __init__(self, world: "World", since: str | None = None) -> None:
+        self.world, self.transport = world, Stalling(world)
+        self.client = PubSubClient(transport=self.transport, on_gap=self.missed, since=since)
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.heard: list[Heard] = []
+        self.gaps: list[tuple[int, int, tuple[str, ...]]] = []
+        self.client.start()
+
+    async def missed(self, gap: Gap) -> None:
+        self.world.note()
+        numbers, now = self.world.numbers, len(self.world.published)
+        after = -1 if gap.since is None else numbers.get(gap.since, -1)
+        up_to = now if gap.position is None else numbers[gap.position]
+        self.gaps.append((after, up_to, gap.topics))
+
+    def told(self, heard: Heard, number: int) -> bool:
+        return any(after < number <= up_to and (not topics or set(heard.names) <= set(topics))
+                   for after, up_to, topics in self.gaps)
+
+    def due(self, heard: Heard, first: float, last: float) -> list[int]:
+        """What it was to get from first to last, did not get, and was not told of."""
+        low = max(first, (heard.due or 0) + 1)
+        return [n for n, (topic, origin) in enumerate(self.world.published, 1)
+                if low <= n <= last and heard.due is not None and origin is not self
+                and heard.wants(topic) and n not in heard.got and not self.told(heard, n)]
+
+    def take(self, heard: Heard, event: Event) -> None:
+        number, last = event.data[0], heard.got[-1] if heard.got else 0
+        topic, origin = self.world.published[number - 1]
+        assert number > last, "once, and in order"
+        assert number > heard.made, "nothing older than the subscription"
+        assert event.topic == topic and origin is not self
+        if heard.events is None:  # an iterator is told of its gaps beside it
+            assert self.due(heard, last + 1, number - 1) == [], "a hole is told before"
+        heard.got.append(number)
+
+    def subscribe(self, names: tuple[str, ...], pattern: bool, iterator: bool,
+                  since: str | None) -> None:
+        now = len(self.world.published)
+        place = None if since is None else self.world.numbers[since]
+        if self.heard:  # what is on its way, for another subscription, is for this one too
+            now = max((n for h in self.heard for n in h.got), default=0)
+        heard = Heard(names, pattern, now if place is None else place, place)
+
+        async def callback(event: Event) -> None:
+            try:
+                assert heard.wants(event.topic)
+                await self.gate.wait()
+                if heard.wants(event.topic):  # still
+                    self.take(heard, event)
+            except AssertionError as error:  # which would only be logged
+                self.world.failures.append(error)
+
+        heard.handle = self.client.subscribe(names, None if iterator else callback,
+                                             pattern=pattern, since=since)
+        heard.events = aiter(heard.handle) if iterator else None
+        self.heard.append(heard)
+
+    async def read(self, heard: Heard) -> None:
+        """All but the last stay for good; that one counts as handled with the next."""
+        assert heard.handle is not None
+        while any(item.event.data[0] not in heard.got for item in heard.handle._queue
+                  if isinstance(item.event, Event)):
+            self.take(heard, await anext(heard.events))
+
+    def check(self) -> None:
+        """What the position says was handled was, or was told of."""
+        now = len(self.world.published)
+        position = self.world.numbers.get(self.client.position or "", -1)
+        for heard in self.heard:
+            if heard.handle is not None and heard.handle._confirmed and heard.due is None:
+                heard.due = now if heard.since is None else heard.since
+            in_hand = (heard.events is not None and heard.got[-1:]) or [0]
+            assert [n for n in self.due(heard, 0, position) if n != in_hand[0]] == []
+
+
+class World:
+    """A server, which may begin anew, and clients of it."""
+
+    def __init__(self) -> None:
+        self.published: list[tuple[str, Peer | None]] = []
+        self.numbers: dict[str, int] = {}  # how many were published, by position
+        self.restarts, self.failures = 0, list[AssertionError]()
+        self.begin()
+        self.peers = [Peer(self), Peer(self)]
+
+    def begin(self) -> None:
+        self.endpoint = PubSubEndpoint(history=HISTORY)
+        self.note()
+
+    def note(self) -> None:
+        self.numbers.setdefault(self.endpoint.notifier._log.position, len(self.published))
+
+    def publish(self, topic: str, size: int, origin: Peer | None = None) -> list[Any]:
+        self.published.append((topic, origin))
+        return [len(self.published), "x" * size]
+
+    async def turns(self, count: int) -> None:
+        for _ in range(count):
+            await asyncio.sleep(0)
+
+    def quiet(self) -> bool:
+        stats = self.endpoint.stats()
+        return stats["lagging"] == 0 and all(
+            peer.client.state == "ready" and not peer.client._asking and not peer.client._inbox.full
+            and not peer.client._inbox.queue and peer.client._inbox.unconfirmed == {}
+            for peer in self.peers) and all(
+            not c._outbox and c._writer is None for c in self.endpoint.channels.values())
+
+    async def settle(self) -> None:
+        """Hold nothing up any more, and wait until all that is on its way has arrived."""
+        for peer in self.peers:
+            peer.transport.up = True
+            peer.transport.flow.set()
+            peer.gate.set()
+        rest = 0
+        while rest < 60:  # turns without anything to do
+            await asyncio.sleep(0 if rest else 0.001)
+            rest = rest + 1 if self.quiet() else 0
+        for peer in self.peers:
+            for heard in peer.heard:
+                if heard.events is not None and heard.names:
+                    await peer.read(heard)
+        for peer in self.peers:
+            for heard in peer.heard:
+                assert peer.due(heard, 0, math.inf) == [], "each arrived, or was told of"
+
+    async def close(self) -> None:
+        for peer in self.peers:
+            for heard in peer.heard:
+                if heard.events is not None:
+                    await heard.events.aclose()
+            await peer.client.close()
+        while self.endpoint.channels:
+            await asyncio.sleep(0.001)
+        stats = self.endpoint.stats()
+        assert (stats["topics"], stats["subscriptions"], stats["lagging"]) == (0, 0, 0)
+
+
+topic_names = st.sampled_from(["a", "b", "ab"])
+peer_numbers = st.integers(0, 1)
+
+
+class LogMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.runner = asyncio.Runner(loop_factory=Hasty)
+        self.world = self.do(self.make())
+
+    def do(self, work: Any) -> Any:
+        async def within() -> Any:
+            async with asyncio.timeout(100):
+                return await work
+
+        return self.runner.run(within())
+
+    async def make(self) -> World:
+        return World()
+
+    async def later(self, function: Callable[..., Any], *args: Any) -> None:
+        function(*args)
+
+    @rule(topics=st.lists(topic_names, min_size=1, max_size=8), size=st.sampled_from([1, 300]),
+          turns=st.integers(0, 3))
+    def publish(self, topics: list[str], size: int, turns: int) -> None:
+        async def work() -> None:
+            for topic in topics:
+                self.world.endpoint.publish(topic, self.world.publish(topic, size))
+                self.world.note()
+                await self.world.turns(turns)
+
+        self.do(work())
+
+    @rule(number=peer_numbers, topic=topic_names, to_self=st.booleans())
+    def publish_from_client(self, number: int, topic: str, to_self: bool) -> None:
+        world, peer = self.world, self.world.peers[number]
+
+        async def work() -> None:
+            peer.transport.up = True
+            peer.transport.flow.set()
+            origin, before = None if to_self else peer, world.endpoint.notifier._log.position
+            data = world.publish(topic, 1, origin)
+            try:
+                await peer.client.publish(topic, data, include_self=to_self)
+            except ChannelClosed:  # then it may be in the log, or not
+                if world.endpoint.notifier._log.position == before:
+                    world.published.pop()
+            world.note()
+
+        self.do(work())
+
+    @rule(number=peer_numbers, names=st.sampled_from([
+              ("a",), ("b",), ("a", "b"), ("a*", ), ("*b", "a"), (ALL_TOPICS,)]),
+          iterator=st.booleans(), since=st.none() | st.integers(0, 30), turns=st.integers(0, 30))
+    def subscribe(self, number: int, names: tuple[str, ...], iterator: bool, since: int | None,
+                  turns: int) -> None:
+        async def work() -> None:
+            positions = list(self.world.numbers)[-(since or 0) - 1:]
+            self.world.peers[number].subscribe(
+                names, "*" in "".join(names), iterator, None if since is None else positions[0])
+            await self.world.turns(turns)
+
+        self.do(work())
+
+    @rule(number=peer_numbers, which=st.integers(0, 5), by_topic=st.booleans())
+    def unsubscribe(self, number: int, which: int, by_topic: bool) -> None:
+        peer = self.world.peers[number]
+        there = [heard for heard in peer.heard if heard.names]
+
+        async def work() -> None:
+            heard = there[which % len(there)]
+            assert heard.handle is not None
+            if by_topic:
+                peer.client.unsubscribe(heard.names[0], pattern=heard.pattern)
+            else:
+                heard.handle.cancel()
+            for other in there:
+                assert other.handle is not None
+                other.names = other.handle.topics  # of those that are gone nothing is due
+
+        if there:
+            self.do(work())
+
+    @rule(number=peer_numbers, what=st.sampled_from(["flow", "gate"]), held=st.booleans())
+    def stall_or_drain(self, number: int, what: str, held: bool) -> None:
+        peer = self.world.peers[number]
+        event = peer.transport.flow if what == "flow" else peer.gate
+        self.do(self.later(event.clear if held else event.set))
+
+    @rule(number=peer_numbers, up=st.booleans())
+    def drop(self, number: int, up: bool) -> None:
+        peer = self.world.peers[number]
+        peer.transport.up = up
+        self.do(self.later(peer.transport.cut))
+
+    @rule(number=peer_numbers)
+    def read(self, number: int) -> None:
+        async def work() -> None:
+            peer = self.world.peers[number]
+            for heard in peer.heard:
+                if heard.events is not None and heard.names:
+                    await peer.read(heard)
+
+        self.do(work())
+
+    @rule()
+    def restart(self) -> None:
+        async def work() -> None:
+            self.world.restarts += 1
+            before = self.world.endpoint
+            self.world.begin()
+            await before.close()
+
+        self.do(work())
+
+    @rule(number=peer_numbers)
+    def begin_again_where_it_was(self, number: int) -> None:
+        """The client's own process restarts, and goes on from its position."""
+        async def work() -> None:
+            peer, world = self.world.peers[number], self.world
+            await peer.client.close()
+            position = peer.client.position
+            for heard in peer.heard:
+                if heard.events is not None:
+                    await heard.events.aclose()
+            world.peers[number] = Peer(world)
+            if position is not None:
+                for heard in peer.heard[:2]:
+                    if heard.names:
+                        world.peers[number].subscribe(heard.names, heard.pattern, False, position)
+
+        self.do(work())
+
+    @rule(turns=st.integers(1, 40))
+    def wait(self, turns: int) -> None:
+        self.do(self.world.turns(turns))
+
+    @rule()
+    def settle(self) -> None:
+        self.do(self.world.settle())
+
+    @invariant()
+    def positions_are_true(self) -> None:
+        for peer in self.world.peers:
+            peer.check()
+        for failure in self.world.failures:
+            raise failure
+
+    def teardown(self) -> None:
+        try:
+            self.do(self.world.settle())
+            self.positions_are_true()
+            if not self.world.restarts and len(self.world.published) <= min(HISTORY, 5):
+                assert [peer.gaps for peer in self.world.peers] == [[], []], "none without a cause"
+        finally:
+            self.do(self.world.close())
+            self.runner.close()
+
+
+def test_log_agrees_with_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Order, once for each subscription, and every hole told before the first event after it."""
+    for name, value in SMALL.items():
+        monkeypatch.setattr(lib, name, value)
+    examples, steps = (3000, 50) if LONG else (60, 30)
+    run_state_machine_as_test(LogMachine, settings=settings(
+        thorough, max_examples=examples, stateful_step_count=steps))
+
+
+# ------------------------------------------------------------------------- chaos over real sockets
+
+CHAOS_SECONDS = 600 if LONG else 10
+CHAOS_SERVER = """
+import asyncio, os, sys, time
+import uvicorn
+from fastapi import FastAPI
+from fastapi_ws_lite import PubSubEndpoint
+
+port, path, until = int(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+app, endpoint = FastAPI(), PubSubEndpoint()
+endpoint.register_route(app, "/ws")
+out = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+number = sum(line.isdigit() for line in os.read(out, 2**30).split())
+os.write(out, f"begin-{endpoint.notifier._log._id}\\n".encode())
+
+async def publish():
+    global number
+    while time.monotonic() < until:
+        number += 1
+        os.write(out, b"%d\\n" % number)
+        endpoint.publish("t", number)
+        await asyncio.sleep(1 / 200)
+
+async def main():
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="critical"))
+    task = asyncio.create_task(publish())
+    await server.serve()
+
+asyncio.run(main())
+"""
+CHAOS_CLIENTS = """
+import asyncio, logging, os, sys
+import fastapi_ws_lite as lib
+
+logging.disable()
+lib.BACKOFF_MAX_SECONDS = 0.5
+out = os.open(sys.argv[2], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+async def client(name):
+    def write(*what):
+        os.write(out, " ".join(map(str, (name, *what))).encode() + b"\\n")
+    transport = lib.NetworkTransport(ping_interval=1, ping_timeout=1, open_timeout=2)
+    client = lib.PubSubClient(sys.argv[1], transport=transport,
+                              on_gap=lambda gap: write("gap", gap.since, gap.position))
+    client.subscribe("t", lambda data: write("event", data))
+    client.start()
+    await client.wait_until_done()
+
+async def main():
+    await asyncio.gather(*(client(n) for n in range(5)))
+
+asyncio.run(main())
+"""
+
+
+class Chaos(Relay):
+    """A proxy that does to connections what networks do."""
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await super().serve(reader, writer)
+        except (OSError, asyncio.IncompleteReadError):
+            writer.close()  # the server is not there
+
+    def half_close(self) -> None:
+        for writer in list(self.writers)[::2]:
+            with contextlib.suppress(OSError):
+                writer.write_eof()
+
+
+def chaos_verdict(published: list[str], heard: list[str]) -> dict[str, int]:
+    """What became of the events, at all the clients of one process."""
+    logs: dict[str, int] = {}  # how many events were published before each log
+    total = 0
+    for line in published:
+        if line.startswith("begin-"):
+            logs[line[6:]] = total
+        else:
+            total += 1
+    found = dict.fromkeys(("delivered", "announced", "unannounced", "duplicated", "disordered"), 0)
+
+    def number(position: str, unknown: int) -> int:
+        offset, _, log = position.partition("-")
+        return unknown if position == "None" else logs[log] + int(offset)
+
+    for name in {line.split()[0] for line in heard}:
+        got: set[int] = set()
+        told: set[int] = set()
+        last = 0
+        for words in (line.split() for line in heard):
+            if words[:2] == [name, "gap"]:
+                told.update(range(number(words[2], 0) + 1, number(words[3], total) + 1))
+            elif words[:2] == [name, "event"]:
+                n = int(words[2])
+                found["duplicated"] += n in got
+                found["disordered"] += n < last
+                missing = set(range(last + 1, n)) - told if last else set()
+                found["unannounced"] += len(missing)
+                found["announced"] += len(range(last + 1, n)) - len(missing) if last else 0
+                last = max(n, last)
+                got.add(n)
+        found["delivered"] += len(got)
+        found["unannounced"] += len(set(range(last + 1, total + 1)) - told)
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="stops and kills processes")
+async def test_chaos_loses_nothing_unannounced(tmp_path: Path) -> None:
+    """Servers killed, connections reset, swallowed and half closed, clients stopped."""
+    for name, code in (("server.py", CHAOS_SERVER), ("clients.py", CHAOS_CLIENTS)):
+        (tmp_path / name).write_text(code)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    published, heard = tmp_path / "published", [tmp_path / f"heard{n}" for n in range(4)]
+    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    end = time.monotonic() + CHAOS_SECONDS + 3
+    dice = random.Random(1)
+
+    def start(script: str, *args: object) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, tmp_path / script, *map(str, args)],
+                                env=environment)
+
+    def serve() -> subprocess.Popen[bytes]:
+        return start("server.py", port, published, end)
+
+    def lines(path: Path) -> list[str]:
+        return path.read_text().splitlines() if path.exists() else []
+
+    def caught_up(path: Path) -> bool:
+        last = lines(published)[-1]
+        return sum(line.endswith(f" event {last}") for line in lines(path)[-50:]) == 5
+
+    async with relaying(f"ws://127.0.0.1:{port}", Chaos()) as chaos:
+        server = serve()
+        clients = [start("clients.py", f"ws://127.0.0.1:{chaos.port}/ws", path) for path in heard]
+        try:
+            await until(lambda: all(len(lines(path)) > 100 for path in heard), 30)
+            blows = itertools.cycle(dice.sample(["kill", "reset", "swallow", "half", "stop"], 5))
+            while time.monotonic() < end - 2.5:
+                blow = next(blows)
+                if blow == "kill":
+                    server.kill()
+                    await asyncio.to_thread(server.wait)
+                    server = serve()
+                elif blow == "reset":
+                    chaos.reset()
+                elif blow == "swallow":
+                    chaos.flowing.clear()
+                    await asyncio.sleep(dice.uniform(0.5, 2.5))
+                    chaos.flowing.set()
+                elif blow == "half":
+                    chaos.half_close()
+                else:
+                    stopped = dice.choice(clients)
+                    stopped.send_signal(signal.SIGSTOP)
+                    await asyncio.sleep(dice.uniform(0.5, 2.5))
+                    stopped.send_signal(signal.SIGCONT)
+                await asyncio.sleep(dice.uniform(0.1, 0.9))
+            await until(lambda: time.monotonic() > end + 0.1, 10)
+            await until(lambda: all(map(caught_up, heard)), 20)
+        finally:
+            for process in (*clients, server):
+                process.kill()
+                await asyncio.to_thread(process.wait)
+    found = [chaos_verdict(lines(published), lines(path)) for path in heard]
+    total = {name: sum(each[name] for each in found) for name in found[0]}
+    print("chaos: published", sum(map(str.isdigit, lines(published))), total)
+    assert total["delivered"] > 1000
+    assert total | {"unannounced": 0, "duplicated": 0, "disordered": 0} == total
