@@ -6857,6 +6857,785 @@ async def test_unsubscribe_after_a_subscribe_that_is_slow_ends_it() -> None:
         assert endpoint.stats()["subscriptions"] == 0
 
 
+# ------------------------------------------------------------- one log behind many servers: driver
+
+
+class MemoryLog:
+    """A backbone that is as simple as can be, and what may go wrong with one."""
+
+    def __init__(self) -> None:
+        self.entries: dict[int, bytes] = {}
+        self.end = 1
+        self.refuses = self.forgets = 0  # so many appends fail, before or after they store
+        self.trouble: BaseException = OSError("broken")
+        self.away = self.silent = False
+        self.appends = self.reads = 0
+        self.waits = 0.0  # before each entry is read
+
+    async def answer(self) -> None:
+        if self.away:
+            raise OSError("the broker is away")
+        while self.silent:
+            await asyncio.sleep(0.001)
+
+    async def append(self, payload: bytes) -> None:
+        await self.answer()
+        self.appends += 1
+        if self.refuses:
+            self.refuses -= 1
+            raise self.trouble
+        self.put(payload)
+        if self.forgets:
+            self.forgets -= 1
+            raise self.trouble
+        await asyncio.sleep(0)
+
+    async def read(self, start: int | None) -> AsyncIterator[tuple[int, bytes]]:
+        await self.answer()
+        self.reads += 1
+        if start is not None and max(self.entries, default=0) < start:
+            raise LookupError(f"nothing at {start}")
+        place = start or 1
+        while True:
+            await self.answer()
+            for offset in [n for n in self.entries if n >= place]:
+                place = offset + 1
+                await asyncio.sleep(self.waits)
+                if payload := self.entries.get(offset):
+                    yield offset, payload
+            await asyncio.sleep(0.001)
+
+    def put(self, payload: bytes) -> None:
+        self.entries[self.end] = payload
+        self.end += 1
+
+    def trim(self, first: int) -> None:
+        self.entries = {n: payload for n, payload in self.entries.items() if n >= first}
+
+    def set_to(self, entries: dict[int, bytes]) -> None:
+        self.entries, self.end = dict(entries), max(entries, default=0) + 1
+
+
+class ManyLog(MemoryLog):
+    """One that takes several at once, has a limit, and is closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.max_size, self.closed, self.takes = 2000, 0, 10**9
+
+    async def append_many(self, payloads: Sequence[bytes]) -> None:
+        for payload in payloads:
+            if len(payload) > self.takes:
+                raise MessageTooLarge("the broker said so")
+            await self.append(payload)
+
+    async def aclose(self) -> None:
+        self.closed += 1
+
+
+def entry(writer: int, number: int, topic: str = "t", data: Any = None, sign: str = ":") -> bytes:
+    """What another server would write."""
+    head = [f"{writer:012x}{sign}{number}", topic if sign == ":" else None, None]
+    return f"{json.dumps(head)}\n{json.dumps(data) if sign == ':' else ''}".encode()
+
+
+@pytest.fixture(params=[MemoryLog, ManyLog])
+def broker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> MemoryLog:
+    for name, seconds in (("SILENCE", 0.15), ("BACKOFF_FIRST", 0.002), ("BROKER_BACKOFF", 0.02),
+                          ("REACH", 0.3), ("GRACE", 0.2)):
+        monkeypatch.setattr(lib, f"{name}_SECONDS", seconds)
+    log: MemoryLog = request.param()
+    return log
+
+
+@contextlib.asynccontextmanager
+async def servers(log: lib.Backbone, count: int = 1,
+                  **options: Any) -> AsyncIterator[list[PubSubEndpoint]]:
+    endpoints = [PubSubEndpoint(backbone=log, **options) for _ in range(count)]
+    try:
+        yield endpoints
+    finally:
+        for endpoint in endpoints:
+            await endpoint.close()
+
+
+class Heard:
+    """All that a client, or an endpoint, hears: data, and gaps by their reason."""
+
+    def __init__(self) -> None:
+        self.all: list[Any] = []
+
+    def gap(self, gap: Gap) -> None:
+        self.all.append(f"gap: {gap.reason}")
+
+    @contextlib.asynccontextmanager
+    async def on(self, endpoint: PubSubEndpoint, topic: str = ALL_TOPICS,
+                 **options: Any) -> AsyncIterator[PubSubClient]:
+        async with client_of(endpoint, on_gap=self.gap, **options) as client:
+            await client.subscribe(topic, self.all.append)
+            yield client
+
+    async def has(self, *wanted: Any) -> None:
+        await until(lambda: len(self.all) >= len(wanted))
+        await asyncio.sleep(0.02)  # for what should not come
+        assert self.all == list(wanted)
+
+
+def shared(endpoint: PubSubEndpoint) -> lib._Shared:
+    found = endpoint.notifier._shared
+    assert found is not None
+    return found
+
+
+async def test_backbone_all_servers_see_one_order(broker: MemoryLog) -> None:
+    """What two servers and their clients publish reaches all, in the order of the log, once."""
+    a, b, own = Heard(), Heard(), list[Any]()
+    async with servers(broker, 2) as (one, two), a.on(one) as ann, b.on(two) as bob:
+        one.subscribe(ALL_TOPICS, own.append)
+        for n in range(50):
+            one.publish("t", n)
+            two.publish(["t", "u"], -n)
+            if n % 10 == 0:
+                await ann.publish("t", f"a{n}", include_self=True)
+                await bob.publish("t", f"b{n}", include_self=True)
+        await until(lambda: len(a.all) == len(b.all) == len(own) == 160)
+        assert a.all == b.all == own
+        assert one.stats()["events_published"] == 55
+        assert one.stats()["backbone"] == {
+            "connected": True, "queued": 0, "behind": 0, "last_error": None}
+    assert {"backbone"} == PubSubEndpoint(backbone=broker).stats().keys() - PubSubEndpoint(
+        ).stats().keys()
+
+
+async def test_backbone_own_event_does_not_return_by_another_server(broker: MemoryLog) -> None:
+    """A client gets its own event neither live, nor replayed on another server."""
+    heard, others = Heard(), Heard()
+    async with servers(broker, 2) as (one, two), others.on(two, "t*"):
+        async with heard.on(one, "t") as client:
+            await client.publish("t", 1)
+            one.publish("t", 2)
+            await heard.has(2)
+            since, id = client.position, client._id
+            await client.publish("t", 3)
+        async with client_of(two, since=since) as again:
+            again._id = id
+            await again.subscribe("t", heard.all.append)
+            one.publish("t", 4)
+            await heard.has(2, 4)
+
+
+async def test_backbone_patterns_and_authorize_as_without(broker: MemoryLog) -> None:
+    """Globs match, and what is refused is refused, whoever asks."""
+    async with servers(broker, authorize=lambda channel, action, topics: "no" not in topics) as (
+            one,), client_of(one) as client:
+        heard = Heard()
+        with pytest.raises(Forbidden):
+            await client.subscribe("no", heard.all.append)
+        with pytest.raises(Forbidden):
+            await client.publish("no")
+        await client.subscribe(["o*"], heard.all.append, pattern=True)
+        one.publish(["no", "on"], 1)
+        await one.publish([])
+        await heard.has(1)
+
+
+async def test_backbone_tail_is_new_to_nobody_but_resumed(broker: MemoryLog) -> None:
+    """A server that starts gives nobody what is in the log, but to those who come back."""
+    first, second, own = Heard(), Heard(), list[Any]()
+    async with servers(broker) as (one,), first.on(one) as client:
+        await one.publish("t", 0)
+        await first.has(0)
+        since = client.position
+        await one.publish("t", 1)
+        await first.has(0, 1)
+    broker.put(entry(1, 5, data="foreign"))
+    broker.put(entry(1, 7, data="with a hole before it"))
+    async with servers(broker) as (two,):
+        two.subscribe(ALL_TOPICS, own.append)
+        async with first.on(two), second.on(two, since=since):
+            await two.publish("t", 2)
+            await first.has(0, 1, 2)
+            await second.has(1, "foreign", "gap: history", "with a hole before it", 2)
+            assert own == [2]
+
+
+async def test_backbone_subscribe_waits_for_a_broker_that_is_away(broker: MemoryLog) -> None:
+    """Subscribes wait, up to their deadline, and succeed once the broker is there."""
+    broker.away, heard = True, Heard()
+    async with servers(broker) as (one,), client_of(one) as client:
+        with pytest.raises(RequestTimeout):
+            await client.call("subscribe", {"topics": ["u"]}, timeout=0.05)
+        waiting = asyncio.ensure_future(client.subscribe("t", heard.all.append)._wait())
+        one.publish("t", "while it was away")
+        await until(lambda: one.stats()["backbone"]["last_error"])
+        assert not waiting.done() and not one.stats()["backbone"]["connected"]
+        broker.away = False
+        await waiting
+        one.publish("t", 1)
+        await until(lambda: heard.all[-1:] == [1])
+        assert one.stats()["backbone"]["connected"]
+
+
+async def test_backbone_event_waits_while_broker_is_away(broker: MemoryLog) -> None:
+    """What is published while it is away is sent afterwards, in order; past 10,000 it raises."""
+    heard = Heard()
+    async with servers(broker, 2) as (one, two), heard.on(two):
+        await one.publish("t", "before")
+        broker.away = True
+        await until(lambda: not two.stats()["backbone"]["connected"])
+        for n in range(lib.QUEUE_EVENTS):
+            one.publish("t", n)
+        with pytest.raises(Overloaded):
+            one.publish("t", "one too many")
+        with pytest.raises(Overloaded):
+            await asyncio.to_thread(one.publish, "t", "one too many")
+        assert one.stats()["backbone"]["queued"] == lib.QUEUE_EVENTS
+        broker.away = False
+        await until(lambda: len(heard.all) > lib.QUEUE_EVENTS, 30)
+        assert heard.all == ["before", *range(lib.QUEUE_EVENTS)]
+
+
+@pytest.mark.parametrize("trouble", [OSError(), asyncio.CancelledError(), TimeoutError()])
+async def test_backbone_append_of_unknown_fate_is_there_once(
+        broker: MemoryLog, trouble: BaseException) -> None:
+    """Whether it was stored or not: it is sent again, and read once, in order."""
+    a, b, broker.trouble = Heard(), Heard(), trouble
+    async with servers(broker, 2) as (one, two), a.on(one), b.on(two):
+        for n in range(40):
+            broker.refuses, broker.forgets = n % 3 % 2, n % 5 % 3
+            done = one.publish("t", n)
+            one.publish("t", -n)
+            two.publish("u", "other")
+            await done
+        await until(lambda: len(a.all) == len(b.all) == 120)
+        assert [n for n in a.all if n != "other"] == [s * n for n in range(40) for s in (1, -1)]
+        assert a.all == b.all and len(broker.entries) > 122
+
+
+async def test_backbone_broker_that_flaps_loses_nothing(broker: MemoryLog) -> None:
+    """However often it goes: every event comes, once, in one order."""
+    a, b, chance = Heard(), Heard(), random.Random(1)
+    async with servers(broker, 2) as (one, two), a.on(one), b.on(two):
+        for n in range(300):
+            [one, two][n % 2].publish("t", n)
+            match chance.randrange(12):
+                case 0:
+                    broker.away = not broker.away
+                case 1:
+                    broker.silent = not broker.silent
+                case 2:
+                    broker.forgets = 1
+                case 3:
+                    broker.refuses = 1
+            await asyncio.sleep(0.001)
+        broker.away = broker.silent = False
+        await until(lambda: len(a.all) == len(b.all) == 300)
+        assert a.all == b.all
+        assert [n for n in a.all if n % 2] == list(range(1, 300, 2))
+
+
+async def test_backbone_silence_is_asked_about(broker: MemoryLog) -> None:
+    """A reader that hears nothing reads its last entry again; without an answer, it is broken."""
+    heard = Heard()
+    async with servers(broker) as (one,), heard.on(one):
+        await one.publish("t", 1)
+        await until(lambda: broker.reads > 2)
+        assert one.stats()["backbone"]["connected"]
+        broker.silent = True
+        await until(lambda: not one.stats()["backbone"]["connected"])
+        assert "does not answer" in one.stats()["backbone"]["last_error"]
+        broker.silent = False
+        one.publish("t", 2)
+        await heard.has(1, 2)
+
+
+async def test_backbone_log_trimmed_is_a_gap_for_all(broker: MemoryLog) -> None:
+    """What was trimmed before a server read it is a gap on each of its clients, and for itself."""
+    a, b, old, own = Heard(), Heard(), Heard(), list[Gap]()
+    async with servers(broker) as (one,), a.on(one), b.on(one, "u"), client_of(one):
+        async with old.on(one, wire=OLD) as predecessor:
+            one.subscribe("u", print)
+            one.notifier._inbox._missed = own.append  # type: ignore[assignment]
+            await one.publish("t", 1)
+            await a.has(1)
+            broker.away = True
+            await until(lambda: not one.stats()["backbone"]["connected"])
+            for n in range(3, 6):
+                broker.put(entry(1, n, data=n))
+            broker.trim(broker.end - 1)
+            broker.away = False
+            await a.has(1, "gap: history", 5)
+            await b.has("gap: history")
+            await until(lambda: predecessor.last_error is not None)
+            assert isinstance(predecessor.last_error, ChannelClosed)
+            assert predecessor.last_error.code == lib.TOO_SLOW
+            assert one.stats()["gaps_told"] == 2 and one.stats()["slow_closed"] == 1
+            assert own == [Gap(None, None, "history")]
+
+
+@pytest.mark.parametrize("missing", [1, 3])
+async def test_backbone_hole_within_a_writers_numbers_is_a_gap(
+        broker: MemoryLog, missing: int) -> None:
+    """An event whose predecessor never came is preceded by a gap."""
+    heard = Heard()
+    async with servers(broker) as (one,), heard.on(one):
+        for number in (4, 5, 5 + missing + 1, 5, 5 + missing + 2):
+            broker.put(entry(1, number, data=number))
+        await heard.has(4, 5, "gap: history", 6 + missing, 7 + missing)
+
+
+@pytest.mark.parametrize("left", [0, 1, 3])
+@pytest.mark.parametrize("then", [0, 1, 20])
+async def test_backbone_log_set_back_is_a_gap_and_no_splice(
+        broker: MemoryLog, left: int, then: int) -> None:
+    """Deleted, or an older state of itself, with other entries since: a gap, and nothing twice."""
+    broker.put(entry(3, 1, data="before it was started"))
+    a, b = Heard(), Heard()
+    async with servers(broker, 2) as (one, two), a.on(one), b.on(two):
+        await one.publish("t", 1)
+        await two.publish("t", 2)
+        for n in range(4):
+            broker.put(entry(1, n, data=f"foreign {n}"))
+        until_then = [1, 2, *(f"foreign {n}" for n in range(4))]
+        await a.has(*until_then)
+        await b.has(*until_then)
+        if then == 20:  # they fill the place of what was there, and more
+            broker.away = True
+            await until(lambda: not any(s.stats()["backbone"]["connected"] for s in (one, two)))
+        broker.set_to({n: broker.entries[n] for n in list(broker.entries)[:left]})
+        for n in range(4, 4 + then):
+            broker.put(entry(1, n, data=f"new {n}"))
+        until_then += ["gap: log", *(f"new {n}" for n in range(4, 4 + then))]
+        broker.away = False
+        await a.has(*until_then)
+        await b.has(*until_then)
+        await one.publish("t", "last")
+        await a.has(*until_then, "last")
+        await b.has(*until_then, "last")
+
+
+async def test_backbone_log_set_back_repeats_nothing_older_than_the_server(
+        broker: MemoryLog) -> None:
+    """A server does not give as new what others have given before it was started."""
+    for n in range(5):
+        broker.put(entry(3, n, data=n))
+    old = dict(broker.entries)
+    broker.trim(6)
+    heard = Heard()
+    async with servers(broker) as (one,), heard.on(one):
+        await one.publish("t", "x")
+        await heard.has("x")
+        broker.set_to(old)
+        await heard.has("x", "gap: log")
+        broker.put(entry(3, 5, data=5))
+        await heard.has("x", "gap: log", 5)
+
+
+async def test_backbone_log_set_back_twice_in_a_row(broker: MemoryLog) -> None:
+    """A second time before the first is over: one gap or two, and it goes on."""
+    heard = Heard()
+    async with servers(broker) as (one,), heard.on(one):
+        for n in range(3):
+            await one.publish("t", n)
+        await heard.has(0, 1, 2)
+        reads, broker.refuses = broker.reads, 10**9
+        broker.set_to({})
+        await until(lambda: shared(one)._hole == "log" or broker.reads > reads + 3)
+        broker.put(entry(1, 1, data="between"))
+        await until(lambda: shared(one)._at is not None)
+        broker.set_to({})
+        broker.refuses = 0
+        await one.publish("t", "after")
+        await until(lambda: heard.all[-1] == "after")
+        assert heard.all[:4] == [0, 1, 2, "gap: log"]
+        assert set(heard.all[4:]) <= {"gap: log", "after"} and heard.all.count("after") == 1
+
+
+async def test_backbone_mark_that_is_lost_is_written_again(broker: MemoryLog) -> None:
+    """A log deleted before its server has read it makes nobody wait for ever."""
+    async with servers(broker) as (one,):
+        broker.waits = 0.05
+        one.notifier._attach()
+        await until(lambda: broker.entries)
+        broker.set_to({})
+        broker.waits = 0
+        async with client_of(one) as client:
+            await client.subscribe("t", print)
+
+
+async def test_backbone_error_of_reading_from_the_start_is_no_new_log(
+        broker: MemoryLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A LookupError where no entry was asked for is an error, and not asked again at once."""
+    calls: list[int | None] = []
+
+    async def read(start: int | None) -> AsyncIterator[tuple[int, bytes]]:
+        calls.append(start)
+        raise KeyError("a mistake")
+        yield 0, b""
+
+    monkeypatch.setattr(broker, "read", read)
+    async with servers(broker) as (one,):
+        one.notifier._attach()
+        await until(lambda: len(calls) > 3)
+        assert len(broker.entries) <= 1
+        assert "a mistake" in one.stats()["backbone"]["last_error"]
+
+
+async def test_backbone_that_ends_its_log_is_asked_again(
+        broker: MemoryLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An iterator that ends, and has no aclose(), is trouble."""
+    class Ends:
+        def __init__(self, entries: Any) -> None:
+            self.left, self.entries = 3, entries
+
+        def __aiter__(self) -> Self:
+            return self
+
+        async def __anext__(self) -> tuple[int, bytes]:
+            self.left -= 1
+            if not self.left:
+                await self.entries.aclose()
+                raise StopAsyncIteration
+            found: tuple[int, bytes] = await anext(self.entries)
+            return found
+
+    read, heard = broker.read, Heard()
+    monkeypatch.setattr(broker, "read", lambda start: Ends(read(start)))
+    async with servers(broker) as (one,), heard.on(one):
+        for n in range(5):
+            one.publish("t", n)
+        await heard.has(*range(5))
+        assert "ended" in one.stats()["backbone"]["last_error"]
+
+
+GARBAGE = [b"", b"\xff\xfe\n\n", b"hello", b"[1,2,3]\n1", b'["x"]\n1', b'["x:1","t",null]\n1',
+           entry(2, 1)[:-2], entry(2, 1) + b"\xff", b'["00000000000a:1",7,null]\n1',
+           b'["00000000000a!1","t",null]\n1', b'["00000000000a:11111111111111111111","t",null]\n1']
+
+
+async def test_backbone_foreign_entries_are_passed_over(broker: MemoryLog) -> None:
+    """What is not one of ours reaches nobody, wherever it is; the last entry, too."""
+    broker.put(b"already there")
+    heard = Heard()
+    async with servers(broker) as (one,), heard.on(one):
+        for garbage in GARBAGE:
+            broker.put(garbage or b" ")
+        await one.publish("t", 1)
+        broker.put(b"the last one")
+        reads = broker.reads
+        await until(lambda: broker.reads > reads + 2)  # it begins at the last one
+        broker.put(b'["00000000000a:1","t",7]\n2')
+        await heard.has(1, 2)
+
+
+async def test_backbone_resume_on_another_server_that_lags_behind(broker: MemoryLog) -> None:
+    """A position that one server has told is waited for by another, for a while."""
+    heard = Heard()
+    async with servers(broker, 2) as (one, two):
+        async with heard.on(one) as client:
+            two.publish("t", 0)
+            await heard.has(0)
+            broker.silent = True  # so that the other one cannot read on
+            await asyncio.sleep(0.01)
+        behind = f"{broker.end}-000000000001:1"
+        broker.silent = False
+        await until(lambda: two.stats()["backbone"]["connected"])
+        async with client_of(two, since=behind, on_gap=heard.gap) as client:
+            asked = asyncio.ensure_future(client.subscribe("t", heard.all.append)._wait())
+            await asyncio.sleep(0.05)
+            assert not asked.done()
+            broker.put(entry(1, 1, data="known to the client"))
+            broker.put(entry(1, 2, data="not known to it"))
+            await asked
+            await heard.has(0, "not known to it")
+        begun = time.monotonic()
+        async with heard.on(two, since="1000-000000000001:1"):
+            assert 0.3 <= time.monotonic() - begun < 3
+            await heard.has(0, "not known to it", "gap: history")
+
+
+async def test_backbone_too_large_is_refused_before_it_is_queued(broker: MemoryLog) -> None:
+    """More than the broker takes raises at once, also in a thread; and makes no hole."""
+    if not isinstance(broker, ManyLog):
+        pytest.skip("this one has no limit")
+    heard = Heard()
+    async with servers(broker) as (one,), heard.on(one) as client:
+        await one.publish("t", "x" * (2000 - 64 - 3 - 2))
+        with pytest.raises(MessageTooLarge, match="the limit of the backbone is 2000"):
+            one.publish(["", "t" * 1000], "x" * 1000)
+        with pytest.raises(MessageTooLarge):
+            await asyncio.to_thread(one.publish, "t", "x" * 2000)
+        with pytest.raises(MessageTooLarge):
+            await client.publish("t", "x" * 1950)
+        assert one.stats()["events_published"] == 1
+        await one.publish("t", 2)
+        await until(lambda: heard.all[-1] == 2)
+        assert len(heard.all) == 2
+
+
+async def test_backbone_too_large_for_the_broker_only_holds_nobody_up(broker: MemoryLog) -> None:
+    """A limit that was not known: that event fails, the others go on, and there is no hole."""
+    if not isinstance(broker, ManyLog):
+        pytest.skip("this one takes one at a time")
+    heard = Heard()
+    async with servers(broker) as (one,), heard.on(one):
+        broker.takes = 500
+        one.publish("t", 0)
+        large, last = one.publish("t", "x" * 500), one.publish("t", 1)
+        with pytest.raises(MessageTooLarge, match="the broker said so"):
+            await large
+        await last
+        await one.publish("t", 2)
+        await heard.has(0, 1, 2)
+
+
+async def test_backbone_publish_from_threads_and_before_a_loop(broker: MemoryLog) -> None:
+    """Threads publish, and so does whoever comes before there is a loop."""
+    heard = Heard()
+    endpoint = PubSubEndpoint(backbone=broker)
+    await asyncio.to_thread(endpoint.publish, "t", "before")
+    assert not endpoint.stats()["backbone"]["connected"]
+    async with heard.on(endpoint):
+        with ThreadPoolExecutor(4) as threads:
+            await asyncio.gather(*(asyncio.get_running_loop().run_in_executor(
+                threads, endpoint.publish, "t", n) for n in range(100)))
+        await until(lambda: len(heard.all) >= 100)
+        assert sorted(set(heard.all) - {"before"}) == list(range(100))
+    await endpoint.close()
+    assert b'"before"' in b"".join(broker.entries.values())
+
+
+async def test_backbone_cancelled_publisher_cancels_nothing(broker: MemoryLog) -> None:
+    """One who waits may be cancelled; the event arrives."""
+    heard = Heard()
+    async with servers(broker) as (one,), heard.on(one):
+        broker.silent = True
+
+        async def publish() -> None:
+            await one.publish("t", 1)
+
+        waiting = asyncio.create_task(publish())
+        await asyncio.sleep(0.01)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        broker.silent = False
+        await heard.has(1)
+
+
+async def test_backbone_close_gives_what_is_queued_a_moment(
+        broker: MemoryLog, caplog: pytest.LogCaptureFixture) -> None:
+    """What is queued leaves; what cannot fails, logged once or told to the one who waits."""
+    endpoint = PubSubEndpoint(backbone=broker)
+    for n in range(100):
+        endpoint.publish("t", n)
+    await endpoint.close()
+    assert sum(b"\n" in payload for payload in broker.entries.values()) == 101
+    broker.away = True
+    waiting = asyncio.ensure_future(asyncio.wait_for(endpoint.publish("t", "waits"), 10))
+    endpoint.publish("t", "nobody waits")
+    await asyncio.sleep(0)
+    caplog.clear()
+    await endpoint.close()
+    with pytest.raises(ChannelClosed):
+        await waiting
+    assert [r.message for r in caplog.records if r.levelname == "ERROR"] == [
+        "publish to ('t',) failed, and nobody waited for it: "
+        "the connection is closed: 1001 the endpoint was closed"]
+    if isinstance(broker, ManyLog):
+        assert broker.closed >= 2
+
+
+async def test_backbone_close_cancelled_leaves_no_task(broker: MemoryLog) -> None:
+    """Cancelling it in its moment of grace stops at once; what is left is sent by the next use."""
+    endpoint, heard = PubSubEndpoint(backbone=broker), Heard()
+    broker.silent = True
+    endpoint.publish("t", 1)
+    closing = asyncio.create_task(endpoint.close())
+    await asyncio.sleep(0.05)
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    await until(lambda: not shared(endpoint)._tasks)
+    broker.silent = False
+    async with heard.on(endpoint):
+        await until(lambda: b"\n1" in b"".join(broker.entries.values()))
+    await endpoint.close()
+    await endpoint.close()  # a second time does nothing
+
+
+async def test_backbone_use_after_close_goes_on_without_a_hole(broker: MemoryLog) -> None:
+    """What was published meanwhile is neither new to those who come, nor lost to those who were."""
+    own, heard, since = list[Any](), Heard(), ""
+    endpoint = PubSubEndpoint(backbone=broker)
+    endpoint.subscribe("t", own.append)
+    async with heard.on(endpoint) as client:
+        await endpoint.publish("t", 1)
+        await heard.has(1)
+        since = client.position or ""
+    await endpoint.close()
+    broker.put(entry(1, 1, data="meanwhile"))
+    async with heard.on(endpoint):
+        await endpoint.publish("t", 2)
+        await heard.has(1, 2)
+    heard.all.clear()
+    async with heard.on(endpoint, since=since):
+        await heard.has("meanwhile", 2)
+        assert own == [1, "meanwhile", 2]
+    await endpoint.close()
+
+
+async def test_backbone_close_leaves_those_who_come_meanwhile(broker: MemoryLog) -> None:
+    """A client that connects while others are sent away is served on."""
+    endpoint, heard = PubSubEndpoint(backbone=broker), Heard()
+    async with plain(endpoint), plain(endpoint):
+        closing = asyncio.create_task(endpoint.close())
+        await asyncio.sleep(0)
+        async with heard.on(endpoint):
+            await closing
+            broker.put(entry(1, 1, data=1))
+            await heard.has(1)
+    await endpoint.close()
+
+
+def test_backbone_one_loop_after_another(broker: MemoryLog) -> None:
+    """An endpoint goes on in another loop; what the first one left in its queue is sent."""
+    endpoint, heard, own = PubSubEndpoint(backbone=broker), Heard(), list[Any]()
+    endpoint.subscribe("t", own.append)
+
+    async def use(n: int) -> None:
+        async with heard.on(endpoint):
+            await endpoint.publish("t", n)
+            await until(lambda: n in heard.all)
+            broker.silent = True
+            endpoint.publish("u", f"left by {n}")
+            await asyncio.sleep(0.005)
+        broker.silent = False
+
+    async def last() -> None:
+        async with heard.on(endpoint):
+            await until(lambda: b"left by 2" in b"".join(broker.entries.values()))
+        await endpoint.close()
+
+    endpoint.publish("t", "before")
+    for n in range(3):
+        asyncio.run(use(n))
+    asyncio.run(last())
+    stored = [lib._unpack(payload)[3] for payload in broker.entries.values()]
+    assert [d for d in stored if d] == [
+        '"before"', "0", '"left by 0"', "1", '"left by 1"', "2", '"left by 2"']
+    assert own == ["before", 0, 1, 2]
+    assert [item for item in heard.all if type(item) is int] == [0, 1, 2]
+
+
+def test_backbone_a_loop_that_is_left_alone_is_left(broker: MemoryLog) -> None:
+    """Another loop takes over, even if that of before was not ended well, or still exists."""
+    endpoint, loops = PubSubEndpoint(backbone=broker), [asyncio.new_event_loop() for _ in range(2)]
+
+    async def use(n: int) -> None:
+        endpoint.notifier._attach()
+        await endpoint.publish("t", n)
+        await until(lambda: endpoint.stats()["backbone"]["behind"] == 0)
+
+    loops[0].run_until_complete(use(0))
+    loops[1].run_until_complete(use(1))
+    loops[0].run_until_complete(asyncio.sleep(0.05))
+    assert not asyncio.all_tasks(loops[0])
+    loops[0].close()
+    left: Any = type("Task", (), {"get_loop": lambda _: loops[0], "cancel": None})()
+    loops[1].run_until_complete(endpoint.close())
+    shared(endpoint)._tasks.add(left)  # as by a loop that was closed with its tasks
+    loops[1].run_until_complete(use(2))
+    loops[1].run_until_complete(endpoint.close())
+    loops[1].close()
+    stored = [lib._unpack(payload)[3] for payload in broker.entries.values()]
+    assert [d for d in stored if d] == ["0", "1", "2"]
+
+
+async def test_backbone_large_events_go_in_smaller_batches(
+        broker: MemoryLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more bytes at once than the bound, but for one event that is larger."""
+    monkeypatch.setattr(lib, "APPEND_BYTES", 1000)
+    heard = Heard()
+    async with servers(broker) as (one,), heard.on(one):
+        wanted = [[n, "x" * size] for n, size in enumerate([1500, 10, 10, 600, 600, 10])]
+        for item in wanted:
+            one.publish("t", item)
+        await heard.has(*wanted)
+
+
+async def test_backbone_is_joined_and_left_with_the_app(broker: MemoryLog) -> None:
+    """The lifespan of the app, and that of its own, runs around that of the backbone."""
+    endpoint, events = PubSubEndpoint(backbone=broker), list[str]()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, int]]:
+        events.append("begins")
+        yield {"state": 1}
+        events.append("ends")
+
+    app, router = FastAPI(lifespan=lifespan), APIRouter()
+    endpoint.register_route(app, "/ws")
+    endpoint.register_route(router, "/again")
+    app.include_router(router)
+    async with app.router.lifespan_context(app) as state:
+        assert state == {"state": 1} and events == ["begins"]
+        await until(lambda: endpoint.stats()["backbone"]["connected"])
+        endpoint.publish("t", 1)
+    assert events == ["begins", "ends"] and not shared(endpoint)._tasks
+    assert len(broker.entries) >= 2
+
+
+async def test_backbone_ids_and_writers_that_are_remembered_are_bounded(
+        broker: MemoryLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing grows with the number of events, or of servers that ever were."""
+    monkeypatch.setattr(lib, "SEEN_EVENTS", 20)
+    monkeypatch.setattr(lib, "WRITERS", 10)
+    heard = Heard()
+    async with servers(broker) as (one,), heard.on(one):
+        for n in range(100):
+            broker.put(entry(n, 1, data=n))
+        await until(lambda: len(heard.all) == 100)
+        await one.publish("t", 1)
+        await until(lambda: one.stats()["backbone"]["behind"] == 0)
+        assert len(shared(one)._seen) == 20 and len(shared(one)._numbers) == 10
+
+
+async def test_backbone_is_behind_what_it_has_written(broker: MemoryLog) -> None:
+    """What was written and not yet read back is counted."""
+    async with servers(broker) as (one,):
+        await one.publish("t", 1)
+        await until(lambda: one.stats()["backbone"]["behind"] == 0)
+        broker.waits = 0.1
+        await asyncio.sleep(0.01)
+        for n in range(3):
+            await one.publish("t", n)
+        assert one.stats()["backbone"]["behind"] >= 2
+
+
+async def test_backbone_hole_for_one_that_lags_is_told_in_its_place(broker: MemoryLog) -> None:
+    """A subscriber that is fed from the log is told where the hole is; the old wire ends there."""
+    async with servers(broker) as (one,), plain(one, lib.SUBPROTOCOL) as peer, plain(
+            one) as old_peer:
+        await subscribed(peer, "t", subscriber_id="x")
+        await old_peer.ask(old("1", "subscribe", {"topics": ["t"]}))
+        numbers = [n for n in range(900) if n not in (800, 850)]
+        for number in numbers:
+            broker.put(entry(1, number, data=[number, "x" * 500]))
+        await until(lambda: one.stats()["log_events"] >= 901)
+        assert one.stats()["lagging"] == 2
+        got: list[Any] = []
+        while len(got) < 900:
+            frame = await peer.recv()
+            for message in frame if type(frame) is list else [frame]:
+                got.append(message["params"].get("reason") or message["params"]["data"][0])
+        assert got == [n if n in numbers else "history" for n in range(900)]
+        with pytest.raises(ChannelClosed) as error:
+            while True:
+                await old_peer.recv()
+        assert error.value.code == lib.TOO_SLOW and one.stats()["slow_closed"] == 1
+
+
 # ------------------------------------------------------------------ the project around the module
 
 HERE = Path(__file__).parent
