@@ -2085,9 +2085,16 @@ class _KafkaLog(_BrokerLog):
         if "SSL" in options.get("security_protocol", ""):
             options["ssl_context"] = self._import("aiokafka.helpers").create_ssl_context(**files)
         started = client(**options)
-        held.push_async_callback(getattr(started, "stop", None) or started.close)
+        held.push_async_callback(self._stop, started)
         await started.start()
         return started
+
+    async def _stop(self, client: Any) -> None:
+        try:
+            await (getattr(client, "stop", None) or client.close)()
+        except asyncio.CancelledError:  # of the consumer's own tasks, before it has ended them all
+            await client._client.close()
+            raise
 
     async def _make_topic(self) -> None:
         admin, size = self._import("aiokafka.admin"), self.retained_bytes

