@@ -2094,7 +2094,6 @@ class _KafkaLog(_BrokerLog):
             await (getattr(client, "stop", None) or client.close)()
         except asyncio.CancelledError:  # of the consumer's own tasks, before it has ended them all
             await client._client.close()
-            raise
 
     async def _make_topic(self) -> None:
         admin, size = self._import("aiokafka.admin"), self.retained_bytes
@@ -2158,10 +2157,14 @@ class _NatsLog(_BrokerLog):
                 if not ack.done():
                     ack.set_exception(ConnectionError("the connection to NATS is closed"))
 
+        async def failed(error: Exception) -> None:  # whoever waits is told
+            logger.debug("nats: %r", error)
+
         held.push_async_callback(client.close)
         await client.connect(
             self.url.split(","), allow_reconnect=False, max_reconnect_attempts=1, ping_interval=5,
-            reconnect_time_wait=0, connect_timeout=BROKER_SECONDS, closed_cb=closed)
+            reconnect_time_wait=0, connect_timeout=BROKER_SECONDS, closed_cb=closed,
+            error_cb=failed)
         self.max_size = client.max_payload
         stream = client.jetstream(timeout=BROKER_SECONDS)
         try:  # not with limits, as others than its own would be an error

