@@ -1102,7 +1102,7 @@ async def _next_wake(waiters: list["asyncio.Future[None]"]) -> None:
 
 def _hold(tasks: set["asyncio.Task[Any]"], work: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":
     """Start a task that its owner holds until it is done."""
-    task = asyncio.get_running_loop().create_task(work)
+    task = asyncio.Task(work)  # by no factory: an eager one would begin before it is held
     tasks.add(task)
     task.add_done_callback(tasks.discard)
     return task
@@ -1857,7 +1857,7 @@ class RpcChannel(_Caller):
             if not method.waits:
                 request.task, self._performs = self._reader, method
                 return self._perform(request, method)
-            request.task = self._loop.create_task(self._perform(request, method))
+            request.task = asyncio.Task(self._perform(request, method))
         return None
 
     async def _perform(self, request: _Request, method: _Method) -> None:
@@ -2959,7 +2959,7 @@ class _Inbox:
     def _start(self) -> None:
         loop = asyncio.get_running_loop()
         if self.task is None or self.task.done() or self.task.get_loop() is not loop:
-            self.task = loop.create_task(self._run())
+            self.task = asyncio.Task(self._run())
 
     async def _run(self) -> None:
         _current.set(None)  # whoever published, its deadline is not that of callbacks
