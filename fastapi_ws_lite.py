@@ -181,6 +181,9 @@ class RpcError(Exception):
     ``code`` is an integer, of your own or one of JSON-RPC's; ``data`` any JSON value, or None.
     """
 
+    code, message = -32603, "Internal error"  # of a subclass that does not call __init__
+    data: Any = None
+
     def __init__(self, code: int, message: str, data: Any = None) -> None:
         Exception.__init__(self, code, message, data)
         self.code, self.message, self.data = code, message, data
@@ -191,15 +194,13 @@ class RpcError(Exception):
 
 class _CodedError(RpcError):
     CODES: Final[dict[int, "type[_CodedError]"]] = {}
-    _default: ClassVar[tuple[int, str]]
 
     def __init_subclass__(cls, code: int = 0, text: str = "") -> None:
         if code:  # not so for a subclass of a user's
-            cls._default, cls.CODES[code] = (code, text), cls
+            cls.code, cls.message, cls.CODES[code] = code, text, cls
 
     def __init__(self, message: str | None = None, data: Any = None) -> None:
-        code, text = self._default
-        super().__init__(code, text if message is None else message, data)
+        super().__init__(self.code, self.message if message is None else message, data)
         self.args = (self.message, data)  # what copy and pickle call the class with
 
 
@@ -1943,7 +1944,7 @@ class RpcChannel(_Caller):
         try:
             if request.open:
                 self._answer(request, self._speaks.error(request.id, error))
-        except ValueError:
+        except Exception:  # it is the user's, with any attributes
             logger.exception("the error of %s is not JSON", request.method)
             self._answer(request, self._speaks.error(request.id, InternalError()))
 
