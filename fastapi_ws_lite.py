@@ -505,6 +505,7 @@ class _Batch:
         self._send, self._max_size = send, max_size
         self._ids: list[Any] = []
         self._answers: dict[int, str] = {}
+        self._total, self._most = 1, 2 * max_size  # bytes, with what is between and around them
 
     def expect(self, id: Any) -> Callable[[str], None]:
         """A place for one answer; all are taken before the first is filled."""
@@ -513,16 +514,23 @@ class _Batch:
 
     def _fill(self, place: int, text: str) -> None:
         self._answers[place] = text
-        if len(self._answers) < len(self._ids):
-            return
-        total = sum(_size(text) + 1 for text in self._answers.values()) + 1
+        self._total += _size(text) + 1
+        whole = len(self._answers) == len(self._ids)
+        if whole or self._total > self._most:
+            self._shrink()
+        if whole:
+            text = f"[{','.join(self._answers[place] for place in sorted(self._answers))}]"
+            self._send(text if self._total <= self._max_size
+                       else _JSONRPC.error(None, MessageTooLarge()))
+
+    def _shrink(self) -> None:
+        """Let the largest give way."""
         for place in sorted(self._answers, key=lambda place: -len(self._answers[place])):
-            if total > self._max_size:  # the largest give way
-                total -= _size(self._answers[place])
+            if self._total > self._max_size:
+                self._total -= _size(self._answers[place])
                 self._answers[place] = _JSONRPC.error(self._ids[place], MessageTooLarge())
-                total += _size(self._answers[place])
-        text = f"[{','.join(self._answers[place] for place in sorted(self._answers))}]"
-        self._send(text if total <= self._max_size else _JSONRPC.error(None, MessageTooLarge()))
+                self._total += _size(self._answers[place])
+        self._most = self._total + self._max_size
 
 
 # --------------------------------------------------------------------------------------- methods
