@@ -1747,9 +1747,14 @@ class RpcChannel(_Caller):
     async def _read(self) -> None:
         try:
             while True:
-                if (waiting := self._serve_all()) is not None:
-                    self._pass_on()
-                    return await _go_on(*waiting)
+                most = self._answers_size + ANSWERS_BYTES
+                for message in self._unread:
+                    if (waiting := self._begin(message)) is not None:
+                        self._pass_on()
+                        return await _go_on(*waiting)
+                    if self._answers_size > most:  # by one frame
+                        await self._pause()
+                        most = self._answers_size + ANSWERS_BYTES
                 if self._answers_size > ANSWERS_BYTES:
                     await self._pause()
                 receiving = self._socket.recv()
@@ -1770,15 +1775,14 @@ class RpcChannel(_Caller):
             self._failure = error
             self._end(ChannelClosed(1011, "cannot receive"))
 
-    def _serve_all(self) -> tuple[Coroutine[Any, Any, None], Any, Context] | None:
-        """Serve what was received, up to what has to wait."""
-        for message in self._unread:
-            if (work := self._serve(message)) is not None:
-                context = copy_context()
-                try:
-                    return work, context.run(work.send, None), context
-                except StopIteration:
-                    pass
+    def _begin(self, message: _Message) -> tuple[Coroutine[Any, Any, None], Any, Context] | None:
+        """Serve a message; returns what has to wait."""
+        if (work := self._serve(message)) is not None:
+            context = copy_context()
+            try:
+                return work, context.run(work.send, None), context
+            except StopIteration:
+                pass
         return None
 
     def _pass_on(self) -> None:
