@@ -1173,15 +1173,9 @@ class _Below(Protocol):
         """Drop the connection, and them."""
 
 
-def _joined(texts: Sequence[str]) -> str:
-    return texts[0] if len(texts) == 1 else f"[{','.join(texts)}]"
-
-
-def _frames(texts: Sequence[str], dialect: _Dialect | None) -> bytes:
-    """Messages that leave together, as WebSocket frames."""
-    if dialect is _WS_LITE or len(texts) == 1:
-        return _frame(_joined(texts))
-    return b"".join(map(_frame, texts))
+def _joined(texts: Sequence[str], dialect: _Dialect | None) -> Sequence[str]:
+    """Messages that leave together, as one where the dialect has that."""
+    return [f"[{','.join(texts)}]"] if dialect is _WS_LITE and len(texts) > 1 else texts
 
 
 def _frame(text: str) -> bytes:
@@ -2034,7 +2028,7 @@ class RpcChannel(_Caller):
             if self._direct is None or not self._direct.ready():
                 self._writer = self._spawn(self._write())
                 return
-            self._direct.write(_frames(self._take(), self._dialect))
+            self._direct.write(b"".join(map(_frame, self._take())))
             if self._send_deadline is None and self._direct.unsent():
                 self._expect_progress()
         if self._writer is None and self._closed is None:
@@ -2078,10 +2072,10 @@ class RpcChannel(_Caller):
     async def _write(self) -> None:
         try:
             while self._outbox or self._refill():
-                frame = _joined(self._take())
-                self._expect_progress(len(frame))
-                await self._socket.send(frame)
-                self._send_deadline = None
+                for frame in self._take():
+                    self._expect_progress(len(frame))
+                    await self._socket.send(frame)
+                    self._send_deadline = None
             if self._below is not None and self._below.unsent():
                 self._expect_progress()
             if self._closing is None:
@@ -2097,11 +2091,10 @@ class RpcChannel(_Caller):
             logger.debug("channel %s cannot send: %r", self.id, error)
             self._end(ChannelClosed(1006, "cannot send"))
 
-    def _take(self) -> list[str]:
-        """The next message or, where they travel together, as many as fit."""
+    def _take(self) -> Sequence[str]:
+        """What leaves next: a message, or as many as may leave together."""
         outbox, total, count, answers = self._outbox, 1, 0, 0
-        joins = self._dialect is _WS_LITE or (self._direct is not None and self._writer is None)
-        limit = min(FRAME_BYTES, self._peer_takes) if joins else 0
+        limit = min(FRAME_BYTES, self._peer_takes)
         for _, size, answer in outbox:
             if count and total + size >= limit:
                 break
@@ -2110,7 +2103,7 @@ class RpcChannel(_Caller):
         del outbox[:count]
         self._outbox_size -= total - 1 - count
         self._answers_size -= answers
-        return texts
+        return _joined(texts, self._dialect)
 
 
 def _short(reason: str) -> str:
@@ -3192,7 +3185,8 @@ class EventNotifier:
                         feed.offer(entry)
                 continue
             if dialect not in frames:
-                frames[dialect] = _frames([dialect.event(entry) for entry in entries], dialect)
+                texts = _joined([dialect.event(entry) for entry in entries], dialect)
+                frames[dialect] = b"".join(map(_frame, texts))
             direct.write(frames[dialect])
             feed.told = last
             written += len(entries)
