@@ -1762,8 +1762,10 @@ class RpcChannel(_Caller):
         except ChannelClosed as closed:
             self._end(closed)
         except asyncio.CancelledError:
-            if self._closed is None:  # by a method, that took the reader for a task of its own
-                self._reader = self._spawn(self._read())
+            if self._closed is None and self._reader is not None and self._reader.cancelling():
+                self._reader = self._spawn(self._read())  # by a method, that took it for its own
+            else:  # or by the transport
+                self._end(ChannelClosed(1011, "cannot receive"))
             raise
         except Exception as error:  # the transport's
             self._failure = error
