@@ -3659,14 +3659,12 @@ class _Uvicorn:
 
 def _uvicorn(send: Any) -> _Uvicorn | None:
     """None for other servers and versions, and for middleware that is to see what is sent."""
-    while getattr(send, "__module__", None) == "starlette._exception_handler":
-        variables = dict(zip(send.__code__.co_freevars, send.__closure__, strict=True))
-        send = variables["send"].cell_contents
-    protocol: Any = getattr(send, "__self__", None)
-    if not type(protocol).__module__.startswith("uvicorn.protocols.websockets."):
-        return None
-    with contextlib.suppress(AttributeError):
-        return _Uvicorn(protocol)
+    with contextlib.suppress(Exception):  # whatever those have in its place
+        while getattr(send, "__module__", None) == "starlette._exception_handler":
+            variables = dict(zip(send.__code__.co_freevars, send.__closure__, strict=True))
+            send = variables["send"].cell_contents
+        if type(send.__self__).__module__.startswith("uvicorn.protocols.websockets."):
+            return _Uvicorn(send.__self__)
     return None
 
 
