@@ -1759,8 +1759,9 @@ class RpcChannel(_Caller):
                 else:
                     self._flush()
                     self._unread = iter(self._receive(await _go_on(receiving, waits_for)))
-        except ChannelClosed as closed:
-            self._end(closed)
+        except OSError as error:
+            lost = ChannelClosed(1006, "cannot receive")
+            self._end(error if isinstance(error, ChannelClosed) else lost)
         except asyncio.CancelledError:
             if self._closed is None and self._reader is not None and self._reader.cancelling():
                 self._reader = self._spawn(self._read())  # by a method, that took it for its own

@@ -1912,6 +1912,31 @@ async def test_transport_that_is_cancelled_ends_the_connection() -> None:
     await client.close()
 
 
+async def test_transport_whose_connection_is_reset_is_opened_again() -> None:
+    """An OSError is what a broken connection raises, and a client stays."""
+    class Reset(ASGITransport):
+        opened = 0
+
+        async def open(self, uri: str, **options: Any) -> Any:
+            socket: Any = await super().open(uri, **options)
+            self.opened += 1
+            if self.opened == 1:
+                left = iter([socket.recv])
+
+                async def once() -> Any:
+                    for receive in left:
+                        return await receive()
+                    raise ConnectionResetError
+
+                socket.recv = once
+            return socket
+
+    transport = Reset(app_of(RpcEndpoint()))
+    async with RpcClient("ws://test/ws", transport=transport) as client:
+        await until(lambda: transport.opened == 2 and client.state == "ready")
+        assert (await client.call("_ping_")).result == "pong"
+
+
 def test_server_of_another_version_has_nothing_below_asgi() -> None:
     """What is not as expected there is left alone."""
     async def sender() -> None: ...
