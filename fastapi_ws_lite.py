@@ -548,7 +548,7 @@ class RpcMethodsBase:
     ``async def`` runs on the event loop, plain ``def`` in a worker thread; an async generator is a
     stream, for the peer to iterate over. Arguments are validated from the type hints, by pydantic.
     One instance serves all connections; what belongs to one of them goes into
-    ``self.channel.context``.
+    ``self.channel.context``. The current task is a method's own only until it returns.
     """
 
     @property
