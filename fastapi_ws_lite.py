@@ -182,6 +182,9 @@ class RpcError(Exception):
     ``code`` is an integer, of your own or one of JSON-RPC's; ``data`` any JSON value, or None.
     """
 
+    code, message = -32603, "Internal error"  # of a subclass that does not call __init__
+    data: Any = None
+
     def __init__(self, code: int, message: str, data: Any = None) -> None:
         Exception.__init__(self, code, message, data)
         self.code, self.message, self.data = code, message, data
@@ -192,15 +195,13 @@ class RpcError(Exception):
 
 class _CodedError(RpcError):
     CODES: Final[dict[int, "type[_CodedError]"]] = {}
-    _default: ClassVar[tuple[int, str]]
 
     def __init_subclass__(cls, code: int = 0, text: str = "") -> None:
         if code:  # not so for a subclass of a user's
-            cls._default, cls.CODES[code] = (code, text), cls
+            cls.code, cls.message, cls.CODES[code] = code, text, cls
 
     def __init__(self, message: str | None = None, data: Any = None) -> None:
-        code, text = self._default
-        super().__init__(code, text if message is None else message, data)
+        super().__init__(self.code, self.message if message is None else message, data)
         self.args = (self.message, data)  # what copy and pickle call the class with
 
 
@@ -505,6 +506,7 @@ class _Batch:
         self._send, self._max_size = send, max_size
         self._ids: list[Any] = []
         self._answers: dict[int, str] = {}
+        self._total, self._most = 1, 2 * max_size  # bytes, with what is between and around them
 
     def expect(self, id: Any) -> Callable[[str], None]:
         """A place for one answer; all are taken before the first is filled."""
@@ -513,16 +515,23 @@ class _Batch:
 
     def _fill(self, place: int, text: str) -> None:
         self._answers[place] = text
-        if len(self._answers) < len(self._ids):
-            return
-        total = sum(_size(text) + 1 for text in self._answers.values()) + 1
+        self._total += _size(text) + 1
+        whole = len(self._answers) == len(self._ids)
+        if whole or self._total > self._most:
+            self._shrink()
+        if whole:
+            text = f"[{','.join(self._answers[place] for place in sorted(self._answers))}]"
+            self._send(text if self._total <= self._max_size
+                       else _JSONRPC.error(None, MessageTooLarge()))
+
+    def _shrink(self) -> None:
+        """Let the largest give way."""
         for place in sorted(self._answers, key=lambda place: -len(self._answers[place])):
-            if total > self._max_size:  # the largest give way
-                total -= _size(self._answers[place])
+            if self._total > self._max_size:
+                self._total -= _size(self._answers[place])
                 self._answers[place] = _JSONRPC.error(self._ids[place], MessageTooLarge())
-                total += _size(self._answers[place])
-        text = f"[{','.join(self._answers[place] for place in sorted(self._answers))}]"
-        self._send(text if total <= self._max_size else _JSONRPC.error(None, MessageTooLarge()))
+                self._total += _size(self._answers[place])
+        self._most = self._total + self._max_size
 
 
 # --------------------------------------------------------------------------------------- methods
@@ -540,7 +549,7 @@ class RpcMethodsBase:
     ``async def`` runs on the event loop, plain ``def`` in a worker thread; an async generator is a
     stream, for the peer to iterate over. Arguments are validated from the type hints, by pydantic.
     One instance serves all connections; what belongs to one of them goes into
-    ``self.channel.context``.
+    ``self.channel.context``. The current task is a method's own only until it returns.
     """
 
     @property
@@ -1109,7 +1118,7 @@ async def _next_wake(waiters: list["asyncio.Future[None]"]) -> None:
 
 def _hold(tasks: set["asyncio.Task[Any]"], work: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":
     """Start a task that its owner holds until it is done."""
-    task = asyncio.get_running_loop().create_task(work)
+    task = asyncio.Task(work)  # by no factory: an eager one would begin before it is held
     tasks.add(task)
     task.add_done_callback(tasks.discard)
     return task
@@ -1171,15 +1180,9 @@ class _Below(Protocol):
         """Drop the connection, and them."""
 
 
-def _joined(texts: Sequence[str]) -> str:
-    return texts[0] if len(texts) == 1 else f"[{','.join(texts)}]"
-
-
-def _frames(texts: Sequence[str], dialect: _Dialect | None) -> bytes:
-    """Messages that leave together, as WebSocket frames."""
-    if dialect is _WS_LITE or len(texts) == 1:
-        return _frame(_joined(texts))
-    return b"".join(map(_frame, texts))
+def _joined(texts: Sequence[str], dialect: _Dialect | None) -> Sequence[str]:
+    """Messages that leave together, as one where the dialect has that."""
+    return [f"[{','.join(texts)}]"] if dialect is _WS_LITE and len(texts) > 1 else texts
 
 
 def _frame(text: str) -> bytes:
@@ -1710,9 +1713,14 @@ class RpcChannel(_Caller):
     async def _read(self) -> None:
         try:
             while True:
-                if (waiting := self._serve_all()) is not None:
-                    self._pass_on()
-                    return await _go_on(*waiting)
+                most = self._answers_size + ANSWERS_BYTES
+                for message in self._unread:
+                    if (waiting := self._begin(message)) is not None:
+                        self._pass_on()
+                        return await _go_on(*waiting)
+                    if self._answers_size > most:  # by one frame
+                        await self._pause()
+                        most = self._answers_size + ANSWERS_BYTES
                 if self._answers_size > ANSWERS_BYTES:
                     await self._pause()
                 receiving = self._socket.recv()
@@ -1723,25 +1731,27 @@ class RpcChannel(_Caller):
                 else:
                     self._flush()
                     self._unread = iter(self._receive(await _go_on(receiving, waits_for)))
-        except ChannelClosed as closed:
-            self._end(closed)
+        except OSError as error:
+            lost = ChannelClosed(1006, "cannot receive")
+            self._end(error if isinstance(error, ChannelClosed) else lost)
         except asyncio.CancelledError:
-            if self._closed is None:  # by a method, that took the reader for a task of its own
-                self._reader = self._spawn(self._read())
+            if self._closed is None and self._reader is not None and self._reader.cancelling():
+                self._reader = self._spawn(self._read())  # by a method, that took it for its own
+            else:  # or by the transport
+                self._end(ChannelClosed(1011, "cannot receive"))
             raise
         except Exception as error:  # the transport's
             self._failure = error
             self._end(ChannelClosed(1011, "cannot receive"))
 
-    def _serve_all(self) -> tuple[Coroutine[Any, Any, None], Any, Context] | None:
-        """Serve what was received, up to what has to wait."""
-        for message in self._unread:
-            if (work := self._serve(message)) is not None:
-                context = copy_context()
-                try:
-                    return work, context.run(work.send, None), context
-                except StopIteration:
-                    pass
+    def _begin(self, message: _Message) -> tuple[Coroutine[Any, Any, None], Any, Context] | None:
+        """Serve a message; returns what has to wait."""
+        if (work := self._serve(message)) is not None:
+            context = copy_context()
+            try:
+                return work, context.run(work.send, None), context
+            except StopIteration:
+                pass
         return None
 
     def _pass_on(self) -> None:
@@ -1829,7 +1839,7 @@ class RpcChannel(_Caller):
             if not method.waits:
                 request.task, self._performs = self._reader, method
                 return self._perform(request, method)
-            request.task = self._loop.create_task(self._perform(request, method))
+            request.task = asyncio.Task(self._perform(request, method))
         return None
 
     async def _perform(self, request: _Request, method: _Method) -> None:
@@ -1915,7 +1925,7 @@ class RpcChannel(_Caller):
         try:
             if request.open:
                 self._answer(request, self._speaks.error(request.id, error))
-        except ValueError:
+        except Exception:  # it is the user's, with any attributes
             logger.exception("the error of %s is not JSON", request.method)
             self._answer(request, self._speaks.error(request.id, InternalError()))
 
@@ -1993,7 +2003,7 @@ class RpcChannel(_Caller):
             if self._direct is None or not self._direct.ready():
                 self._writer = self._spawn(self._write())
                 return
-            self._direct.write(_frames(self._take(), self._dialect))
+            self._direct.write(b"".join(map(_frame, self._take())))
             if self._send_deadline is None and self._direct.unsent():
                 self._expect_progress()
         if self._writer is None and self._closed is None:
@@ -2037,10 +2047,10 @@ class RpcChannel(_Caller):
     async def _write(self) -> None:
         try:
             while self._outbox or self._refill():
-                frame = _joined(self._take())
-                self._expect_progress(len(frame))
-                await self._socket.send(frame)
-                self._send_deadline = None
+                for frame in self._take():
+                    self._expect_progress(len(frame))
+                    await self._socket.send(frame)
+                    self._send_deadline = None
             if self._below is not None and self._below.unsent():
                 self._expect_progress()
             if self._closing is None:
@@ -2056,11 +2066,10 @@ class RpcChannel(_Caller):
             logger.debug("channel %s cannot send: %r", self.id, error)
             self._end(ChannelClosed(1006, "cannot send"))
 
-    def _take(self) -> list[str]:
-        """The next message or, where they travel together, as many as fit."""
+    def _take(self) -> Sequence[str]:
+        """What leaves next: a message, or as many as may leave together."""
         outbox, total, count, answers = self._outbox, 1, 0, 0
-        joins = self._dialect is _WS_LITE or (self._direct is not None and self._writer is None)
-        limit = min(FRAME_BYTES, self._peer_takes) if joins else 0
+        limit = min(FRAME_BYTES, self._peer_takes)
         for _, size, answer in outbox:
             if count and total + size >= limit:
                 break
@@ -2069,7 +2078,7 @@ class RpcChannel(_Caller):
         del outbox[:count]
         self._outbox_size -= total - 1 - count
         self._answers_size -= answers
-        return texts
+        return _joined(texts, self._dialect)
 
 
 def _short(reason: str) -> str:
@@ -3024,7 +3033,7 @@ class _Inbox:
     def _start(self) -> None:
         loop = asyncio.get_running_loop()
         if self.task is None or self.task.done() or self.task.get_loop() is not loop:
-            self.task = loop.create_task(self._run())
+            self.task = asyncio.Task(self._run())
 
     async def _run(self) -> None:
         _current.set(None)  # whoever published, its deadline is not that of callbacks
@@ -3250,7 +3259,8 @@ class EventNotifier:
                         feed.offer(entry)
                 continue
             if dialect not in frames:
-                frames[dialect] = _frames([dialect.event(entry) for entry in entries], dialect)
+                texts = _joined([dialect.event(entry) for entry in entries], dialect)
+                frames[dialect] = b"".join(map(_frame, texts))
             direct.write(frames[dialect])
             feed.told = last
             written += len(entries)
@@ -3764,14 +3774,12 @@ class _Uvicorn:
 
 def _uvicorn(send: Any) -> _Uvicorn | None:
     """None for other servers and versions, and for middleware that is to see what is sent."""
-    while getattr(send, "__module__", None) == "starlette._exception_handler":
-        variables = dict(zip(send.__code__.co_freevars, send.__closure__, strict=True))
-        send = variables["send"].cell_contents
-    protocol: Any = getattr(send, "__self__", None)
-    if not type(protocol).__module__.startswith("uvicorn.protocols.websockets."):
-        return None
-    with contextlib.suppress(AttributeError):
-        return _Uvicorn(protocol)
+    with contextlib.suppress(Exception):  # whatever those have in its place
+        while getattr(send, "__module__", None) == "starlette._exception_handler":
+            variables = dict(zip(send.__code__.co_freevars, send.__closure__, strict=True))
+            send = variables["send"].cell_contents
+        if type(send.__self__).__module__.startswith("uvicorn.protocols.websockets."):
+            return _Uvicorn(send.__self__)
     return None
 
 

@@ -579,6 +579,18 @@ async def test_jsonrpc_batch_of_large_answers_drops_the_largest() -> None:
         assert [a["id"] for a in got] == sizes
 
 
+async def test_jsonrpc_batch_holds_no_more_than_two_of_the_largest_messages() -> None:
+    """Large answers give way while the others are awaited, not when all of them are held."""
+    sent = list[str]()
+    batch = lib._Batch(sent.append, 4000)
+    fills = [batch.expect(id) for id in range(20)]
+    for fill in fills:
+        fill("1" * 1200)
+        assert sum(map(len, batch._answers.values())) <= 8000
+    assert len(json.loads(sent[0])) == 20
+    assert 2400 < len(sent[0]) <= 4000
+
+
 async def test_jsonrpc_batch_with_answers_only_is_not_answered() -> None:
     """Answers, even unknown ones, and notifications are not answered."""
     async with plain(RpcEndpoint()) as peer:
@@ -1767,6 +1779,45 @@ async def test_limit_of_what_waits_refuses_more(monkeypatch: pytest.MonkeyPatch)
         assert (await client.call("add", [1, 2])).result == 3
 
 
+async def test_one_frame_of_requests_has_no_more_answers_than_the_limit(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the reader performs itself is not performed while the peer takes no answers."""
+    monkeypatch.setattr(lib, "PAUSE_BYTES_PER_SECOND", 1)
+    link = Link()
+    async with serve_link(link, RpcEndpoint(Worker())) as channel:
+        link.gate.clear()
+        link.queues[0].put_nowait(json.dumps([ask(id, "text", [2**17]) for id in range(100)]))
+        await until(lambda: channel._room)
+        assert channel._answers_size < 2 * lib.ANSWERS_BYTES
+        link.gate.set()
+        got = list[Any]()
+        while len(got) < 100:
+            message = json.loads(await link.queues[1].get())
+            got += message if type(message) is list else [message]
+        assert [answer["id"] for answer in got] == list(range(100))
+
+
+async def test_burst_without_the_subprotocol_costs_the_same_for_each(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages that do not travel together are taken together, as what is left has to move."""
+    link, takes = Link(None), list[int]()
+    async with serve_link(link, RpcEndpoint()) as channel:
+        channel._adopt(lib._JSONRPC)
+        take = RpcChannel._take
+
+        def counted(channel: RpcChannel) -> Sequence[str]:
+            takes.append(1)
+            return take(channel)
+
+        monkeypatch.setattr(RpcChannel, "_take", counted)
+        for n in range(10_000):
+            channel.notify("n", [n])
+        await until(lambda: link.queues[1].qsize() == 10_000)
+        assert len(takes) < 20
+        first = json.loads(link.queues[1].get_nowait())
+        assert first == tell("n", [0])
+
+
 async def test_close_from_a_method_goes_on_afterwards() -> None:
     """A method may close its own connection, and is not cancelled by it."""
     class Closing(RpcMethodsBase):
@@ -1830,6 +1881,124 @@ FAILURES: list[Failure] = [
     (InternalError, -32603, "fail_as", {"name": "ChannelClosed"}),
     (InternalError, -32603, "fail_as", {"name": "Refused"}),
 ]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="Python 3.12 has eager tasks")
+@each_wire
+async def test_eager_task_factory_of_the_loop_changes_nothing(wire: str) -> None:
+    """Where tasks begin before they are known to whoever starts them, ours do not."""
+    loop, got = asyncio.get_running_loop(), list[Any]()
+    loop.set_task_factory(getattr(asyncio, "eager_task_factory"))  # noqa: B009
+    try:
+        endpoint = PubSubEndpoint(Worker())
+        async with client_of(endpoint, Worker(), wire) as client, asyncio.timeout(10):
+            await client.subscribe("t", got.append)
+            for n in range(20):
+                results = await asyncio.gather(*(client.other.add(a=n, b=b) for b in range(5)))
+                assert [response.result for response in results] == [n + b for b in range(5)]
+                assert (await client.other.back(n=3)).result == 3
+                await endpoint.publish("t", n)
+            await until(lambda: got == list(range(20)))
+    finally:
+        loop.set_task_factory(None)
+
+
+async def test_transport_that_is_cancelled_ends_the_connection() -> None:
+    """A cancellation that nobody asked of the reader is no reason to receive for ever."""
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        await send({"type": "websocket.accept", "subprotocol": lib.SUBPROTOCOL})
+        await receive()
+        raise asyncio.CancelledError
+
+    client = RpcClient("ws://test/ws", transport=ASGITransport(app))
+    client.start()
+    await until(lambda: isinstance(client.last_error, ChannelClosed))
+    await client.close()
+
+
+async def test_transport_whose_connection_is_reset_is_opened_again() -> None:
+    """An OSError is what a broken connection raises, and a client stays."""
+    class Reset(ASGITransport):
+        opened = 0
+
+        async def open(self, uri: str, **options: Any) -> Any:
+            socket: Any = await super().open(uri, **options)
+            self.opened += 1
+            if self.opened == 1:
+                left = iter([socket.recv])
+
+                async def once() -> Any:
+                    for receive in left:
+                        return await receive()
+                    raise ConnectionResetError
+
+                socket.recv = once
+            return socket
+
+    transport = Reset(app_of(RpcEndpoint()))
+    async with RpcClient("ws://test/ws", transport=transport) as client:
+        await until(lambda: transport.opened == 2 and client.state == "ready")
+        assert (await client.call("_ping_")).result == "pong"
+
+
+def test_server_of_another_version_has_nothing_below_asgi() -> None:
+    """What is not as expected there is left alone."""
+    async def sender() -> None: ...
+
+    sender.__module__ = "starlette._exception_handler"
+    assert lib._uvicorn(sender) is None
+
+
+
+
+class Unfinished(Forbidden):
+    """It does not call what it derives from."""
+
+    def __init__(self, user: str) -> None:
+        self.user = user
+
+
+class Unreadable(RpcError):
+    @property
+    def message(self) -> str:
+        raise KeyError("message")
+
+    @message.setter
+    def message(self, text: str) -> None: ...
+
+
+async def test_error_without_its_fields_is_answered() -> None:
+    """A subclass that forgets to call __init__ has the code and text of its class."""
+    endpoint = RpcEndpoint()
+
+    @endpoint.method
+    async def refuse() -> None:
+        raise Unfinished("ann")
+
+    @endpoint.method
+    async def break_down() -> None:
+        raise Unreadable(1, "m")
+
+    async with client_of(endpoint) as client:
+        with pytest.raises(Forbidden, match="Forbidden"):
+            await client.call("refuse")
+        with pytest.raises(InternalError):
+            await client.call("break_down")
+        assert (await client.call("_ping_")).result == "pong"
+
+
+async def test_error_without_its_fields_in_on_connect_closes() -> None:
+    """A hook that refuses by such an error refuses."""
+    async def refuse(channel: RpcChannel) -> None:
+        raise Unfinished("ann")
+
+    async with plain(RpcEndpoint(on_connect=refuse), lib.SUBPROTOCOL) as peer:
+        with pytest.raises(ChannelClosed) as caught:
+            await peer.recv()
+        assert caught.value.code == lib.POLICY_VIOLATION
+
+
 
 
 @pytest.mark.parametrize("failure", FAILURES, ids=lambda f: f"{f[0].__name__}-{f[2]}")
