@@ -4,13 +4,13 @@
 # ///
 """What fastapi_ws_lite does, one scenario a function.
 
-    python examples.py              lists the scenarios and runs them all, but bench
+    python examples.py              lists the scenarios and runs them all, but the last two
     python examples.py NAME...      runs those
 
 Each is complete, and fails if what it shows does not happen. ``demo`` is the whole of it: a server
 and two clients, each in a process of its own. ``bench`` measures, for a minute and a half, or with
-``--quick`` for a few seconds. The others run app and client in one process, joined
-by ASGITransport; against a server, leave ``transport`` out.
+``--quick`` for a few seconds; ``backbones`` what brokers cost. The others run app and client in one
+process, joined by ASGITransport; against a server, leave ``transport`` out.
 """
 
 import asyncio
@@ -939,12 +939,227 @@ def bench(how: str = "") -> None:
         runner.run(run())
 
 
+# ------------------------------------------------- backbones: what scaling out costs, on brokers
+#
+# For each broker that listens: its driver as one would use it by hand, and two endpoints, by turns,
+# in one process; a client is connected to the second one by a WebSocket.
+
+Append: TypeAlias = Callable[[Sequence[bytes]], Awaitable[Any]]
+ByHand: TypeAlias = AsyncIterator[tuple[Append, AsyncIterator[Any]]]
+BATCH = 256
+
+
+async def redis_by_hand(url: str, name: str) -> ByHand:
+    import redis.asyncio
+
+    async def append(payloads: Sequence[bytes]) -> None:
+        pipeline = client.pipeline(transaction=False)
+        for payload in payloads:
+            pipeline.xadd(name, {"payload": payload}, maxlen=4096)
+        await pipeline.execute()
+
+    async def follow() -> AsyncIterator[Any]:
+        last: Any = "$"
+        while True:
+            found: Any = await client.xread({name: last}, block=1000)
+            for id, fields in found[0][1] if found else ():
+                yield fields[b"payload"]
+                last = id
+
+    async with redis.asyncio.Redis.from_url(url) as client:
+        yield append, follow()
+        await client.delete(name)
+
+
+async def postgres_by_hand(url: str, name: str) -> ByHand:
+    import asyncpg
+
+    woken = asyncio.Event()
+    writer, reader = await asyncpg.connect(url), await asyncpg.connect(url)
+    await writer.execute(f'CREATE TABLE "{name}" (id bigserial PRIMARY KEY, payload bytea)')
+    await reader.add_listener(name, lambda *_: woken.set())
+
+    async def append(payloads: Sequence[bytes]) -> None:
+        await writer.execute(f'''WITH new AS (INSERT INTO "{name}" (payload)
+            SELECT unnest($1::bytea[])) SELECT pg_notify('{name}', '')''', payloads)
+
+    async def follow() -> AsyncIterator[Any]:
+        last = await reader.fetchval(f'SELECT coalesce(max(id), 0) FROM "{name}"')
+        while True:
+            await woken.wait()
+            woken.clear()
+            page = await reader.fetch(
+                f'SELECT id, payload FROM "{name}" WHERE id > $1 ORDER BY id', last)
+            for id, payload in page:
+                yield payload
+                last = id
+
+    yield append, follow()
+    await writer.execute(f'DROP TABLE "{name}"')
+    await writer.close()
+    await reader.close()
+
+
+async def rabbitmq_by_hand(url: str, name: str) -> ByHand:
+    import aio_pika
+
+    inbox: asyncio.Queue[Any] = asyncio.Queue()
+
+    async def append(payloads: Sequence[bytes]) -> None:
+        await asyncio.gather(*(channel.default_exchange.publish(aio_pika.Message(payload), name)
+                               for payload in payloads))
+
+    async def follow() -> AsyncIterator[Any]:
+        while message := await inbox.get():
+            yield message.body
+            await message.ack()
+
+    async with await aio_pika.connect(url) as connection:
+        channel = await connection.channel()
+        await channel.set_qos(BATCH)
+        queue = await channel.declare_queue(name, durable=True,
+                                            arguments={"x-queue-type": "stream"})
+        await queue.consume(inbox.put, arguments={"x-stream-offset": "next"})
+        yield append, follow()
+        await queue.delete()
+
+
+async def kafka_by_hand(url: str, name: str) -> ByHand:
+    import aiokafka
+    from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+
+    options = {"bootstrap_servers": url.removeprefix("kafka://")}
+    admin = AIOKafkaAdminClient(**options)
+    await admin.start()
+    await admin.create_topics([NewTopic(name, 1, 1)])
+    producer, consumer = aiokafka.AIOKafkaProducer(**options), aiokafka.AIOKafkaConsumer(**options)
+    await producer.start()
+    await consumer.start()
+    consumer.assign([partition := aiokafka.TopicPartition(name, 0)])
+    await consumer.seek_to_end(partition)
+
+    async def append(payloads: Sequence[bytes]) -> None:
+        await asyncio.gather(*[
+            await producer.send(name, payload, partition=0) for payload in payloads])
+
+    async def follow() -> AsyncIterator[Any]:
+        while record := await consumer.getone():
+            yield record.value
+
+    yield append, follow()
+    await admin.delete_topics([name])
+    for client in (consumer.stop, producer.stop, admin.close):
+        await client()
+
+
+async def nats_by_hand(url: str, name: str) -> ByHand:
+    import nats
+
+    async def append(payloads: Sequence[bytes]) -> None:
+        await asyncio.gather(*[await stream.publish_async(name, p) for p in payloads])
+
+    async def follow() -> AsyncIterator[Any]:
+        entries = await stream.subscribe(name, ordered_consumer=True)
+        while True:
+            with contextlib.suppress(TimeoutError):
+                yield (await entries.next_msg()).data
+
+    async with await nats.connect(url) as client:
+        stream = client.jetstream()
+        await stream.add_stream(name=name, subjects=[name], max_msgs=4096)
+        yield append, follow()
+        await stream.delete_stream(name)
+
+
+BROKERS: dict[str, tuple[str, Callable[[str, str], ByHand]]] = {
+    "Redis": ("redis://127.0.0.1:6379", redis_by_hand),
+    "PostgreSQL": ("postgresql://postgres@127.0.0.1:5432/test", postgres_by_hand),
+    "RabbitMQ": ("amqp://guest:guest@127.0.0.1:5672/", rabbitmq_by_hand),
+    "Kafka": ("kafka://127.0.0.1:9092", kafka_by_hand),
+    "NATS": ("nats://127.0.0.1:4222", nats_by_hand),
+}
+
+
+async def rate(append: Callable[[], Awaitable[Any]], seconds: float) -> float:
+    """Events a second, in batches that are awaited."""
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        await append()
+        count += BATCH
+    return count / (time.perf_counter() - began)
+
+
+async def delays(send: Callable[[], Awaitable[Any]], entries: AsyncIterator[Any],
+                 count: int) -> list[float]:
+    """Milliseconds from before something is appended until it has been read, one by one."""
+    found = []
+    for _ in range(count):
+        reading = asyncio.ensure_future(anext(entries))
+        await asyncio.sleep(0.01)
+        began = time.perf_counter()
+        await send()
+        await reading
+        found.append((time.perf_counter() - began) * 1e3)
+    return found
+
+
+async def compare_backbone(title: str, url: str, by_hand: Any, turns: int, seconds: float,
+                           count: int) -> None:
+    name = f"bench_{os.getpid()}"
+    one, two = (PubSubEndpoint(backbone=url, channel=f"{name}_2") for _ in range(2))
+    app = FastAPI()
+    two.register_route(app, "/ws")
+    data, raw, ours = "x" * 100, list[float](), list[float]()
+    hand = contextlib.asynccontextmanager(by_hand)(url, name)
+    async with hand as (append, entries), serving(app) as server:
+        publish, payloads = one.publish, [b"x" * 150] * BATCH
+        await publish("other", data)
+        rates: tuple[list[float], list[float]] = [], []
+        for _ in range(turns):
+            rates[0].append(await rate(lambda: append(payloads), seconds))
+            rates[1].append(await rate(lambda: asyncio.gather(
+                *(publish("other", data) for _ in payloads)), seconds))
+        port = server.sockets[0].getsockname()[1]
+        async with PubSubClient(f"ws://127.0.0.1:{port}/ws") as client:
+            heard: Any = aiter(await client.subscribe("t"))
+            reading = asyncio.ensure_future(anext(entries))
+            await asyncio.sleep(0.2)
+            await append([b"last"])
+            while await reading != b"last":  # but those of before
+                reading = asyncio.ensure_future(anext(entries))
+            for _ in range(turns):
+                raw += await delays(lambda: append([b"x" * 150]), entries, count)
+                ours += await delays(lambda: publish("t", data), heard, count)
+            await heard.aclose()
+    for endpoint in (two, one):
+        await endpoint.close()
+    row(title, f"{max(rates[1]):,.0f} /s", f"{max(rates[1]) / max(rates[0]):.2f}",
+        f"{median(ours):.2f} ms", f"{median(ours) / median(raw):.2f}")
+
+
+async def backbones(how: str = "") -> None:
+    """What a backbone costs, for each broker that listens; only when named."""
+    turns, seconds, count = (1, 0.05, 3) if how == "--smoke" else (5, 0.4, 40)
+    row("broker", "events, awaited 256 at a time", "to its driver by hand", "from one server to a"
+        " client of the other, p50", "to its driver by hand")
+    row("---", *["---:"] * 4)
+    for title, (url, by_hand) in BROKERS.items():
+        url = os.environ.get(f"TEST_{url.partition(':')[0].upper()}_URL", url)
+        host, _, port = url.rpartition("@")[2].rpartition("//")[2].partition("/")[0].partition(":")
+        try:
+            (await asyncio.open_connection(host, int(port)))[1].close()
+        except OSError:
+            row(title, "nothing listens", "", "", "")
+        else:
+            await compare_backbone(title, url, by_hand, turns, seconds, count)
+
+
 SCENARIOS: dict[str, Callable[[], Any]] = {
     function.__name__: function
     for function in (demo, calls, both_ways, validation, errors, events, events_in_process,
                      authorisation, reconnecting, without_a_loop)
 }
-ALL = SCENARIOS | {"bench": bench}  # which takes long, so it runs when it is named
+ALL = SCENARIOS | {"bench": bench, "backbones": backbones}  # which run when they are named
 
 
 def run(name: str) -> None:
@@ -967,6 +1182,8 @@ def main(arguments: list[str]) -> int:
                 runner.run(bench_server(name))
         case ["bench", how] if how in SCALES:
             bench(how)
+        case ["backbones", how] if how in SCALES:
+            asyncio.run(backbones(how))
         case _ if unknown := [name for name in arguments if name not in ALL]:
             print(f"unknown: {', '.join(unknown)}; there are: {', '.join(ALL)}")
             return 2

@@ -163,6 +163,8 @@ SILENCE_SECONDS: Final = 5.0  # of a broker, after which it is asked whether tha
 REACH_SECONDS: Final = 5.0  # for another server's newest event to arrive here, too
 APPEND_EVENTS: Final = 256  # at once; more brings no more speed
 APPEND_BYTES: Final = 2**20
+PACK_BYTES: Final = 2**14  # of events that share an entry; reading one costs more than unpacking,
+PACK_EVENTS: Final = 2**10  # and are more than that in no case
 BROKER_BACKOFF_SECONDS: Final = 5.0
 ENVELOPE_BYTES: Final = 64  # around topic, origin and data, and more than that
 SEEN_EVENTS: Final = 2 * QUEUE_EVENTS  # whose ids are kept, for those that were stored twice
@@ -2221,7 +2223,8 @@ class _Envelope(NamedTuple):
 class _Shared:
     """A log that servers share: one writer and one reader above a backbone, for one loop at a time.
 
-    Each event has an id, "writer:number". An append whose answer did not come is sent again, in
+    An entry has one event, or several small ones. Each has an id, "writer:number", and a place:
+    that of the entry, and within it. An append whose answer did not come is sent again, in
     order, and the reader drops an id that it has seen. It remembers the offset and id of its last
     entry: whenever it begins to read, that entry must come first, or something is missing. A writer
     begins with a mark, "writer!number"; when the reader has come to it, it is ready: what came
@@ -2244,6 +2247,7 @@ class _Shared:
         self._hole = ""  # why something is missing before the next entry
         self._ready = self._tailed = self._doubtful = self._connected = False
         self._sent = self._own = -1  # the last number that was written, and that was read
+        self._pack_bytes = PACK_BYTES
         self._error: str | None = None
 
     def start(self) -> None:
@@ -2297,7 +2301,8 @@ class _Shared:
             await _next_wake(self._moved)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(REACH_SECONDS):
-                while since and not here(since) and _offset(since) > (self._at or (-1,))[0]:
+                place = _offset(since) // PACK_EVENTS
+                while since and not here(since) and place > (self._at or (-1,))[0]:
                     await _next_wake(self._moved)
 
     async def close(self) -> None:
@@ -2336,19 +2341,21 @@ class _Shared:
                 delay = min(2 * delay, BROKER_BACKOFF_SECONDS)
 
     async def _write(self) -> None:
-        many = getattr(self._backbone, "append_many", None)
+        many: Callable[[list[bytes]], Awaitable[None]] | None = getattr(
+            self._backbone, "append_many", None)
         try:
             while True:
                 while not self._queue:
                     await _next_wake(self._stirred)
-                batch = self._batch(APPEND_EVENTS if many else 1)
+                packs = self._batch(APPEND_EVENTS if many else 1)
+                batch = list(itertools.chain.from_iterable(packs))
+                entries = [_SEPARATOR.join(e.payload for e in pack) for pack in packs]
                 try:
-                    if many is None:
-                        await self._backbone.append(batch[0].payload)
-                    else:
-                        await many([envelope.payload for envelope in batch])
+                    await (many(entries) if many else self._backbone.append(entries[0]))
                 except MessageTooLarge as error:
-                    self._drop(max(batch, key=lambda envelope: len(envelope.payload)), error)
+                    if len(packs) == len(batch):
+                        self._drop(max(batch, key=lambda envelope: len(envelope.payload)), error)
+                    self._pack_bytes = 0
                     raise
                 for envelope in batch:
                     self._queue.remove(envelope)  # the first one, unless a mark has come before it
@@ -2358,14 +2365,20 @@ class _Shared:
             if (aclose := getattr(self._backbone, "aclose", None)) is not None:
                 await aclose()
 
-    def _batch(self, most: int) -> list[_Envelope]:
-        batch, size = [self._queue[0]], 0
-        for envelope in itertools.islice(self._queue, 1, most):
-            size += len(envelope.payload)
-            if size > APPEND_BYTES:
-                break
-            batch.append(envelope)
-        return batch
+    def _batch(self, most: int) -> list[list[_Envelope]]:
+        """What goes next: packs of events, each for one entry."""
+        limit = min(self._pack_bytes, getattr(self._backbone, "max_size", PACK_BYTES))
+        packs, room, size = list[list[_Envelope]](), 0, 0
+        for envelope in self._queue:
+            need = len(envelope.payload) + 1  # with a separator
+            if need > room:
+                if len(packs) == most or (packs and size + need > APPEND_BYTES):
+                    break
+                packs.append([])
+                room = limit + 1
+            packs[-1].append(envelope)
+            room, size = room - need, size + need
+        return packs
 
     def _count(self, last: _Envelope) -> None:
         writer, colon, number = _unpack(last.payload)[0].partition(":")
@@ -2387,13 +2400,16 @@ class _Shared:
         try:
             async with asyncio.timeout(SILENCE_SECONDS) as silence:
                 async for offset, payload in entries:
-                    id, topic, origin, data = _unpack(payload)
-                    if anchor is not None and offset == anchor[0] and id != anchor[1]:
+                    events = [_unpack(part) for part in payload.split(_SEPARATOR, PACK_EVENTS - 1)]
+                    if anchor is not None and offset == anchor[0] and events[0][0] != anchor[1]:
                         raise LookupError(f"another entry is at {offset}")
                     if anchor is not None and offset > anchor[0]:
                         self._hole = self._hole or "history"
                     if anchor is None or offset != anchor[0]:
-                        self._take(offset, id, topic, origin, data)
+                        self._at = offset, events[0][0]
+                        for place, event in enumerate(events, offset * PACK_EVENTS):
+                            self._take(place, *event)
+                        _wake(self._moved)
                     anchor, heard, self._connected = None, True, True
                     if (time := now()) > late:  # a timer for each entry would cost more than it
                         late = time + SILENCE_SECONDS / 10
@@ -2415,10 +2431,8 @@ class _Shared:
             if (aclose := getattr(entries, "aclose", None)) is not None:
                 await aclose()
 
-    def _take(self, offset: int, id: str, topic: str | None, origin: str | None,
+    def _take(self, place: int, id: str, topic: str | None, origin: str | None,
               data: str) -> None:
-        self._at = offset, id
-        _wake(self._moved)
         if id in self._seen or not id:
             return
         self._seen[id] = None
@@ -2428,9 +2442,9 @@ class _Shared:
         if not self._follows(id) and self._doubtful and not ended:
             return
         if self._hole:
-            self._lose(f"{max(0, offset - 1)}-{id}!", self._hole, self._tailed)
+            self._lose(f"{max(0, place - 1)}-{id}!", self._hole, self._tailed)
         self._hole = ""
-        self._commit(f"{offset}-{id}", topic, data, origin, self._tailed)
+        self._commit(f"{place}-{id}", topic, data, origin, self._tailed)
         if ended:
             self._ready, self._tailed, self._doubtful = True, True, False
 
@@ -2450,6 +2464,9 @@ class _Shared:
         if last is not None and number > last + 1:
             self._hole = self._hole or "history"
         return last is not None and number > last
+
+
+_SEPARATOR: Final = b"\x1e"  # between events that share an entry; it is in no JSON text
 
 
 def _pack(id: str, topic: str | None, origin: str | None, data: str) -> bytes:
