@@ -27,6 +27,7 @@ import re
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from array import array
@@ -358,6 +359,52 @@ async def reconnecting() -> None:
         endpoint.publish("news", 2)
         while heard != [1, 2]:
             await asyncio.sleep(0.001)
+
+
+class FileLog:
+    """A backbone of one's own, as Backbone describes it: a file, for all processes of a machine."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    async def append(self, payload: bytes) -> None:
+        with open(self.path, "ab") as file:
+            fcntl: Any = importlib.import_module("fcntl")
+            fcntl.flock(file, fcntl.LOCK_EX)  # of several writers, one at a time
+            file.write(b"%d %b\n" % (len(payload), payload))
+
+    async def read(self, start: int | None) -> AsyncIterator[tuple[int, bytes]]:
+        open(self.path, "ab").close()
+        with open(self.path, "rb") as file:
+            if start is not None and start >= os.path.getsize(self.path):
+                raise LookupError(f"nothing is at {start}")
+            file.seek(start or 0)  # its place in the file is the offset of an entry
+            while True:
+                offset, line = file.tell(), file.readline()
+                while line[-1:] == b"\n" and len(line.partition(b" ")[2]) <= int(line.split()[0]):
+                    line += file.readline()  # the payload has lines of its own
+                if line.endswith(b"\n"):
+                    yield offset, line.partition(b" ")[2][:-1]
+                else:
+                    file.seek(offset)  # the end, or an entry that is not all there
+                    await asyncio.sleep(0.01)
+
+
+async def a_backbone_of_ones_own() -> None:
+    """Two servers share one log, here a file: each hears what the other publishes."""
+    with tempfile.TemporaryDirectory() as folder:
+        servers = [PubSubEndpoint(backbone=FileLog(f"{folder}/log")) for _ in range(2)]
+        app = FastAPI()
+        servers[0].register_route(app, "/ws")
+        async with PubSubClient("ws://test/ws", transport=ASGITransport(app)) as client:
+            news = await client.subscribe("news")
+            await servers[1].publish("news", "from the other server\n")
+            async for event in news:
+                assert event.data == "from the other server\n"
+                break
+        assert servers[0].stats()["backbone"]["connected"]
+        for endpoint in servers:
+            await endpoint.close()
 
 
 # -------------------------------------------------------------------------- without an event loop
@@ -980,8 +1027,8 @@ async def postgres_by_hand(url: str, name: str) -> ByHand:
     await reader.add_listener(name, lambda *_: woken.set())
 
     async def append(payloads: Sequence[bytes]) -> None:
-        await writer.execute(f'''WITH new AS (INSERT INTO "{name}" (payload)
-            SELECT unnest($1::bytea[])) SELECT pg_notify('{name}', '')''', payloads)
+        await writer.executemany(f'''WITH new AS (INSERT INTO "{name}" (payload) VALUES ($1))
+            SELECT pg_notify('{name}', '')''', [(payload,) for payload in payloads])
 
     async def follow() -> AsyncIterator[Any]:
         last = await reader.fetchval(f'SELECT coalesce(max(id), 0) FROM "{name}"')
@@ -1010,6 +1057,7 @@ async def rabbitmq_by_hand(url: str, name: str) -> ByHand:
                                for payload in payloads))
 
     async def follow() -> AsyncIterator[Any]:
+        await queue.consume(inbox.put, arguments={"x-stream-offset": "next"})
         while message := await inbox.get():
             yield message.body
             await message.ack()
@@ -1019,7 +1067,6 @@ async def rabbitmq_by_hand(url: str, name: str) -> ByHand:
         await channel.set_qos(BATCH)
         queue = await channel.declare_queue(name, durable=True,
                                             arguments={"x-queue-type": "stream"})
-        await queue.consume(inbox.put, arguments={"x-stream-offset": "next"})
         yield append, follow()
         await queue.delete()
 
@@ -1036,13 +1083,13 @@ async def kafka_by_hand(url: str, name: str) -> ByHand:
     await producer.start()
     await consumer.start()
     consumer.assign([partition := aiokafka.TopicPartition(name, 0)])
-    await consumer.seek_to_end(partition)
 
     async def append(payloads: Sequence[bytes]) -> None:
         await asyncio.gather(*[
             await producer.send(name, payload, partition=0) for payload in payloads])
 
     async def follow() -> AsyncIterator[Any]:
+        await consumer.seek_to_end(partition)
         while record := await consumer.getone():
             yield record.value
 
@@ -1100,6 +1147,8 @@ async def delays(send: Callable[[], Awaitable[Any]], entries: AsyncIterator[Any]
         await send()
         await reading
         found.append((time.perf_counter() - began) * 1e3)
+        if sum(found) > 1000:  # a slow one
+            break
     return found
 
 
@@ -1113,12 +1162,16 @@ async def compare_backbone(title: str, url: str, by_hand: Any, turns: int, secon
     hand = contextlib.asynccontextmanager(by_hand)(url, name)
     async with hand as (append, entries), serving(app) as server:
         publish, payloads = one.publish, [b"x" * 150] * BATCH
+
+        async def publish_batch() -> None:
+            for receipt in [publish("other", data) for _ in payloads]:
+                await receipt
+
         await publish("other", data)
         rates: tuple[list[float], list[float]] = [], []
         for _ in range(turns):
             rates[0].append(await rate(lambda: append(payloads), seconds))
-            rates[1].append(await rate(lambda: asyncio.gather(
-                *(publish("other", data) for _ in payloads)), seconds))
+            rates[1].append(await rate(publish_batch, seconds))
         port = server.sockets[0].getsockname()[1]
         async with PubSubClient(f"ws://127.0.0.1:{port}/ws") as client:
             heard: Any = aiter(await client.subscribe("t"))
@@ -1157,7 +1210,7 @@ async def backbones(how: str = "") -> None:
 SCENARIOS: dict[str, Callable[[], Any]] = {
     function.__name__: function
     for function in (demo, calls, both_ways, validation, errors, events, events_in_process,
-                     authorisation, reconnecting, without_a_loop)
+                     authorisation, reconnecting, a_backbone_of_ones_own, without_a_loop)
 }
 ALL = SCENARIOS | {"bench": bench, "backbones": backbones}  # which run when they are named
 

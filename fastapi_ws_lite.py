@@ -2270,11 +2270,9 @@ class _Shared:
         return {"connected": self._connected, "queued": len(self._queue),
                 "behind": max(0, self._sent - self._own), "last_error": self._error}
 
-    def check(self, topics: Sequence[str], data: str, origin: str | None) -> None:
+    def check(self, size: int, origin: str | None) -> None:
         """Raises MessageTooLarge for more than the backbone takes."""
-        size = _size(data) + ENVELOPE_BYTES + sum(
-            max((_size(_quoted(name)) for name in names if name), default=0)
-            for names in (topics, [origin]))
+        size += ENVELOPE_BYTES + (_size(_quoted(origin)) if origin else 0)
         if size > (limit := getattr(self._backbone, "max_size", math.inf)):
             raise MessageTooLarge(f"{size} bytes, the limit of the backbone is {limit}")
 
@@ -2466,6 +2464,7 @@ class _Shared:
         return last is not None and number > last
 
 
+_ID: Final = re.compile("[0-9a-f]{12}([:!])[0-9]{1,18}")
 _SEPARATOR: Final = b"\x1e"  # between events that share an entry; it is in no JSON text
 
 
@@ -2478,9 +2477,10 @@ def _unpack(payload: bytes) -> tuple[str, str | None, str | None, str]:
     head, _, data = payload.partition(b"\n")
     with contextlib.suppress(ValueError, TypeError):
         id, topic, origin = from_json(head)
-        if topic is None and re.fullmatch("[0-9a-f]{12}[:!][0-9]{1,18}", id):
+        sign = found[1] if (found := _ID.fullmatch(id)) else ""
+        if topic is None and sign:
             return id, None, None, ""
-        if re.fullmatch("[0-9a-f]{12}:[0-9]{1,18}", id) and isinstance(topic, str):
+        if isinstance(topic, str) and sign == ":":
             _decode(data)  # what is not JSON must not get to clients
             return id, topic, origin if isinstance(origin, str) else None, data.decode()
     logger.warning("an entry of the backbone is not one of ours: %.60r", payload)
@@ -2823,7 +2823,7 @@ class EventNotifier:
         if (self._shared or not here) and waiting >= QUEUE_EVENTS:
             raise Overloaded(f"{waiting} events wait to be published")
         if self._shared:
-            self._shared.check(names, text, notifier_id)
+            self._shared.check(size, notifier_id)
         if here:
             self._attach()
             return self._append(names, text, notifier_id)

@@ -8607,6 +8607,21 @@ def test_examples_bench_measures_what_readme_shows() -> None:
     assert printed.count("/s |") == measured.count("/s |") > 10
 
 
+def test_examples_backbones_measures_what_readme_shows() -> None:
+    """A short run has every row of its table in README.md, where the broker listens."""
+    def titles(text: str) -> list[str]:
+        return re.findall(r"^\| (\w+) \|", text, re.MULTILINE)
+
+    shown = (HERE / "README.md").read_text().split("examples.py backbones")[1].split("\n## ")[0]
+    printed = run(sys.executable, "examples.py", "backbones", "--smoke")
+    assert titles(printed) == titles(shown)[-6:] == ["broker", *examples.BROKERS]
+
+
+def test_examples_backbone_is_short() -> None:
+    """One of one's own takes less than 30 lines."""
+    assert len(inspect.getsource(examples.FileLog).splitlines()) < 30
+
+
 def test_examples_header_agrees_with_pyproject() -> None:
     """Their inline metadata (PEP 723) asks for what the package and its extra ask for."""
     lines = (HERE / "examples.py").read_text().split("# ///")[1].splitlines()[1:]
