@@ -2404,9 +2404,9 @@ class _Shared:
                     if anchor is not None and offset > anchor[0]:
                         self._hole = self._hole or "history"
                     if anchor is None or offset != anchor[0]:
-                        self._at = offset, events[0][0]
                         for place, event in enumerate(events, offset * PACK_EVENTS):
                             self._take(place, *event)
+                        self._at = offset, events[0][0]  # if one raises, the rest is read again
                         _wake(self._moved)
                     anchor, heard, self._connected = None, True, True
                     if (time := now()) > late:  # a timer for each entry would cost more than it

@@ -8050,6 +8050,26 @@ async def test_backbone_foreign_entries_are_passed_over(broker: MemoryLog) -> No
         await heard.has(1, 2)
 
 
+async def test_backbone_event_that_the_codec_refuses_loses_no_other(broker: MemoryLog) -> None:
+    """Nor those that share its entry."""
+    class Picky:
+        def dumps(self, value: Any) -> str:
+            return json.dumps(value)
+
+        def loads(self, text: str | bytes) -> Any:
+            if text in ('"no"', b'"no"'):
+                raise ValueError("no")
+            return json.loads(text)
+
+    endpoint, own = PubSubEndpoint(backbone=broker, codec=Picky()), list[Any]()
+    endpoint.subscribe("t", own.append)
+    for item in (1, "no", 2, "no", 3):
+        endpoint.publish("t", item)
+    await until(lambda: own[-1:] == [3])
+    assert own == [1, 2, 3]
+    await endpoint.close()
+
+
 async def test_backbone_resume_on_another_server_that_lags_behind(broker: MemoryLog) -> None:
     """A position that one server has told is waited for by another, for a while."""
     heard = Heard()
