@@ -1772,12 +1772,16 @@ _Entries: TypeAlias = AsyncGenerator[tuple[int, bytes], None]
 
 
 class Backbone(Protocol):
-    """An ordered log on a broker: anything with these two methods will do."""
+    """An ordered log on a broker: anything with these two methods will do.
+
+    Used where they are there: ``max_size``, the bytes of the largest payload; ``append_many``, for
+    several payloads; ``aclose()``, called when nothing more is appended for now.
+    """
 
     async def append(self, payload: bytes) -> None:
         """Append one entry. When this returns, the broker has it.
 
-        **Raises** anything when that is not known.
+        **Raises** MessageTooLarge for what is never taken; anything else when it is not known.
         """
 
     def read(self, start: int | None) -> AsyncIterator[tuple[int, bytes]]:

@@ -7729,6 +7729,18 @@ async def test_backbone_all_servers_see_one_order(broker: MemoryLog) -> None:
         ).stats().keys()
 
 
+async def test_backbone_by_its_url_needs_no_more(real: Broker) -> None:
+    """What is published on one endpoint is heard on the other."""
+    heard, channel = Heard(), f"tests-{uuid.uuid4().hex}"
+    one, two = (PubSubEndpoint(backbone=real.url, channel=channel) for _ in range(2))
+    async with heard.on(two):
+        await one.publish("t", {"ü": 1})
+        await heard.has({"ü": 1})
+    for endpoint in (one, two):
+        await endpoint.close()
+    await real.delete(real.log(channel))
+
+
 async def test_backbone_own_event_does_not_return_by_another_server(broker: MemoryLog) -> None:
     """A client gets its own event neither live, nor replayed on another server."""
     heard, others = Heard(), Heard()
