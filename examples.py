@@ -4,13 +4,14 @@
 # ///
 """What fastapi_ws_lite does, one scenario a function.
 
-    python examples.py              lists the scenarios and runs them all, but the last two
+    python examples.py              lists the scenarios and runs them all, but the last three
     python examples.py NAME...      runs those
 
 Each is complete, and fails if what it shows does not happen. ``demo`` is the whole of it: a server
 and two clients, each in a process of its own. ``bench`` measures, for a minute and a half, or with
-``--quick`` for a few seconds. ``dashboard`` serves a page, until Ctrl-C. The others run app and
-client in one process, joined by ASGITransport; against a server, leave ``transport`` out.
+``--quick`` for a few seconds; ``backbones`` what brokers cost. ``dashboard`` serves a page, until
+Ctrl-C. The others run app and client in one process, joined by ASGITransport; against a server,
+leave ``transport`` out.
 """
 
 import asyncio
@@ -29,6 +30,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from array import array
@@ -430,6 +432,52 @@ async def reconnecting() -> None:
         endpoint.publish("news", 2)
         while heard != [1, 2]:
             await asyncio.sleep(0.001)
+
+
+class FileLog:
+    """A backbone of one's own, as Backbone describes it: a file, for all processes of a machine."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    async def append(self, payload: bytes) -> None:
+        with open(self.path, "ab") as file:
+            fcntl: Any = importlib.import_module("fcntl")
+            fcntl.flock(file, fcntl.LOCK_EX)  # of several writers, one at a time
+            file.write(b"%d %b\n" % (len(payload), payload))
+
+    async def read(self, start: int | None) -> AsyncIterator[tuple[int, bytes]]:
+        open(self.path, "ab").close()
+        with open(self.path, "rb") as file:
+            if start is not None and start >= os.path.getsize(self.path):
+                raise LookupError(f"nothing is at {start}")
+            file.seek(start or 0)  # its place in the file is the offset of an entry
+            while True:
+                offset, line = file.tell(), file.readline()
+                while line[-1:] == b"\n" and len(line.partition(b" ")[2]) <= int(line.split()[0]):
+                    line += file.readline()  # the payload has lines of its own
+                if line.endswith(b"\n"):
+                    yield offset, line.partition(b" ")[2][:-1]
+                else:
+                    file.seek(offset)  # the end, or an entry that is not all there
+                    await asyncio.sleep(0.01)
+
+
+async def a_backbone_of_ones_own() -> None:
+    """Two servers share one log, here a file: each hears what the other publishes."""
+    with tempfile.TemporaryDirectory() as folder:
+        servers = [PubSubEndpoint(backbone=FileLog(f"{folder}/log")) for _ in range(2)]
+        app = FastAPI()
+        servers[0].register_route(app, "/ws")
+        async with PubSubClient("ws://test/ws", transport=ASGITransport(app)) as client:
+            news = await client.subscribe("news")
+            await servers[1].publish("news", "from the other server\n")
+            async for event in news:
+                assert event.data == "from the other server\n"
+                break
+        assert servers[0].stats()["backbone"]["connected"]
+        for endpoint in servers:
+            await endpoint.close()
 
 
 # -------------------------------------------------------------------------- without an event loop
@@ -1011,6 +1059,227 @@ def bench(how: str = "") -> None:
         runner.run(run())
 
 
+# ------------------------------------------------- backbones: what scaling out costs, on brokers
+#
+# For each broker that listens: its driver as one would use it by hand, and two endpoints, by turns,
+# in one process; a client is connected to the second one by a WebSocket.
+
+Append: TypeAlias = Callable[[Sequence[bytes]], Awaitable[Any]]
+ByHand: TypeAlias = AsyncIterator[tuple[Append, AsyncIterator[Any]]]
+BATCH = 256
+
+
+async def redis_by_hand(url: str, name: str) -> ByHand:
+    import redis.asyncio
+
+    async def append(payloads: Sequence[bytes]) -> None:
+        pipeline = client.pipeline(transaction=False)
+        for payload in payloads:
+            pipeline.xadd(name, {"payload": payload}, maxlen=4096)
+        await pipeline.execute()
+
+    async def follow() -> AsyncIterator[Any]:
+        last: Any = "$"
+        while True:
+            found: Any = await client.xread({name: last}, block=1000)
+            for id, fields in found[0][1] if found else ():
+                yield fields[b"payload"]
+                last = id
+
+    async with redis.asyncio.Redis.from_url(url) as client:
+        yield append, follow()
+        await client.delete(name)
+
+
+async def postgres_by_hand(url: str, name: str) -> ByHand:
+    import asyncpg
+
+    woken = asyncio.Event()
+    writer, reader = await asyncpg.connect(url), await asyncpg.connect(url)
+    await writer.execute(f'CREATE TABLE "{name}" (id bigserial PRIMARY KEY, payload bytea)')
+    await reader.add_listener(name, lambda *_: woken.set())
+
+    async def append(payloads: Sequence[bytes]) -> None:
+        await writer.executemany(f'''WITH new AS (INSERT INTO "{name}" (payload) VALUES ($1))
+            SELECT pg_notify('{name}', '')''', [(payload,) for payload in payloads])
+
+    async def follow() -> AsyncIterator[Any]:
+        last = await reader.fetchval(f'SELECT coalesce(max(id), 0) FROM "{name}"')
+        while True:
+            await woken.wait()
+            woken.clear()
+            page = await reader.fetch(
+                f'SELECT id, payload FROM "{name}" WHERE id > $1 ORDER BY id', last)
+            for id, payload in page:
+                yield payload
+                last = id
+
+    yield append, follow()
+    await writer.execute(f'DROP TABLE "{name}"')
+    await writer.close()
+    await reader.close()
+
+
+async def rabbitmq_by_hand(url: str, name: str) -> ByHand:
+    import aio_pika
+
+    inbox: asyncio.Queue[Any] = asyncio.Queue()
+
+    async def append(payloads: Sequence[bytes]) -> None:
+        await asyncio.gather(*(channel.default_exchange.publish(aio_pika.Message(payload), name)
+                               for payload in payloads))
+
+    async def follow() -> AsyncIterator[Any]:
+        await queue.consume(inbox.put, arguments={"x-stream-offset": "next"})
+        while message := await inbox.get():
+            yield message.body
+            await message.ack()
+
+    async with await aio_pika.connect(url) as connection:
+        channel = await connection.channel()
+        await channel.set_qos(BATCH)
+        queue = await channel.declare_queue(name, durable=True,
+                                            arguments={"x-queue-type": "stream"})
+        yield append, follow()
+        await queue.delete()
+
+
+async def kafka_by_hand(url: str, name: str) -> ByHand:
+    import aiokafka
+    from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+
+    options = {"bootstrap_servers": url.removeprefix("kafka://")}
+    admin = AIOKafkaAdminClient(**options)
+    await admin.start()
+    await admin.create_topics([NewTopic(name, 1, 1)])
+    producer, consumer = aiokafka.AIOKafkaProducer(**options), aiokafka.AIOKafkaConsumer(**options)
+    await producer.start()
+    await consumer.start()
+    consumer.assign([partition := aiokafka.TopicPartition(name, 0)])
+
+    async def append(payloads: Sequence[bytes]) -> None:
+        await asyncio.gather(*[
+            await producer.send(name, payload, partition=0) for payload in payloads])
+
+    async def follow() -> AsyncIterator[Any]:
+        await consumer.seek_to_end(partition)
+        while record := await consumer.getone():
+            yield record.value
+
+    yield append, follow()
+    await admin.delete_topics([name])
+    for client in (consumer.stop, producer.stop, admin.close):
+        await client()
+
+
+async def nats_by_hand(url: str, name: str) -> ByHand:
+    import nats
+
+    async def append(payloads: Sequence[bytes]) -> None:
+        await asyncio.gather(*[await stream.publish_async(name, p) for p in payloads])
+
+    async def follow() -> AsyncIterator[Any]:
+        entries = await stream.subscribe(name, ordered_consumer=True)
+        while True:
+            with contextlib.suppress(TimeoutError):
+                yield (await entries.next_msg()).data
+
+    async with await nats.connect(url) as client:
+        stream = client.jetstream()
+        await stream.add_stream(name=name, subjects=[name], max_msgs=4096)
+        yield append, follow()
+        await stream.delete_stream(name)
+
+
+BROKERS: dict[str, tuple[str, Callable[[str, str], ByHand]]] = {
+    "Redis": ("redis://127.0.0.1:6379", redis_by_hand),
+    "PostgreSQL": ("postgresql://postgres@127.0.0.1:5432/test", postgres_by_hand),
+    "RabbitMQ": ("amqp://guest:guest@127.0.0.1:5672/", rabbitmq_by_hand),
+    "Kafka": ("kafka://127.0.0.1:9092", kafka_by_hand),
+    "NATS": ("nats://127.0.0.1:4222", nats_by_hand),
+}
+
+
+async def rate(append: Callable[[], Awaitable[Any]], seconds: float) -> float:
+    """Events a second, in batches that are awaited."""
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        await append()
+        count += BATCH
+    return count / (time.perf_counter() - began)
+
+
+async def delays(send: Callable[[], Awaitable[Any]], entries: AsyncIterator[Any],
+                 count: int) -> list[float]:
+    """Milliseconds from before something is appended until it has been read, one by one."""
+    found = []
+    for _ in range(count):
+        reading = asyncio.ensure_future(anext(entries))
+        await asyncio.sleep(0.01)
+        began = time.perf_counter()
+        await send()
+        await reading
+        found.append((time.perf_counter() - began) * 1e3)
+        if sum(found) > 1000:  # a slow one
+            break
+    return found
+
+
+async def compare_backbone(title: str, url: str, by_hand: Any, turns: int, seconds: float,
+                           count: int) -> None:
+    name = f"bench_{os.getpid()}"
+    one, two = (PubSubEndpoint(backbone=url, channel=f"{name}_2") for _ in range(2))
+    app = FastAPI()
+    two.register_route(app, "/ws")
+    data, raw, ours = "x" * 100, list[float](), list[float]()
+    hand = contextlib.asynccontextmanager(by_hand)(url, name)
+    async with hand as (append, entries), serving(app) as server:
+        publish, payloads = one.publish, [b"x" * 150] * BATCH
+
+        async def publish_batch() -> None:
+            for receipt in [publish("other", data) for _ in payloads]:
+                await receipt
+
+        await publish("other", data)
+        rates: tuple[list[float], list[float]] = [], []
+        for _ in range(turns):
+            rates[0].append(await rate(lambda: append(payloads), seconds))
+            rates[1].append(await rate(publish_batch, seconds))
+        port = server.sockets[0].getsockname()[1]
+        async with PubSubClient(f"ws://127.0.0.1:{port}/ws") as client:
+            heard: Any = aiter(await client.subscribe("t"))
+            reading = asyncio.ensure_future(anext(entries))
+            await asyncio.sleep(0.2)
+            await append([b"last"])
+            while await reading != b"last":  # but those of before
+                reading = asyncio.ensure_future(anext(entries))
+            for _ in range(turns):
+                raw += await delays(lambda: append([b"x" * 150]), entries, count)
+                ours += await delays(lambda: publish("t", data), heard, count)
+            await heard.aclose()
+    for endpoint in (two, one):
+        await endpoint.close()
+    row(title, f"{max(rates[1]):,.0f} /s", f"{max(rates[1]) / max(rates[0]):.2f}",
+        f"{median(ours):.2f} ms", f"{median(ours) / median(raw):.2f}")
+
+
+async def backbones(how: str = "") -> None:
+    """What a backbone costs, for each broker that listens; only when named."""
+    turns, seconds, count = (1, 0.05, 3) if how == "--smoke" else (5, 0.4, 40)
+    row("broker", "events, awaited 256 at a time", "to its driver by hand", "from one server to a"
+        " client of the other, p50", "to its driver by hand")
+    row("---", *["---:"] * 4)
+    for title, (url, by_hand) in BROKERS.items():
+        url = os.environ.get(f"TEST_{url.partition(':')[0].upper()}_URL", url)
+        host, _, port = url.rpartition("@")[2].rpartition("//")[2].partition("/")[0].partition(":")
+        try:
+            (await asyncio.open_connection(host, int(port)))[1].close()
+        except OSError:
+            row(title, "nothing listens", "", "", "")
+        else:
+            await compare_backbone(title, url, by_hand, turns, seconds, count)
+
+
 # ----------------------------------------------------------------------- dashboard: in the browser
 
 PAGE = r"""<!doctype html>
@@ -1261,9 +1530,11 @@ def dashboard(port: int = 0) -> None:
 SCENARIOS: dict[str, Callable[[], Any]] = {
     function.__name__: function
     for function in (demo, calls, both_ways, validation, errors, typed, streams, events,
-                     events_in_process, authorisation, reconnecting, without_a_loop)
+                     events_in_process, authorisation, reconnecting, a_backbone_of_ones_own,
+                     without_a_loop)
 }
-ALL = SCENARIOS | {"bench": bench, "dashboard": dashboard}  # which run when they are named
+ALL = SCENARIOS | {"bench": bench, "backbones": backbones,  # which run when they are named
+                   "dashboard": dashboard}
 
 
 def run(name: str) -> None:
@@ -1288,6 +1559,8 @@ def main(arguments: list[str]) -> int:
             bench(how)
         case ["dashboard", port] if port.isdigit():
             dashboard(int(port))
+        case ["backbones", how] if how in SCALES:
+            asyncio.run(backbones(how))
         case _ if unknown := [name for name in arguments if name not in ALL]:
             print(f"unknown: {', '.join(unknown)}; there are: {', '.join(ALL)}")
             return 2

@@ -167,6 +167,8 @@ SILENCE_SECONDS: Final = 5.0  # of a broker, after which it is asked whether tha
 REACH_SECONDS: Final = 5.0  # for another server's newest event to arrive here, too
 APPEND_EVENTS: Final = 256  # at once; more brings no more speed
 APPEND_BYTES: Final = 2**20
+PACK_BYTES: Final = 2**14  # of events that share an entry; reading one costs more than unpacking,
+PACK_EVENTS: Final = 2**10  # and are more than that in no case
 BROKER_BACKOFF_SECONDS: Final = 5.0
 ENVELOPE_BYTES: Final = 64  # around topic, origin and data, and more than that
 SEEN_EVENTS: Final = 2 * QUEUE_EVENTS  # whose ids are kept, for those that were stored twice
@@ -2104,12 +2106,16 @@ _Entries: TypeAlias = AsyncGenerator[tuple[int, bytes], None]
 
 
 class Backbone(Protocol):
-    """An ordered log on a broker: anything with these two methods will do."""
+    """An ordered log on a broker: anything with these two methods will do.
+
+    Used where they are there: ``max_size``, the bytes of the largest payload; ``append_many``, for
+    several payloads; ``aclose()``, called when nothing more is appended for now.
+    """
 
     async def append(self, payload: bytes) -> None:
         """Append one entry. When this returns, the broker has it.
 
-        **Raises** anything when that is not known.
+        **Raises** MessageTooLarge for what is never taken; anything else when it is not known.
         """
 
     def read(self, start: int | None) -> AsyncIterator[tuple[int, bytes]]:
@@ -2555,7 +2561,8 @@ class _Envelope(NamedTuple):
 class _Shared:
     """A log that servers share: one writer and one reader above a backbone, for one loop at a time.
 
-    Each event has an id, "writer:number". An append whose answer did not come is sent again, in
+    An entry has one event, or several small ones. Each has an id, "writer:number", and a place:
+    that of the entry, and within it. An append whose answer did not come is sent again, in
     order, and the reader drops an id that it has seen. It remembers the offset and id of its last
     entry: whenever it begins to read, that entry must come first, or something is missing. A writer
     begins with a mark, "writer!number"; when the reader has come to it, it is ready: what came
@@ -2578,6 +2585,7 @@ class _Shared:
         self._hole = ""  # why something is missing before the next entry
         self._ready = self._tailed = self._doubtful = self._connected = False
         self._sent = self._own = -1  # the last number that was written, and that was read
+        self._pack_bytes = PACK_BYTES
         self._error: str | None = None
 
     def start(self) -> None:
@@ -2600,11 +2608,9 @@ class _Shared:
         return {"connected": self._connected, "queued": len(self._queue),
                 "behind": max(0, self._sent - self._own), "last_error": self._error}
 
-    def check(self, topics: Sequence[str], data: str, origin: str | None) -> None:
+    def check(self, size: int, origin: str | None) -> None:
         """Raises MessageTooLarge for more than the backbone takes."""
-        size = _size(data) + ENVELOPE_BYTES + sum(
-            max((_size(_quoted(name)) for name in names if name), default=0)
-            for names in (topics, [origin]))
+        size += ENVELOPE_BYTES + (_size(_quoted(origin)) if origin else 0)
         if size > (limit := getattr(self._backbone, "max_size", math.inf)):
             raise MessageTooLarge(f"{size} bytes, the limit of the backbone is {limit}")
 
@@ -2631,7 +2637,8 @@ class _Shared:
             await _next_wake(self._moved)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(REACH_SECONDS):
-                while since and not here(since) and _offset(since) > (self._at or (-1,))[0]:
+                place = _offset(since) // PACK_EVENTS
+                while since and not here(since) and place > (self._at or (-1,))[0]:
                     await _next_wake(self._moved)
 
     async def close(self) -> None:
@@ -2670,19 +2677,21 @@ class _Shared:
                 delay = min(2 * delay, BROKER_BACKOFF_SECONDS)
 
     async def _write(self) -> None:
-        many = getattr(self._backbone, "append_many", None)
+        many: Callable[[list[bytes]], Awaitable[None]] | None = getattr(
+            self._backbone, "append_many", None)
         try:
             while True:
                 while not self._queue:
                     await _next_wake(self._stirred)
-                batch = self._batch(APPEND_EVENTS if many else 1)
+                packs = self._batch(APPEND_EVENTS if many else 1)
+                batch = list(itertools.chain.from_iterable(packs))
+                entries = [_SEPARATOR.join(e.payload for e in pack) for pack in packs]
                 try:
-                    if many is None:
-                        await self._backbone.append(batch[0].payload)
-                    else:
-                        await many([envelope.payload for envelope in batch])
+                    await (many(entries) if many else self._backbone.append(entries[0]))
                 except MessageTooLarge as error:
-                    self._drop(max(batch, key=lambda envelope: len(envelope.payload)), error)
+                    if len(packs) == len(batch):
+                        self._drop(max(batch, key=lambda envelope: len(envelope.payload)), error)
+                    self._pack_bytes = 0
                     raise
                 for envelope in batch:
                     self._queue.remove(envelope)  # the first one, unless a mark has come before it
@@ -2692,14 +2701,20 @@ class _Shared:
             if (aclose := getattr(self._backbone, "aclose", None)) is not None:
                 await aclose()
 
-    def _batch(self, most: int) -> list[_Envelope]:
-        batch, size = [self._queue[0]], 0
-        for envelope in itertools.islice(self._queue, 1, most):
-            size += len(envelope.payload)
-            if size > APPEND_BYTES:
-                break
-            batch.append(envelope)
-        return batch
+    def _batch(self, most: int) -> list[list[_Envelope]]:
+        """What goes next: packs of events, each for one entry."""
+        limit = min(self._pack_bytes, getattr(self._backbone, "max_size", PACK_BYTES))
+        packs, room, size = list[list[_Envelope]](), 0, 0
+        for envelope in self._queue:
+            need = len(envelope.payload) + 1  # with a separator
+            if need > room:
+                if len(packs) == most or (packs and size + need > APPEND_BYTES):
+                    break
+                packs.append([])
+                room = limit + 1
+            packs[-1].append(envelope)
+            room, size = room - need, size + need
+        return packs
 
     def _count(self, last: _Envelope) -> None:
         writer, colon, number = _unpack(last.payload)[0].partition(":")
@@ -2721,13 +2736,16 @@ class _Shared:
         try:
             async with asyncio.timeout(SILENCE_SECONDS) as silence:
                 async for offset, payload in entries:
-                    id, topic, origin, data = _unpack(payload)
-                    if anchor is not None and offset == anchor[0] and id != anchor[1]:
+                    events = [_unpack(part) for part in payload.split(_SEPARATOR, PACK_EVENTS - 1)]
+                    if anchor is not None and offset == anchor[0] and events[0][0] != anchor[1]:
                         raise LookupError(f"another entry is at {offset}")
                     if anchor is not None and offset > anchor[0]:
                         self._hole = self._hole or "history"
                     if anchor is None or offset != anchor[0]:
-                        self._take(offset, id, topic, origin, data)
+                        for place, event in enumerate(events, offset * PACK_EVENTS):
+                            self._take(place, *event)
+                        self._at = offset, events[0][0]  # if one raises, the rest is read again
+                        _wake(self._moved)
                     anchor, heard, self._connected = None, True, True
                     if (time := now()) > late:  # a timer for each entry would cost more than it
                         late = time + SILENCE_SECONDS / 10
@@ -2749,10 +2767,8 @@ class _Shared:
             if (aclose := getattr(entries, "aclose", None)) is not None:
                 await aclose()
 
-    def _take(self, offset: int, id: str, topic: str | None, origin: str | None,
+    def _take(self, place: int, id: str, topic: str | None, origin: str | None,
               data: str) -> None:
-        self._at = offset, id
-        _wake(self._moved)
         if id in self._seen or not id:
             return
         self._seen[id] = None
@@ -2762,9 +2778,9 @@ class _Shared:
         if not self._follows(id) and self._doubtful and not ended:
             return
         if self._hole:
-            self._lose(f"{max(0, offset - 1)}-{id}!", self._hole, self._tailed)
+            self._lose(f"{max(0, place - 1)}-{id}!", self._hole, self._tailed)
         self._hole = ""
-        self._commit(f"{offset}-{id}", topic, data, origin, self._tailed)
+        self._commit(f"{place}-{id}", topic, data, origin, self._tailed)
         if ended:
             self._ready, self._tailed, self._doubtful = True, True, False
 
@@ -2786,6 +2802,10 @@ class _Shared:
         return last is not None and number > last
 
 
+_ID: Final = re.compile("[0-9a-f]{12}([:!])[0-9]{1,18}")
+_SEPARATOR: Final = b"\x1e"  # between events that share an entry; it is in no JSON text
+
+
 def _pack(id: str, topic: str | None, origin: str | None, data: str) -> bytes:
     return f"{_encode([id, topic, origin])}\n{data}".encode()
 
@@ -2795,9 +2815,10 @@ def _unpack(payload: bytes) -> tuple[str, str | None, str | None, str]:
     head, _, data = payload.partition(b"\n")
     with contextlib.suppress(ValueError, TypeError):
         id, topic, origin = from_json(head)
-        if topic is None and re.fullmatch("[0-9a-f]{12}[:!][0-9]{1,18}", id):
+        sign = found[1] if (found := _ID.fullmatch(id)) else ""
+        if topic is None and sign:
             return id, None, None, ""
-        if re.fullmatch("[0-9a-f]{12}:[0-9]{1,18}", id) and isinstance(topic, str):
+        if isinstance(topic, str) and sign == ":":
             _decode(data)  # what is not JSON must not get to clients
             return id, topic, origin if isinstance(origin, str) else None, data.decode()
     logger.warning("an entry of the backbone is not one of ours: %.60r", payload)
@@ -3155,7 +3176,7 @@ class EventNotifier:
         if (self._shared or not here) and waiting >= QUEUE_EVENTS:
             raise Overloaded(f"{waiting} events wait to be published")
         if self._shared:
-            self._shared.check(names, text, notifier_id)
+            self._shared.check(size, notifier_id)
         if here:
             self._attach()
             return self._append(names, text, notifier_id)

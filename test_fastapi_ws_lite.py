@@ -7954,6 +7954,11 @@ class MemoryLog:
         self.entries[self.end] = payload
         self.end += 1
 
+    def stored(self) -> list[str]:
+        """The data of all events, in order."""
+        return [lib._unpack(part)[3] for payload in self.entries.values()
+                for part in payload.split(b"\x1e")]
+
     def trim(self, first: int) -> None:
         self.entries = {n: payload for n, payload in self.entries.items() if n >= first}
 
@@ -8050,6 +8055,18 @@ async def test_backbone_all_servers_see_one_order(broker: MemoryLog) -> None:
             "connected": True, "queued": 0, "behind": 0, "last_error": None}
     assert {"backbone"} == PubSubEndpoint(backbone=broker).stats().keys() - PubSubEndpoint(
         ).stats().keys()
+
+
+async def test_backbone_by_its_url_needs_no_more(real: Broker) -> None:
+    """What is published on one endpoint is heard on the other."""
+    heard, channel = Heard(), f"tests-{uuid.uuid4().hex}"
+    one, two = (PubSubEndpoint(backbone=real.url, channel=channel) for _ in range(2))
+    async with heard.on(two):
+        await one.publish("t", {"ü": 1})
+        await heard.has({"ü": 1})
+    for endpoint in (one, two):
+        await endpoint.close()
+    await real.delete(real.log(channel))
 
 
 async def test_backbone_own_event_does_not_return_by_another_server(broker: MemoryLog) -> None:
@@ -8154,7 +8171,7 @@ async def test_backbone_append_of_unknown_fate_is_there_once(
             await done
         await until(lambda: len(a.all) == len(b.all) == 120)
         assert [n for n in a.all if n != "other"] == [s * n for n in range(40) for s in (1, -1)]
-        assert a.all == b.all and len(broker.entries) > 122
+        assert a.all == b.all and len(broker.stored()) > 122
 
 
 async def test_backbone_broker_that_flaps_loses_nothing(broker: MemoryLog) -> None:
@@ -8373,6 +8390,26 @@ async def test_backbone_foreign_entries_are_passed_over(broker: MemoryLog) -> No
         await heard.has(1, 2)
 
 
+async def test_backbone_event_that_the_codec_refuses_loses_no_other(broker: MemoryLog) -> None:
+    """Nor those that share its entry."""
+    class Picky:
+        def dumps(self, value: Any) -> str:
+            return json.dumps(value)
+
+        def loads(self, text: str | bytes) -> Any:
+            if text in ('"no"', b'"no"'):
+                raise ValueError("no")
+            return json.loads(text)
+
+    endpoint, own = PubSubEndpoint(backbone=broker, codec=Picky()), list[Any]()
+    endpoint.subscribe("t", own.append)
+    for item in (1, "no", 2, "no", 3):
+        endpoint.publish("t", item)
+    await until(lambda: own[-1:] == [3])
+    assert own == [1, 2, 3]
+    await endpoint.close()
+
+
 async def test_backbone_resume_on_another_server_that_lags_behind(broker: MemoryLog) -> None:
     """A position that one server has told is waited for by another, for a while."""
     heard = Heard()
@@ -8382,7 +8419,7 @@ async def test_backbone_resume_on_another_server_that_lags_behind(broker: Memory
             await heard.has(0)
             broker.silent = True  # so that the other one cannot read on
             await asyncio.sleep(0.01)
-        behind = f"{broker.end}-000000000001:1"
+        behind = f"{broker.end * lib.PACK_EVENTS}-000000000001:1"
         broker.silent = False
         await until(lambda: two.stats()["backbone"]["connected"])
         async with client_of(two, since=behind, on_gap=heard.gap) as client:
@@ -8394,7 +8431,7 @@ async def test_backbone_resume_on_another_server_that_lags_behind(broker: Memory
             await asked
             await heard.has(0, "not known to it")
         begun = time.monotonic()
-        async with heard.on(two, since="1000-000000000001:1"):
+        async with heard.on(two, since="10000000-000000000001:1"):
             assert 0.3 <= time.monotonic() - begun < 3
             await heard.has(0, "not known to it", "gap: history")
 
@@ -8475,7 +8512,7 @@ async def test_backbone_close_gives_what_is_queued_a_moment(
     for n in range(100):
         endpoint.publish("t", n)
     await endpoint.close()
-    assert sum(b"\n" in payload for payload in broker.entries.values()) == 101
+    assert [d for d in broker.stored() if d] == [str(n) for n in range(100)]
     broker.away = True
     waiting = asyncio.ensure_future(asyncio.wait_for(endpoint.publish("t", "waits"), 10))
     endpoint.publish("t", "nobody waits")
@@ -8566,8 +8603,7 @@ def test_backbone_one_loop_after_another(broker: MemoryLog) -> None:
     for n in range(3):
         asyncio.run(use(n))
     asyncio.run(last())
-    stored = [lib._unpack(payload)[3] for payload in broker.entries.values()]
-    assert [d for d in stored if d] == [
+    assert [d for d in broker.stored() if d] == [
         '"before"', "0", '"left by 0"', "1", '"left by 1"', "2", '"left by 2"']
     assert own == ["before", 0, 1, 2]
     assert [item for item in heard.all if type(item) is int] == [0, 1, 2]
@@ -8593,8 +8629,7 @@ def test_backbone_a_loop_that_is_left_alone_is_left(broker: MemoryLog) -> None:
     loops[1].run_until_complete(use(2))
     loops[1].run_until_complete(endpoint.close())
     loops[1].close()
-    stored = [lib._unpack(payload)[3] for payload in broker.entries.values()]
-    assert [d for d in stored if d] == ["0", "1", "2"]
+    assert [d for d in broker.stored() if d] == ["0", "1", "2"]
 
 
 async def test_backbone_large_events_go_in_smaller_batches(
@@ -8930,6 +8965,21 @@ def test_examples_bench_measures_what_readme_shows() -> None:
     printed = run(sys.executable, "examples.py", "bench", "--smoke")
     assert titles(printed) == titles(measured)
     assert printed.count("/s |") == measured.count("/s |") > 10
+
+
+def test_examples_backbones_measures_what_readme_shows() -> None:
+    """A short run has every row of its table in README.md, where the broker listens."""
+    def titles(text: str) -> list[str]:
+        return re.findall(r"^\| (\w+) \|", text, re.MULTILINE)
+
+    shown = (HERE / "README.md").read_text().split("examples.py backbones")[1].split("\n## ")[0]
+    printed = run(sys.executable, "examples.py", "backbones", "--smoke")
+    assert titles(printed) == titles(shown)[-6:] == ["broker", *examples.BROKERS]
+
+
+def test_examples_backbone_is_short() -> None:
+    """One of one's own takes less than 30 lines."""
+    assert len(inspect.getsource(examples.FileLog).splitlines()) < 30
 
 
 def test_examples_header_agrees_with_pyproject() -> None:
