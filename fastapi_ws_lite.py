@@ -4422,8 +4422,14 @@ class PubSubClient(RpcClient):
                     subscription._since = None
             return
         if since is not None and result.get("recovered") is not True:
-            self._lose(None if self._inbox.full else since, position, "history")
-            self._restart_at(position, keys)
+            if self._received in (since, None):
+                self._lose(since, position, "history")
+                self._restart_at(position, keys)
+            else:  # it is the wish of some; the others have another place
+                self._inbox.miss(Gap(since, position, "history"))
+                self._top = _offset(position)
+                for subscription in (s for s in there if s._since == since):
+                    subscription._place = self._top
         elif self._received is None or (
                 since is not None and _offset(since) < _offset(self._received)):
             self._received = position

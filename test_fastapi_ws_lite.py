@@ -40,7 +40,7 @@ import urllib.request
 import uuid
 import weakref
 import zipfile
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextvars import ContextVar
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -121,12 +121,15 @@ class Calculator(RpcMethodsBase):
 
 @contextlib.asynccontextmanager
 async def serving(app: Any, *, port: int = 0, ws: WSProtocolType = "auto",
+                  servers: list[uvicorn.Server] | None = None,
                   **options: Any) -> AsyncIterator[str]:
     """A real server on a free port, in this process; yields ws://host:port."""
     config = uvicorn.Config(app, port=port, ws=ws, log_config=None, lifespan="off",
                             log_level="critical", **options)
     config.load()
     server = uvicorn.Server(config)
+    if servers is not None:
+        servers.append(server)
     server.lifespan = config.lifespan_class(config)
     await server.startup()  # rather than serve(), which begins and ends by ticks of 0.1 s
     try:
@@ -11437,6 +11440,27 @@ async def test_resume_of_a_full_queue_is_not_cut_short_by_a_subscription(
         assert (got, gaps) == (list(range(10)), [])
 
 
+async def test_resume_from_another_log_costs_other_topics_nothing(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who wishes for it is told; a queue that is full is filled again as before."""
+    monkeypatch.setattr(lib, "QUEUE_EVENTS", 3)
+    endpoint, got, gaps = PubSubEndpoint(), list[Any](), list[Gap]()
+    gate = asyncio.Event()
+
+    async def slow(data: Any) -> None:
+        await gate.wait()
+        got.append(data)
+
+    async with PubSubClient(transport=Inside(endpoint), on_gap=gaps.append) as client:
+        await client.subscribe("u", slow)
+        there = positions(endpoint, "u", range(10))
+        await until(lambda: client._inbox.full)
+        await client.subscribe("t", slow, since="7-of-another-log")
+        gate.set()
+        await until(lambda: got == list(range(10)))
+        assert gaps == [Gap("7-of-another-log", there[-1], "history")]
+
+
 async def test_resume_that_is_asked_again_begins_where_it_was(quick: None) -> None:
     """Though events of other topics have come since."""
     gates, slow = [asyncio.Event() for _ in range(2)], list[Any]()
@@ -12000,8 +12024,8 @@ class Chaos(Relay):
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             await super().serve(reader, writer)
-        except (OSError, asyncio.IncompleteReadError):
-            writer.close()  # the server is not there
+        except (OSError, RuntimeError, asyncio.IncompleteReadError):
+            writer.close()  # the server is not there, or it was half closed
 
     def half_close(self) -> None:
         for writer in list(self.writers)[::2]:
@@ -12108,3 +12132,487 @@ async def test_chaos_loses_nothing_unannounced(tmp_path: Path) -> None:
     print("chaos: published", sum(map(str.isdigit, lines(published))), total)
     assert total["delivered"] > 1000
     assert total | {"unannounced": 0, "duplicated": 0, "disordered": 0} == total
+
+
+# -------------------------------------------------------------------------------------- dead peers
+
+DEAD_PEER_APP = """
+import asyncio, sys
+import uvicorn
+from fastapi import FastAPI
+from fastapi_ws_lite import PubSubEndpoint
+
+async def publish(channel, topics):
+    for n in range(400):
+        await endpoint.publish("t", [n, "x" * 2**16])
+
+app, endpoint = FastAPI(), PubSubEndpoint(on_subscribe=publish)
+endpoint.register_route(app, "/ws")
+
+@app.get("/")
+async def state():
+    left = [c for c in server.server_state.connections if "websockets" in type(c).__module__]
+    return endpoint.stats() | {"left": len(left), "tasks": len(asyncio.all_tasks())}
+
+server = uvicorn.Server(uvicorn.Config(app, port=int(sys.argv[1]), ws=sys.argv[2],
+                                       loop=sys.argv[3], log_level="critical"))
+server.run()
+"""
+
+
+async def deaf(url: str, *texts: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A peer that has shaken hands and sent these; it takes what one asks it to read."""
+    endpoint = socket.socket()
+    endpoint.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    endpoint.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(endpoint, ("127.0.0.1", port_of(url)))
+    reader, writer = await asyncio.open_connection(sock=endpoint, limit=2**16)
+    writer.write(b"GET /ws HTTP/1.1\r\nHost: test\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                 b"Sec-WebSocket-Version: 13\r\n"
+                 b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n")
+    await reader.readuntil(b"\r\n\r\n")
+    for text in texts:
+        payload = text.encode()
+        assert len(payload) < 126
+        writer.write(bytes((0x81, 0x80 | len(payload), 0, 0, 0, 0)) + payload)
+    return reader, writer
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lib, "SEND_SECONDS", 1.0)
+    monkeypatch.setattr(lib, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(lib, "CLOSE_SECONDS", 0.2)
+
+
+SUBSCRIBE = json.dumps(ask(1, "subscribe", {"topics": ["t"]}))
+
+
+@each_library
+async def test_peer_that_never_reads_is_gone_with_all_it_held(
+        ws: WSProtocolType, impatient: None) -> None:
+    """Its channel, its subscriptions, its tasks and the server's connection; others stay."""
+    endpoint, servers, got = PubSubEndpoint(Calculator()), list[uvicorn.Server](), list[Any]()
+    async with serving(app_of(endpoint), ws=ws, servers=servers) as url, PubSubClient(
+            f"{url}/ws") as client:
+        await client.subscribe("t", got.append)
+        tasks = len(running_tasks())
+        _, writer = await deaf(url, SUBSCRIBE)
+        await until(lambda: endpoint.stats()["subscriptions"] == 2)
+        for n in itertools.count(1):
+            await endpoint.publish("t", "x" * 2**16)
+            await until(lambda n=n: len(got) == n)  # type: ignore[misc]
+            if endpoint.stats()["lagging"]:
+                break
+        await until(lambda: len(endpoint.channels) == 1, 4)
+        await until(lambda: len(servers[0].server_state.connections) == 1, 2)
+        await until(lambda: len(running_tasks()) <= tasks)
+        stats = endpoint.stats()
+        assert (stats["subscriptions"], stats["lagging"], stats["stalled_closed"]) == (1, 0, 1)
+        writer.transport.abort()
+
+
+async def test_peer_that_never_reads_is_gone_in_12_s_and_delays_no_exit(tmp_path: Path) -> None:
+    """With the real times, and each implementation of uvicorn, side by side."""
+    (tmp_path / "app.py").write_text(DEAD_PEER_APP)
+    loops = ("uvloop", "asyncio") if LONG else ("uvloop",)
+    kinds = itertools.product(("websockets-sansio", "websockets", "wsproto"), loops)
+
+    async def check(ws: str, loop: str, terminate: bool) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        server = subprocess.Popen([sys.executable, tmp_path / "app.py", str(port), ws, loop],
+                                  env={**os.environ, "PYTHONPATH": str(HERE)})
+
+        def state() -> dict[str, int]:
+            with contextlib.suppress(OSError), urllib.request.urlopen(
+                    f"http://127.0.0.1:{port}/") as answer:
+                return json.load(answer)  # type: ignore[no-any-return]
+            return {}
+
+        async def until_state(seconds: float, **wanted: int) -> None:
+            deadline = time.monotonic() + seconds
+            while (now := await asyncio.to_thread(state)) != now | wanted or not now:
+                assert time.monotonic() < deadline, (ws, loop, now)
+                await asyncio.sleep(0.1)
+
+        try:
+            await until_state(20)
+            before = (await asyncio.to_thread(state))["tasks"]
+            _, writer = await deaf(f"ws://127.0.0.1:{port}", SUBSCRIBE)
+            await until_state(10, lagging=1)
+            if not terminate:
+                await until_state(12, channels=0, left=0, topics=0, subscriptions=0, tasks=before)
+            server.terminate()
+            await asyncio.to_thread(server.wait, 5)
+            writer.transport.abort()
+        finally:
+            server.kill()
+            server.wait()
+
+    await asyncio.gather(*(check(*kind, end) for kind in kinds for end in (False, True)))
+
+
+@each_library
+async def test_peer_that_reads_slowly_but_steadily_stays(
+        ws: WSProtocolType, impatient: None) -> None:
+    """A large message takes several times as long as one may take nothing."""
+    endpoint, size = RpcEndpoint(Worker()), 4_000_000
+    async with serving(app_of(endpoint), ws=ws) as url:
+        request = json.dumps(ask(1, "text", [size]))
+        reader, writer = await deaf(url, request)
+        began, taken = time.monotonic(), 0
+        while taken < size:
+            taken += len(await reader.read(2**16))
+            ahead = taken / 2e6 - (time.monotonic() - began)
+            await asyncio.sleep(max(0, ahead))
+        assert time.monotonic() - began > 1.7 and len(endpoint.channels) == 1
+        writer.transport.abort()
+        await until(lambda: not endpoint.channels)
+
+
+# ------------------------------------------------------------------ cancelled wherever it can wait
+
+
+@types.coroutine
+def interrupted(work: Any, at: int, reached: list[int]) -> Generator[Any, Any, Any]:
+    """Do the work, and cancel the task that does it when it waits for the n-th time."""
+    step, count = functools.partial(work.send, None), 0
+    while True:
+        try:
+            waits_for = step()
+        except StopIteration as finished:
+            return finished.value
+        count += 1
+        if count == at:
+            reached.append(at)
+            task = asyncio.current_task()
+            assert task is not None
+            asyncio.get_running_loop().call_soon(task.cancel)
+        try:
+            sent = yield waits_for
+        except BaseException as error:
+            step = functools.partial(work.throw, error)
+        else:
+            step = functools.partial(work.send, sent)
+
+
+async def use_all(endpoint: PubSubEndpoint, client: PubSubClient) -> None:
+    """Replay, fall behind, be sent again, iterate, lose the connection, return, and leave."""
+    got: list[Any] = []
+
+    async def slow(data: Any) -> None:
+        await asyncio.sleep(0.001)
+        got.append(data)
+
+    since = positions(endpoint, "a", range(8))[2]
+    async with client:
+        await client.subscribe("a", slow, since=since)
+        iterator = await client.subscribe("t*", pattern=True)
+        publishing = [client.publish("tt", n, include_self=True) for n in range(8)]
+        for published in publishing:
+            await published
+        async for event in iterator:
+            if event.data == 7:
+                break
+        assert (await client.call("add", [1, 2])).result == 3
+        await endpoint.close(1011)
+        positions(endpoint, "a", range(8, 30))  # more than is kept: a gap
+        await client.call("ping")
+        await client.subscribe("lost", slow, since="1-of-another-log")
+        await until(lambda: not client._inbox.full and not client._inbox.queue)
+        endpoint.publish("a", 30)
+        await until(lambda: 30 in got)
+        await client.unsubscribe("a")
+        await endpoint.close()
+
+
+@pytest.mark.parametrize("where", ["the user's task", "the route"])
+def test_cancelled_anywhere_leaves_nothing(where: str, monkeypatch: pytest.MonkeyPatch,
+                                           caplog: pytest.LogCaptureFixture) -> None:
+    """Each time that it waits, in turn: no task, call, channel or subscription, nothing unseen."""
+    for name, value in SMALL.items():
+        monkeypatch.setattr(lib, name, value)
+    unseen: list[Any] = []
+
+    async def once(at: int) -> bool:
+        asyncio.get_running_loop().set_exception_handler(lambda _, what: unseen.append(what))
+        endpoint, reached = PubSubEndpoint(Calculator(), history=10), list[int]()
+        inside = Inside(endpoint)
+        if where == "the route":
+            app = root_app(endpoint)
+
+            async def route(scope: Scope, receive: Receive, send: Send) -> None:
+                within = at if not reached else 0  # of the first connection that gets so far
+                await interrupted(app(scope, receive, send), within, reached)
+
+            inside.inner = ASGITransport(route)
+        client = PubSubClient(transport=inside, on_gap=lambda gap: asyncio.sleep(0))
+        work: Any = use_all(endpoint, client)
+        if where == "the user's task":
+            work = interrupted(work, at, reached)
+        task = asyncio.create_task(awaiting(work))
+        await asyncio.wait([task], timeout=60)
+        assert task.done(), at
+        if not task.cancelled() and (error := task.exception()) is not None:
+            assert isinstance(error, ChannelClosed), (at, error)  # the connection's end
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + 10
+        while len(asyncio.all_tasks()) > 1:
+            assert loop.time() < deadline, (at, asyncio.all_tasks())
+            await asyncio.sleep(0.01)
+        stats = endpoint.stats()
+        assert stats | dict.fromkeys(("channels", "topics", "subscriptions", "pending_calls",
+                                      "lagging"), 0) == stats, at
+        assert client.state == "closed" or at == 1, at
+        assert (client._asking, client._publishing._value) == ({}, lib.REQUESTS_AT_ONCE), at
+        return bool(reached)
+
+    for at in itertools.count(1):
+        with asyncio.Runner(loop_factory=Hasty) as runner:
+            if not runner.run(once(at)):
+                break
+    gc.collect()
+    assert unseen == [] and at > 3
+    assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
+
+
+# ------------------------------------------------------------------------------ fuzzed, and hostile
+
+REAL_FRAMES = [json.dumps(m) for m in (
+    ask(1, "add", {"a": 1, "b": 2}), ask("x", "echo", ["value"], timeout=0.5),
+    tell("$/cancelRequest", {"id": 1}),
+    [ask(1, "add", [1, 2]), ask(2, "nope"), {"jsonrpc": "2.0", "result": 1, "id": 3}],
+    ask(3, "subscribe", {"topics": ["t"], "patterns": ["t*"], "since": "1-a", "max_size": 9000}),
+    ask(4, "publish", {"topics": "t", "data": 1}), ask(5, "unsubscribe", [["t"]]),
+    failed(1, -32603, "no", data=[1]), old("7", "echo", {"value": 1}), old_done("1", 1, "int"),
+    tell("notify", {"topic": "t", "position": "3-a", "data": 1}), tell("gap", {
+        "position": "3-a", "reason": "size"}), tell("position", {"position": "9-a"}))]
+
+
+def mutated(dice: random.Random) -> bytes:
+    """A real frame with some bytes replaced, removed, doubled, or of another frame; or junk."""
+    frame = bytearray(dice.choice(REAL_FRAMES).encode())
+    for _ in range(dice.choice((0, 1, 1, 2, 5))):
+        place, kind = dice.randrange(len(frame) + 1), dice.randrange(5)
+        if kind == 0:
+            frame[place:place + 1] = dice.randbytes(1)
+        elif kind == 1:
+            del frame[place:place + dice.randrange(1, 6)]
+        elif kind == 2:
+            frame[place:place] = frame[place:place + dice.randrange(20)]
+        elif kind == 3:
+            frame[place:] = dice.choice(REAL_FRAMES).encode()[place:]
+        else:
+            frame[place:place] = dice.choice((b"[", b"]", b"{", b"}", b'"', b",", b"null", b"-1",
+                                              b"1e999", b"\xff", b"\\ud800", b'"id":1,', b"0" * 30))
+    return bytes(frame)
+
+
+@pytest.mark.parametrize("dialect", [lib._WS_LITE, None, lib._OLD_WIRE], ids=["lite", "?", "old"])
+@pytest.mark.parametrize("side", ["server", "client"])
+async def test_fuzz_of_real_frames_ends_nothing(side: str, dialect: Any) -> None:
+    """Whatever is received, nothing is raised, no call is left, and a ping is answered."""
+    dice, count = random.Random(repr((side, dialect is None))), 170_000 if LONG else 400
+    owner: Any = PubSubEndpoint(Worker()) if side == "server" else PubSubClient()
+    if side == "server":
+        owner._attach()
+    subprotocol = lib.SUBPROTOCOL if dialect is lib._WS_LITE else None
+    for first in range(0, count, 100):
+        link = Link(subprotocol)
+        channel = RpcChannel(link.ends[0], owner, dialect, {})
+        running = asyncio.create_task(channel._run(lambda: asyncio.sleep(0)))
+        for n in range(first, first + 100):
+            link.queues[0].put_nowait(mutated(dice))
+            if n % 10 == 9:
+                await asyncio.sleep(0)
+        ends = [old(f"end {first}", "_ping_", {}), ask(f"end {first}", "_ping_")]
+        for end in ends:
+            link.queues[0].put_nowait(json.dumps(end))
+        while True:
+            text = str(await asyncio.wait_for(link.ends[1].recv(), 10))
+            if f'"end {first}"' in text and '"pong"' in text:
+                break
+        assert channel._closed is None
+        await channel.close()
+        await running
+        assert (len(channel._calls), channel._running) == (0, {})
+    if side == "client":
+        await owner.close()
+
+
+@pytest.mark.parametrize(("params", "code"), [
+    ({"topics": [f"{n}" for n in range(100_000)]}, -32602), ({"topics": ["x" * 1025]}, -32602),
+    ({"patterns": ["*a" * 17]}, -32602), ({"patterns": [f"{n}*" for n in range(101)]}, -32602),
+    ({"topics": [1]}, -32602), ({"topics": {"a": 1}}, -32602), ({"topics": [[]]}, -32602),
+    ({"topics": ["t"], "since": 7}, -32602), ({"topics": ["t"], "max_size": "much"}, -32602),
+    ({"topics": ["t"], "subscriber_id": {}}, -32602)])
+async def test_hostile_subscribe_is_refused_and_leaves_nothing(params: Any, code: int) -> None:
+    """In one call: too many, too long, too many stars, or of another type."""
+    endpoint = PubSubEndpoint()
+    async with plain(endpoint) as peer:
+        assert (await peer.ask(ask(1, "subscribe", params)))["error"]["code"] == code
+        stats = endpoint.stats()
+        assert (stats["topics"], stats["subscriptions"]) == (0, 0)
+
+
+@pytest.mark.parametrize("since", [
+    "", "x", "-", "1-", "-1", "1", "99999999999999999999-a", "1" * 100_000, "\u0661-a", "0-a\0"])
+async def test_hostile_position_is_one_that_is_not_there(since: str) -> None:
+    """It is not recovered, and the client is told so; what a client receives is no less odd."""
+    endpoint, gaps = PubSubEndpoint(), list[Gap]()
+    async with PubSubClient(transport=Inside(endpoint), on_gap=gaps.append) as client:
+        await client.subscribe("t", print, since=since or None)
+        await until(lambda: len(gaps) == bool(since))
+        for position in (since, 7, None, [since]):
+            only(endpoint).notify("position", {"position": position})
+            only(endpoint).notify("gap", {"position": position, "reason": position})
+            only(endpoint).notify("notify", {"topic": "t", "position": position})
+        for method in ("position", "gap", "notify"):
+            only(endpoint).notify(method, [since])
+        assert (await client.call("ping")).result == "pong"
+
+
+async def test_hostile_subscriptions_in_many_calls_are_bounded() -> None:
+    """100,000 of them: the connection has 10,000, and the rest is refused."""
+    endpoint = PubSubEndpoint()
+    async with plain(endpoint, lib.SUBPROTOCOL) as peer:
+        for n in range(100):
+            answer = await peer.ask(ask(n, "subscribe", {"topics": [
+                f"{n} {i}" for i in range(1000)]}))
+            assert ("error" in answer) == (n >= 10)
+        assert endpoint.stats()["subscriptions"] == 10_000
+    await until(lambda: endpoint.stats()["topics"] == 0)
+
+
+async def test_hostile_pattern_costs_no_more_than_its_length() -> None:
+    """A match is linear: 100 of the worst ones and a long topic."""
+    endpoint = PubSubEndpoint()
+    async with plain(endpoint) as peer:
+        patterns = [f"*a*a*a*a*a*a*a*a*a*a*a*a*a*a*b{n}" for n in range(100)]
+        await subscribed(peer, patterns=patterns)
+        began = time.process_time()
+        for _ in range(10):
+            endpoint.publish("a" * 1024, 1)
+        await asyncio.sleep(0)
+        assert time.process_time() - began < 1
+
+
+async def test_hostile_storm_of_refused_peers_leaves_nothing() -> None:
+    """Peers that are turned away, and such that come and go, hold nothing afterwards."""
+    def refuse(channel: RpcChannel) -> None:
+        raise Forbidden("not you")
+
+    endpoint = PubSubEndpoint(on_connect=refuse, allowed_origins=["https://a"])
+    app, tasks = app_of(endpoint), running_tasks()
+    for n in range(100):
+        headers = [("origin", "https://b" if n % 2 else "https://a")]
+        with contextlib.suppress(ChannelClosed):
+            peer = await ASGITransport(app).open("ws://test/ws", headers=headers, subprotocols=[],
+                                                 max_size=2**20)
+            await peer.send(SUBSCRIBE)
+            while True:
+                await peer.recv()
+    await until(lambda: running_tasks() <= tasks)
+    assert endpoint.stats()["subscriptions"] == endpoint.stats()["channels"] == 0
+
+
+# ------------------------------------------------------------------------------ many, and for long
+
+
+async def publish_times(endpoint: PubSubEndpoint, count: int) -> float:
+    """Processor seconds that publishing and delivering take."""
+    gc.collect()
+    began = time.process_time()
+    for n in range(count):
+        endpoint.publish("t", [n, "x" * 100])
+        await asyncio.sleep(0)
+    return time.process_time() - began
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+async def test_half_of_many_stalled_costs_the_others_nothing(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Publishing costs what it costs for those who read, and memory what one log does."""
+    monkeypatch.setattr(lib, "LIVE_BYTES", 8192)
+    costs, half = list[float](), 500 if LONG else 150
+    for stalled in (0, half):
+        endpoint = PubSubEndpoint(history=100)
+        endpoint._attach()
+        links, running, drains = list[Link](), list[Any](), list[Any]()
+        for n in range(half + stalled):
+            link = Link()
+            channel = RpcChannel(link.ends[0], endpoint, lib._WS_LITE, {})
+            running.append(asyncio.create_task(endpoint_run(endpoint, channel)))
+            link.queues[0].put_nowait(SUBSCRIBE)
+            await link.ends[1].recv()
+            links.append(link)
+            if n < stalled:
+                link.gate.clear()
+            else:
+                drains.append(asyncio.create_task(drain(link)))
+        await publish_times(endpoint, 120)  # until they are known to be behind
+        assert endpoint.stats()["lagging"] == stalled
+        before = memory()[1]
+        costs.append(min([await publish_times(endpoint, 100) for _ in range(3)]))
+        assert memory()[1] < before + 4e6
+        for link in links:
+            link.cut()
+            link.gate.set()
+        await asyncio.gather(*running, *drains)
+    assert costs[1] < 1.6 * costs[0]
+
+
+async def endpoint_run(endpoint: PubSubEndpoint, channel: RpcChannel) -> None:
+    """As main_loop does, without a web server."""
+    endpoint.channels[channel.id] = channel
+    await channel._run(lambda: asyncio.sleep(0))
+    del endpoint.channels[channel.id]
+    if channel._feed is not None:
+        channel._feed.clear()
+
+
+async def drain(link: Link) -> None:
+    with contextlib.suppress(ChannelClosed):
+        while True:
+            await link.ends[1].recv()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+async def test_soak_leaves_no_more_than_it_had_after_a_tenth(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections come and go, events pass: memory, tasks and tables are what they were."""
+    monkeypatch.setattr(lib, "CLOSE_SECONDS", 0.1)
+    connections, events, at_once = (10_000, 1_000_000, 20) if LONG else (200, 10_000, 10)
+    endpoint, got = PubSubEndpoint(Calculator(), history=1000), [0]
+    before: tuple[int, int, int, dict[str, int]] = (0, 0, 0, {})
+    async with serving(root_app(endpoint)) as url:
+
+        async def visit(n: int) -> None:
+            async with PubSubClient(url) as client:
+                for topic in (f"topic {n}", "all"):
+                    await client.subscribe(topic, lambda data: got.__setitem__(0, got[0] + 1))
+                for _ in range(events // connections // 2):
+                    endpoint.publish("all", n)
+                    endpoint.publish(f"topic {n}", n)
+                await client.publish("all", n, include_self=True)
+                assert (await client.call("add", [1, 2])).result == 3
+
+        def state() -> tuple[int, int, int, dict[str, int]]:
+            stats = endpoint.stats()
+            tables = {name: stats[name] for name in (
+                "channels", "topics", "subscriptions", "pending_calls", "lagging")}
+            return (*memory(), len(running_tasks()), tables)
+
+        for n in range(0, connections, at_once):
+            await asyncio.gather(*(visit(n + i) for i in range(at_once)))
+            if n == connections // 10:
+                await until(lambda: not endpoint.channels)
+                await asyncio.sleep(0.3)  # a timer of each close goes on until then
+                before = state()
+        await until(lambda: not endpoint.channels)
+        await asyncio.sleep(0.3)
+        after = state()
+    print("soak:", before, after, "delivered", got[0], endpoint.stats()["events_published"])
+    assert after[2:] == before[2:]
+    assert after[1] < before[1] + 5 * 2**20
