@@ -24,11 +24,12 @@ takes the dialect of the first message that it understands.
 
 Guaranteed: Every request is answered once, with a result or a coded error. Nothing that a method
 does or a peer sends, short of breaking the WebSocket protocol, ends the connection. Requests run
-concurrently. Events keep one order everywhere; a slow subscriber costs no memory and delays nobody.
-A client reconnects and subscribes again by itself.
+concurrently. Events keep one order everywhere, and what a subscriber was due arrives once, or a gap
+is told where it is missing; a slow one costs no memory and delays nobody. A client reconnects by
+itself, and goes on where it was.
 
-Not promised: Whether a call ran when its connection dropped; calls are not repeated. Events of the
-time when a subscriber was away; one that falls behind by more than the history is disconnected.
+Not promised: Whether a call ran when its connection dropped; calls are not repeated. That all
+events arrive: what is older than the history, or was in a server that is gone, is a gap.
 
 Errors: RpcError is the root, and what a method raises to speak to its caller. Below it are
 MethodNotFound, InvalidParams, InternalError, Forbidden, Overloaded, MessageTooLarge, Cancelled,
@@ -1761,6 +1762,8 @@ class _Queue(deque[_Item]):
     """What waits, bounded in number and bytes; something always fits into an empty one."""
 
     size = 0
+    behind = 0  # so many of the first ones are followed by what is sent again from there:
+    again: tuple[int, str | None] = (0, None)  # an era, and a position
 
     def put(self, item: _Item) -> bool:
         if self and (len(self) >= QUEUE_EVENTS or self.size + item.size > QUEUE_BYTES):
@@ -1774,6 +1777,13 @@ class _Queue(deque[_Item]):
         if self and self[0] is item:
             self.popleft()
             self.size -= item.size
+            self.behind = max(0, self.behind - 1)
+
+    def rewound(self, era: int, position: str | None) -> None:
+        """What comes next is older than what is here."""
+        if not self.behind or _offset(position) < _offset(self.again[1]):
+            self.again = (era, position)
+        self.behind = len(self)
 
 
 def _caller(callback: _Callback) -> Callable[[Event], Any]:
@@ -1949,6 +1959,9 @@ class _Inbox:
                 return
         self.queue.append(_Item(gap, (), 0, gap.since, self.era))
         self._start()
+
+    def queues(self) -> list[_Queue]:
+        return [self.queue, *(subscription._queue for subscription in self.iterators)]
 
     def _start(self) -> None:
         loop = asyncio.get_running_loop()
@@ -3104,8 +3117,9 @@ class PubSubClient(RpcClient):
 
         Keep it, and give it as ``since`` to the client of a later process. None if not known.
         """
-        queues = [self._inbox.queue, *(s._queue for s in self._inbox.iterators)]
+        queues = self._inbox.queues()
         places = [(q[0].era, q[0].previous) for q in queues if q]
+        places += [q.again for q in queues if q.behind]
         places.append((self._inbox.era, self._received))  # it may be the least, after a rewind
         return min(places, key=lambda place: (place[0], _offset(place[1])))[1]
 
@@ -3250,6 +3264,8 @@ class PubSubClient(RpcClient):
         elif self._received is None or (
                 since is not None and _offset(since) < _offset(self._received)):
             self._received = position
+            for queue in self._inbox.queues():
+                queue.rewound(self._inbox.era, position)
         for subscription in there:
             if not subscription._confirmed and subscription._place < 0:
                 subscription._place = _offset(position)
