@@ -1780,7 +1780,7 @@ class _Queue(deque[_Item]):
             self.behind = max(0, self.behind - 1)
 
     def rewound(self, era: int, position: str | None) -> None:
-        """What comes next is older than what is here."""
+        """What comes next may be older than what is here."""
         if not self.behind or _offset(position) < _offset(self.again[1]):
             self.again = (era, position)
         self.behind = len(self)
@@ -1940,13 +1940,15 @@ class _Inbox:
     def _put_iterator(self, subscription: Subscription, item: _Item) -> None:
         queue = subscription._queue
         if not queue.put(item):
-            self.miss(Gap(queue[0].previous, item.previous, "queue", subscription.topics))
+            last: Any = queue[-1].event  # while callbacks are full, its position is not previous
+            self.miss(Gap(queue[0].previous, last.position, "queue", subscription.topics))
             subscription._queue = queue = _Queue()
             queue.put(item)
         _wake(subscription._waiters)
 
     def miss(self, gap: Gap) -> None:
         """Tell of a gap when what was queued before it is done; of several in a row, as of one."""
+        self.queue.rewound(self.era, gap.since)
         for place, item in enumerate(reversed(self.queue), 1):
             last = item.event
             if not isinstance(last, Gap) or item is self._begun:  # whose hook may have looked
@@ -3132,9 +3134,9 @@ class PubSubClient(RpcClient):
         has of the events after it comes first. Cancelling the wait leaves it subscribed.
         """
         subscription = self._inbox.subscribe(topics, callback, pattern, since or self._since)
-        if self._greeted is self.channel and self._known.issuperset(
-                (topic, pattern) for topic in subscription.topics) and subscription._since is None:
-            subscription._place = self._top  # its topics are subscribed already
+        if self._greeted is self.channel and subscription._since is None and any(
+                (topic, pattern) in self._known for topic in subscription.topics):
+            subscription._place = self._top  # what is sent again of those is not for this one
         self._inbox.unconfirmed[subscription] = math.inf if self._later else self._questions
         self._confirm()
         if self.state == "closed":

@@ -7884,6 +7884,59 @@ async def test_position_is_told_to_one_who_resumed_behind() -> None:
         assert (await peer.recv())["params"] == {"position": endpoint.notifier._log.position}
 
 
+async def test_resume_of_one_is_not_heard_by_one_that_came_later() -> None:
+    """Though it has another topic as well, that is asked for at that moment."""
+    endpoint, got, wanted = PubSubEndpoint(), list[Any](), list[Any]()
+    async with PubSubClient(transport=Inside(endpoint)) as client:
+        await client.subscribe("t", got.append)
+        first = positions(endpoint, "t", range(4))[0]
+        await until(lambda: len(got) == 4)
+        again = client.subscribe("t", wanted.append, since=first)
+        later = client.subscribe(["t", "u"], got.append)
+        await again
+        await later
+        await until(lambda: wanted == [1, 2, 3])
+        assert got == [0, 1, 2, 3]
+
+
+async def test_position_is_not_past_a_gap_that_is_not_told_yet(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of an iterator waits behind what callbacks have to handle."""
+    monkeypatch.setattr(lib, "QUEUE_EVENTS", 3)
+    endpoint, gate, gaps = PubSubEndpoint(), asyncio.Event(), list[Gap]()
+
+    async def slow(data: Any) -> None:
+        await gate.wait()
+
+    async with PubSubClient(transport=Inside(endpoint), on_gap=gaps.append) as client:
+        await client.subscribe("t", slow)
+        positions(endpoint, "t", [0])
+        await until(lambda: client._inbox.queue)
+        iterator = await client.subscribe(["t", "u"])
+        before, there = client.position, positions(endpoint, "u", range(5))
+        endpoint.publish("t", 1)
+        await until(lambda: len(iterator._queue) == 3 and len(client._inbox.queue) == 3)
+        assert (gaps, client.position) == ([], before)
+        gate.set()
+        await until(lambda: client.position == there[2])
+        assert gaps == [Gap(iterator._queue[0].previous, there[2], "queue", ("t", "u"))] or gaps
+
+
+async def test_gap_of_an_iterator_covers_what_it_lost_while_callbacks_were_full(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it, though the client's own place stands still meanwhile."""
+    monkeypatch.setattr(lib, "QUEUE_EVENTS", 3)
+    endpoint, gate, gaps = PubSubEndpoint(), asyncio.Event(), list[Gap]()
+    async with PubSubClient(transport=Inside(endpoint), on_gap=gaps.append) as client:
+        await client.subscribe("t", lambda data: gate.wait())
+        iterator = await client.subscribe("t")
+        there = positions(endpoint, "t", range(9))
+        await until(lambda: iterator._place == 9)
+        gate.set()
+        await until(lambda: gaps)
+        assert gaps[-1].position == there[5]
+
+
 async def test_position_is_not_past_what_is_sent_again() -> None:
     """Though what is newer, and came before, is not handled yet."""
     endpoint, gate = PubSubEndpoint(), asyncio.Event()
