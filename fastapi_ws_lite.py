@@ -24,11 +24,12 @@ takes the dialect of the first message that it understands.
 
 Guaranteed: Every request is answered once, with a result or a coded error. Nothing that a method
 does or a peer sends, short of breaking the WebSocket protocol, ends the connection. Requests run
-concurrently. Events keep one order everywhere; a slow subscriber costs no memory and delays nobody.
-A client reconnects and subscribes again by itself.
+concurrently. Events keep one order everywhere, and what a subscriber was due arrives once, or a gap
+is told where it is missing; a slow one costs no memory and delays nobody. A client reconnects by
+itself, and goes on where it was.
 
-Not promised: Whether a call ran when its connection dropped; calls are not repeated. Events of the
-time when a subscriber was away; one that falls behind by more than the history is disconnected.
+Not promised: Whether a call ran when its connection dropped; calls are not repeated. That all
+events arrive: what is older than the history, or was in a server that is gone, is a gap.
 
 Errors: RpcError is the root, and what a method raises to speak to its caller. Below it are
 MethodNotFound, InvalidParams, InternalError, Forbidden, Overloaded, MessageTooLarge, Cancelled,
@@ -1521,9 +1522,9 @@ class RpcChannel(_Caller):
         self._streams: dict[_Request, None] = {}  # which wait for room
         self._tasks: set[asyncio.Task[Any]] = set()
         self._spared: list[asyncio.Task[Any] | None] = []  # called close, and go on after it
-        self._reader: asyncio.Task[None] | None = None
+        self._reader: asyncio.Task[None]
         self._unread: Iterator[_Message] = iter(())  # what was received and not looked at yet
-        self._performs: _Method | None = None  # what the reader is in
+        self._performs: _Method  # what the reader is in
         self._closing: tuple[int, str] | None = None
         self._closed: ChannelClosed | None = None
         self._failure: Exception | None = None  # the transport's
@@ -1737,7 +1738,7 @@ class RpcChannel(_Caller):
             lost = ChannelClosed(1006, "cannot receive")
             self._end(error if isinstance(error, ChannelClosed) else lost)
         except asyncio.CancelledError:
-            if self._closed is None and self._reader is not None and self._reader.cancelling():
+            if self._closed is None and self._reader.cancelling():
                 self._reader = self._spawn(self._read())  # by a method, that took it for its own
             else:  # or by the transport
                 self._end(ChannelClosed(1011, "cannot receive"))
@@ -1758,9 +1759,8 @@ class RpcChannel(_Caller):
 
     def _pass_on(self) -> None:
         """What the reader performs has to wait, in this task: let another one read on."""
-        if self._reader is not None and self._performs is not None:
-            self._tasks.discard(self._reader)
-            self._performs.waits = True
+        self._tasks.discard(self._reader)
+        self._performs.waits = True
         self._flush()
         self._reader = self._spawn(self._read())
 
@@ -2855,6 +2855,8 @@ class _Queue(deque[_Item]):
     """What waits, bounded in number and bytes; something always fits into an empty one."""
 
     size = 0
+    behind = 0  # so many of the first ones are followed by what is sent again from there:
+    again: tuple[int, str | None] = (0, None)  # an era, and a position
 
     def put(self, item: _Item) -> bool:
         if self and (len(self) >= QUEUE_EVENTS or self.size + item.size > QUEUE_BYTES):
@@ -2868,6 +2870,13 @@ class _Queue(deque[_Item]):
         if self and self[0] is item:
             self.popleft()
             self.size -= item.size
+            self.behind = max(0, self.behind - 1)
+
+    def rewound(self, era: int, position: str | None) -> None:
+        """What comes next may be older than what is here."""
+        if not self.behind or _offset(position) < _offset(self.again[1]):
+            self.again = (era, position)
+        self.behind = len(self)
 
 
 def _caller(callback: _Callback) -> Callable[[Event], Any]:
@@ -3031,13 +3040,15 @@ class _Inbox:
     def _put_iterator(self, subscription: Subscription, item: _Item) -> None:
         queue = subscription._queue
         if not queue.put(item):
-            self.miss(Gap(queue[0].previous, item.previous, "queue", subscription.topics))
+            last: Any = queue[-1].event  # while callbacks are full, its position is not previous
+            self.miss(Gap(queue[0].previous, last.position, "queue", subscription.topics))
             subscription._queue = queue = _Queue()
             queue.put(item)
         _wake(subscription._waiters)
 
     def miss(self, gap: Gap) -> None:
         """Tell of a gap when what was queued before it is done; of several in a row, as of one."""
+        self.queue.rewound(self.era, gap.since)
         for place, item in enumerate(reversed(self.queue), 1):
             last = item.event
             if not isinstance(last, Gap) or item is self._begun:  # whose hook may have looked
@@ -3050,6 +3061,9 @@ class _Inbox:
                 return
         self.queue.append(_Item(gap, (), 0, gap.since, self.era))
         self._start()
+
+    def queues(self) -> list[_Queue]:
+        return [self.queue, *(subscription._queue for subscription in self.iterators)]
 
     def _start(self) -> None:
         loop = asyncio.get_running_loop()
@@ -4287,8 +4301,9 @@ class PubSubClient(RpcClient):
 
         Keep it, and give it as ``since`` to the client of a later process. None if not known.
         """
-        queues = [self._inbox.queue, *(s._queue for s in self._inbox.iterators)]
+        queues = self._inbox.queues()
         places = [(q[0].era, q[0].previous) for q in queues if q]
+        places += [q.again for q in queues if q.behind]
         places.append((self._inbox.era, self._received))  # it may be the least, after a rewind
         return min(places, key=lambda place: (place[0], _offset(place[1])))[1]
 
@@ -4301,9 +4316,9 @@ class PubSubClient(RpcClient):
         has of the events after it comes first. Cancelling the wait leaves it subscribed.
         """
         subscription = self._inbox.subscribe(topics, callback, pattern, since or self._since)
-        if self._greeted is self.channel and self._known.issuperset(
-                (topic, pattern) for topic in subscription.topics) and subscription._since is None:
-            subscription._place = self._top  # its topics are subscribed already
+        if self._greeted is self.channel and subscription._since is None and any(
+                (topic, pattern) in self._known for topic in subscription.topics):
+            subscription._place = self._top  # what is sent again of those is not for this one
         self._inbox.unconfirmed[subscription] = math.inf if self._later else self._questions
         self._confirm()
         if self.state == "closed":
@@ -4433,6 +4448,8 @@ class PubSubClient(RpcClient):
         elif self._received is None or (
                 since is not None and _offset(since) < _offset(self._received)):
             self._received = position
+            for queue in self._inbox.queues():
+                queue.rewound(self._inbox.era, position)
         for subscription in there:
             if not subscription._confirmed and subscription._place < 0:
                 subscription._place = _offset(position)
