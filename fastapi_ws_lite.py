@@ -2952,8 +2952,9 @@ class Subscription:
             while self._queue or not self._ended:
                 if not self._queue:
                     await _next_wake(self._waiters)
-                elif isinstance(event := (item := self._queue[0]).event, Event):
-                    yield event
+                else:
+                    item = self._queue[0]
+                    yield cast(Event, item.event)  # gaps wait with what is for callbacks
                     self._queue.done(item)
             if self._error is not None and type(self._error) is not ChannelClosed:
                 raise self._error

@@ -12781,3 +12781,163 @@ async def test_queue_that_is_full_in_the_old_wire_ends_in_a_gap(
         gate.set()
         await until(lambda: gaps == [Gap(None, None, "queue")])
         assert got == [0, 1]
+
+
+# -------------------------------------------------------------------------- what is seldom met
+
+
+async def test_plain_method_may_return_an_awaitable() -> None:
+    """It is awaited, on the event loop."""
+    class Later(RpcMethodsBase):
+        def seven(self) -> Any:
+            return asyncio.sleep(0, 7)
+
+    async with pair(Later()) as (client, _):
+        assert (await client.other.seven()).result == 7
+
+
+def test_on_slow_that_is_neither_is_refused() -> None:
+    """What is given is named, and what is expected."""
+    with pytest.raises(ValueError, match="on_slow is 'gap' or 'close', not 'drop'"):
+        PubSubEndpoint(on_slow="drop")  # type: ignore[arg-type]
+
+
+async def test_event_that_is_too_large_for_one_is_a_gap_for_that_one() -> None:
+    """A client tells what it takes; what is larger is a gap, in its place, and nothing else."""
+    endpoint, got, gaps = PubSubEndpoint(), list[Any](), list[Gap]()
+    async with (client_of(endpoint, max_message_size=2000, on_gap=gaps.append) as small,
+                client_of(endpoint) as large):
+        await small.subscribe("t", lambda data: got.append(("small", len(data))))
+        await large.subscribe("t", lambda data: got.append(("large", len(data))))
+        for size in (1, 5000, 2):
+            await endpoint.publish("t", "x" * size)
+        await until(lambda: len(got) == 5)
+        assert [size for who, size in got if who == "small"] == [1, 2]
+        here = endpoint.notifier._log._id
+        assert gaps == [Gap(f"1-{here}", f"2-{here}", "size")]
+
+
+async def test_resume_past_much_that_was_for_others_lets_others_run() -> None:
+    """The log is gone through in parts; what is at its end arrives."""
+    endpoint, got = PubSubEndpoint(), list[Any]()
+    since = endpoint.notifier._log.position
+    for n in range(3 * lib.FEED_EVENTS):
+        await endpoint.publish("other", n)
+    endpoint.publish("t", "last")
+    async with client_of(endpoint) as client:
+        await client.subscribe("t", got.append, since=since)
+        await until(lambda: got == ["last"])
+
+
+async def test_iterator_that_is_emptied_while_it_yields_goes_on(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event in hand is not taken for another one."""
+    monkeypatch.setattr(lib, "QUEUE_EVENTS", 2)
+    endpoint, gaps = PubSubEndpoint(), list[Gap]()
+    async with client_of(endpoint, on_gap=gaps.append) as client:
+        events = aiter(await client.subscribe("t"))
+        await endpoint.publish("t", 0)
+        assert (await anext(events)).data == 0
+        for n in (1, 2):
+            await endpoint.publish("t", n)
+        await until(lambda: gaps)
+        assert (await anext(events)).data == 2
+
+
+async def test_queue_that_was_full_in_the_old_wire_is_a_gap(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those servers cannot send anything again."""
+    monkeypatch.setattr(lib, "QUEUE_EVENTS", 2)
+    endpoint, got, gaps, gate = PubSubEndpoint(), list[Any](), list[Gap](), asyncio.Event()
+
+    async def slow(data: Any) -> None:
+        await gate.wait()
+        got.append(data)
+
+    async with client_of(endpoint, wire=OLD, on_gap=gaps.append) as client:
+        await client.subscribe("t", slow)
+        for n in range(5):
+            await endpoint.publish("t", n)
+        await until(lambda: client._inbox.full)
+        gate.set()
+        await until(lambda: gaps)
+        await endpoint.publish("t", 5)
+        await until(lambda: got[-1] == 5)
+    assert (got, gaps) == ([0, 1, 5], [Gap(None, None, "queue")])
+
+
+async def test_queue_that_was_full_is_resumed_by_the_next_connection(
+        quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is none when the callbacks have caught up."""
+    monkeypatch.setattr(lib, "QUEUE_EVENTS", 2)
+    endpoint, got, gaps, gate = PubSubEndpoint(), list[Any](), list[Gap](), asyncio.Event()
+    inside = Inside(endpoint)
+
+    async def slow(data: Any) -> None:
+        await gate.wait()
+        got.append(data)
+
+    async with PubSubClient(transport=inside, on_gap=gaps.append) as client:
+        await client.subscribe("t", slow)
+        for n in range(5):
+            await endpoint.publish("t", n)
+        await until(lambda: client._inbox.full)
+        inside.up = False
+        await endpoint.close()
+        await until(lambda: client.channel is None)
+        gate.set()
+        await until(lambda: got == [0, 1] and client._inbox.task and client._inbox.task.done())
+        inside.up = True
+        await until(lambda: len(got) == 5)
+    assert (got, gaps) == (list(range(5)), [])
+
+
+@pytest.mark.parametrize("end", [False, True])
+async def test_rewind_that_is_refused_is_asked_again(
+        quick: None, monkeypatch: pytest.MonkeyPatch, end: bool) -> None:
+    """Overloaded for a moment, or gone: nothing is missing in the end."""
+    monkeypatch.setattr(lib, "QUEUE_EVENTS", 2)
+    monkeypatch.setattr(lib, "ASK_AGAIN_SECONDS", 0.01)
+    refusals, gate, got, gaps = [0], asyncio.Event(), list[Any](), list[Gap]()
+
+    async def may(channel: RpcChannel, action: str, topics: tuple[str, ...]) -> bool:
+        if action == "subscribe" and not topics:  # to go back with all there is
+            refusals[0] += 1
+            if refusals[0] == 1 and end:
+                channel._spawn(channel.close(1012))
+                await asyncio.sleep(1)
+            return refusals[0] > 1
+        return True
+
+    async def slow(data: Any) -> None:
+        await gate.wait()
+        got.append(data)
+
+    endpoint = PubSubEndpoint(authorize=may)
+    async with PubSubClient(transport=Inside(endpoint), on_gap=gaps.append) as client:
+        await client.subscribe("t", slow)
+        for n in range(5):
+            await endpoint.publish("t", n)
+        await until(lambda: client._inbox.full)
+        gate.set()
+        await until(lambda: len(got) == 5)
+    assert (got, gaps) == (list(range(5)), [])
+
+
+async def test_server_that_closes_does_not_wait_for_a_peer_that_reads_nothing(
+        impatient: None) -> None:
+    """Neither while something is being sent, nor when the connection is closed from this side."""
+    endpoint = PubSubEndpoint()
+    for closing in (True, False):
+        async with serving(app_of(endpoint)) as url:
+            _, writer = await deaf(url, json.dumps(ask(1, "subscribe", {"topics": ["t"]})))
+            await until(lambda: endpoint.stats()["subscriptions"])
+            below = only(endpoint)._below
+            while not (below and below.unsent()):
+                await endpoint.publish("t", "x" * 100_000)
+                await asyncio.sleep(0)
+            if closing:
+                await endpoint.close()
+                await until(lambda: not endpoint.channels)
+        await until(lambda: not endpoint.channels)
+        writer.close()
