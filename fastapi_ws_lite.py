@@ -2851,6 +2851,11 @@ class _Item(NamedTuple):
     era: int  # and how many logs there were before that one's
 
 
+def _placed(place: tuple[int, str | None]) -> tuple[int, int]:
+    """What sorts places by time: an era, and a position in it."""
+    return place[0], _offset(place[1])
+
+
 class _Queue(deque[_Item]):
     """What waits, bounded in number and bytes; something always fits into an empty one."""
 
@@ -2874,8 +2879,8 @@ class _Queue(deque[_Item]):
 
     def rewound(self, era: int, position: str | None) -> None:
         """What comes next may be older than what is here."""
-        if not self.behind or _offset(position) < _offset(self.again[1]):
-            self.again = (era, position)
+        again = (era, position)
+        self.again = min(again, self.again, key=_placed) if self.behind else again
         self.behind = len(self)
 
 
@@ -3023,8 +3028,10 @@ class _Inbox:
         """Take an event for those who want it; returns whether callbacks will get all so far."""
         called = []
         for subscription in self.topics.match(event.topic):
-            if 0 <= place <= subscription._place or subscription._since is not None:
-                continue  # it had this one, or gets it after what it waits for
+            if subscription._since is not None or place >= 0 > subscription._place:
+                continue  # it is not known yet from where on it gets any
+            if 0 <= place <= subscription._place:
+                continue  # it had this one
             if subscription._call is not None:
                 called.append(subscription)
             else:
@@ -3042,25 +3049,28 @@ class _Inbox:
         queue = subscription._queue
         if not queue.put(item):
             last: Any = queue[-1].event  # while callbacks are full, its position is not previous
-            self.miss(Gap(queue[0].previous, last.position, "queue", subscription.topics))
+            gap = Gap(queue[0].previous, last.position, "queue", subscription.topics)
+            self.miss(gap, queue[0].era)
             subscription._queue = queue = _Queue()
             queue.put(item)
         _wake(subscription._waiters)
 
-    def miss(self, gap: Gap) -> None:
+    def miss(self, gap: Gap, era: int | None = None) -> None:
         """Tell of a gap when what was queued before it is done; of several in a row, as of one."""
-        self.queue.rewound(self.era, gap.since)
+        era = self.era if era is None else era
+        self.queue.rewound(era, gap.since)
         for place, item in enumerate(reversed(self.queue), 1):
             last = item.event
             if not isinstance(last, Gap) or item is self._begun:  # whose hook may have looked
                 break
             if last.topics == gap.topics:
                 since = last.since if gap.since in (last.since, last.position) else None
+                first, previous = min((item.era, item.previous), (era, gap.since), key=_placed)
                 self.queue[-place] = item._replace(
                     event=last._replace(since=since, position=gap.position),
-                    previous=min(item.previous, gap.since, key=_offset))
+                    previous=previous, era=first)
                 return
-        self.queue.append(_Item(gap, (), 0, gap.since, self.era))
+        self.queue.append(_Item(gap, (), 0, gap.since, era))
         self._start()
 
     def queues(self) -> list[_Queue]:
@@ -4306,7 +4316,7 @@ class PubSubClient(RpcClient):
         places = [(q[0].era, q[0].previous) for q in queues if q]
         places += [q.again for q in queues if q.behind]
         places.append((self._inbox.era, self._received))  # it may be the least, after a rewind
-        return min(places, key=lambda place: (place[0], _offset(place[1])))[1]
+        return min(places, key=_placed)[1]
 
     def subscribe(self, topics: str | Iterable[str], callback: _Callback | None = None, *,
                   pattern: bool = False, since: str | None = None) -> Subscription:
@@ -4451,8 +4461,10 @@ class PubSubClient(RpcClient):
             self._received = position
             for queue in self._inbox.queues():
                 queue.rewound(self._inbox.era, position)
+        if since is None:
+            self._top = max(self._top, _offset(position))
         for subscription in there:
-            if not subscription._confirmed and subscription._place < 0:
+            if subscription._place < 0:
                 subscription._place = _offset(position)
             if subscription._since == since:
                 subscription._since = None
@@ -4480,6 +4492,8 @@ class PubSubClient(RpcClient):
 
     async def _greet(self, channel: RpcChannel) -> None:
         self._greeted, self._told, self._later, self._inbox.full = channel, {}, set(), False
+        if self._was_ready and not self._known and self._received != self._since:
+            self._received, self._top = None, -1  # the log may be another one, and nobody asks
         exact, patterns = self._inbox.topics.exact, self._inbox.topics.patterns
         asked = self._tell({(name, False) for name in exact} | {(name, True) for name in patterns})
         for subscription in self._inbox.unconfirmed:

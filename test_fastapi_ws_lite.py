@@ -11553,10 +11553,27 @@ async def test_resume_of_one_is_not_heard_by_one_that_came_later() -> None:
         await until(lambda: len(got) == 4)
         again = client.subscribe("t", wanted.append, since=first)
         later = client.subscribe(["t", "u"], got.append)
+        client.subscribe("t*", got.append, pattern=True)
         await again
         await later
         await until(lambda: wanted == [1, 2, 3])
         assert got == [0, 1, 2, 3]
+
+
+async def test_resume_without_subscriptions_forgets_the_log(quick: None) -> None:
+    """The next server's events are not taken for those that were there before."""
+    endpoint, got = PubSubEndpoint(), list[Any]()
+    async with PubSubClient(transport=(inside := Inside(endpoint))) as client:
+        subscription = await client.subscribe("t", got.append)
+        positions(endpoint, "t", range(5))
+        await until(lambda: len(got) == 5)
+        subscription.cancel()
+        inside.inner = ASGITransport(root_app(successor := PubSubEndpoint()))
+        await drop(endpoint, client)
+        for _ in range(2):
+            await client.subscribe("t", got.append)
+        successor.publish("t", "new")
+        await until(lambda: got[5:] == ["new", "new"])
 
 
 async def test_position_is_not_past_a_gap_that_is_not_told_yet(
