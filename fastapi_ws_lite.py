@@ -4422,9 +4422,7 @@ class PubSubClient(RpcClient):
                 asked = channel._start("subscribe", args, _UNSET, self._rewound)
                 await channel._outcome("subscribe", *asked)
                 break
-            except ChannelClosed:
-                break
-            except RpcError as error:
+            except RpcError as error:  # of the end of the connection, this task does not hear
                 logger.warning("subscribe: %s: again", error)
                 await asyncio.sleep(random.uniform(0, ASK_AGAIN_SECONDS))
 
