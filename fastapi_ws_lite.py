@@ -1714,6 +1714,7 @@ class RpcChannel(_Caller):
     # receiving
 
     async def _read(self) -> None:
+        message: _Message | None
         try:
             while True:
                 most = self._answers_size + ANSWERS_BYTES
@@ -1724,6 +1725,7 @@ class RpcChannel(_Caller):
                     if self._answers_size > most:  # by one frame
                         await self._pause()
                         most = self._answers_size + ANSWERS_BYTES
+                message = None  # not to be kept while waiting: 0.7 KiB
                 if self._answers_size > ANSWERS_BYTES:
                     await self._pause()
                 receiving = self._socket.recv()
@@ -1768,7 +1770,8 @@ class RpcChannel(_Caller):
         self._flush()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._answers_size / PAUSE_BYTES_PER_SECOND):
-                await _next_wake(self._room)
+                while self._answers_size > ANSWERS_BYTES:
+                    await _next_wake(self._room)
 
     def _receive(self, frame: str | bytes) -> Sequence[_Message]:
         self._receiving = True
