@@ -4419,20 +4419,24 @@ class PubSubClient(RpcClient):
             channel._spawn(self._rewind(channel))
 
     async def _rewind(self, channel: RpcChannel) -> None:
-        args = {"since": self._received, "subscriber_id": self._id, "max_size": self._max_size}
-        while True:
+        taken: list[str | None] = []
+        while not taken:
+            since = self._received
+            args = {"since": since, "subscriber_id": self._id, "max_size": self._max_size}
+            then = functools.partial(self._rewound, since, taken)
             try:
-                asked = channel._start("subscribe", args, _UNSET, self._rewound)
-                await channel._outcome("subscribe", *asked)
-                break
+                await channel._outcome(
+                    "subscribe", *channel._start("subscribe", args, _UNSET, then))
             except RpcError as error:  # of the end of the connection, this task does not hear
                 logger.warning("subscribe: %s: again", error)
                 await asyncio.sleep(random.uniform(0, ASK_AGAIN_SECONDS))
 
-    def _rewound(self, outcome: _Outcome) -> None:
-        if isinstance(outcome, RpcResponse):
+    def _rewound(self, since: str | None, taken: list[str | None], outcome: _Outcome) -> None:
+        """Take events again; unless a subscription has wished for older ones meanwhile."""
+        if isinstance(outcome, RpcResponse) and since == self._received:
+            taken.append(since)
             self._inbox.full = False
-            self._placed(self._told.keys(), self._received, outcome)
+            self._placed(self._told.keys(), since, outcome)
 
     def _placed(self, keys: Iterable[_Key], since: str | None, outcome: _Outcome) -> None:
         """The answer to a subscribe, before anything that comes after it is looked at."""
