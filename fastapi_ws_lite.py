@@ -780,7 +780,8 @@ def _openrpc(owner: type, methods: Mapping[str, _Method]) -> Any:
         asked.append((name, "serialization", _result_adapter(method)))
     found, shared = TypeAdapter.json_schemas(
         asked, ref_template="#/components/schemas/{model}", schema_generator=_Schemas)
-    about = {"description": inspect.cleandoc(owner.__doc__)} if owner.__doc__ else {}
+    doc = None if owner.__module__ == __name__ else owner.__doc__  # which says nothing of these
+    about = {"description": inspect.cleandoc(doc)} if doc else {}
     version = getattr(sys.modules.get(owner.__module__), "__version__", "0")
     document = {"openrpc": "1.3.2",
                 "info": {"title": owner.__name__, "version": str(version), **about},
@@ -2173,7 +2174,8 @@ async def _asked(awaitable: Awaitable[_T]) -> _T:
 class _BrokerLog(abc.ABC):
     """What the built-in ones share: connections, timeouts, and where reading begins."""
 
-    extra: ClassVar[str]  # of this package, which installs the driver
+    driver: ClassVar[str]
+    extra: ClassVar[str]  # of this package, which installs it
     max_size = 2**24  # bytes of the largest payload
 
     def __init__(self, url: str, channel: str, history: int) -> None:
@@ -2183,6 +2185,7 @@ class _BrokerLog(abc.ABC):
         if self.name != channel:
             self.name += "-" + hashlib.sha256(channel.encode()).hexdigest()[:16]
         self._writer: _Link | None = None
+        self._import(self.driver)  # that it is missing is no outage
 
     async def append(self, payload: bytes) -> None:
         """Append one entry. When this returns, the broker has it."""
@@ -2249,7 +2252,7 @@ class _BrokerLog(abc.ABC):
 class _RedisLog(_BrokerLog):
     """A stream (Redis 7 or later), whose key is the channel. The URL is redis-py's."""
 
-    extra = "redis"
+    driver, extra = "redis", "redis"
 
     async def _connect(self, held: AsyncExitStack) -> Any:
         redis = self._import("redis.asyncio").Redis.from_url(
@@ -2289,7 +2292,7 @@ class _PostgresLog(_BrokerLog):
     its numbers become visible in any order. NOTIFY only wakes; behind pgbouncer it is lost.
     """
 
-    extra = "postgres"
+    driver, extra = "asyncpg", "postgres"
     CREATE: Final = """DO $$ BEGIN
         IF to_regclass('fastapi_ws_lite_log') IS NULL THEN
             PERFORM pg_advisory_xact_lock(7817260511);  -- IF NOT EXISTS races with itself
@@ -2348,7 +2351,7 @@ class _PostgresLog(_BrokerLog):
 class _RabbitLog(_BrokerLog):
     """A queue of type stream. The URL is aio-pika's."""
 
-    extra = "rabbitmq"
+    driver, extra = "aio_pika", "rabbitmq"
     max_size = 2**24 - 2**12  # the limit of RabbitMQ 4 includes what is around it
 
     async def _connect(self, held: AsyncExitStack) -> Any:
@@ -2405,7 +2408,7 @@ class _KafkaLog(_BrokerLog):
     SASL_SSL) and sasl_mechanism; ssl_cafile, ssl_certfile, ssl_keyfile; and max_request_size.
     """
 
-    extra = "kafka"
+    driver, extra = "aiokafka", "kafka"
 
     def __init__(self, url: str, channel: str, history: int) -> None:
         super().__init__(url, channel, history)
@@ -2488,7 +2491,7 @@ class _KafkaLog(_BrokerLog):
 class _NatsLog(_BrokerLog):
     """A JetStream stream with one subject: nats://user:password@host:port,host:port."""
 
-    extra = "nats"
+    driver, extra = "nats", "nats"
     max_size = 2**20  # until the server has told its own
 
     async def _connect(self, held: AsyncExitStack) -> Any:
@@ -2672,8 +2675,11 @@ class _Shared:
             except Exception as error:  # of any library: the broker is away
                 trouble = error
             if trouble is not None and not (task and task.cancelling()):
-                self._connected, self._error = False, f"{type(trouble).__name__}: {trouble}"
-                logger.warning("the backbone fails: %s", self._error)
+                before, self._error = self._error, f"{type(trouble).__name__}: {trouble}"
+                new = self._connected or self._error != before
+                logger.log(logging.WARNING if new else logging.DEBUG,
+                           "the backbone fails, and is tried again: %s", self._error)
+                self._connected = False
                 if now() - began > BROKER_BACKOFF_SECONDS:
                     delay = BACKOFF_FIRST_SECONDS  # it had worked for a while
                 await asyncio.sleep(delay * random.uniform(0.5, 1))
@@ -4789,7 +4795,10 @@ _BROWSER_CLIENT: Final = r"""// The client of fastapi_ws_lite for browsers, Node
 /** What a call rejects with; thrown in an exposed function, it is what the server sees. */
 export class RpcError extends Error {
   /** @param {number} code @param {string} message @param {any} [data] a JSON value */
-  constructor(code, message, data) { super(message); this.code = code; this.data = data; }
+  constructor(code, message, data) {
+    super(message);
+    Object.assign(this, { name: new.target.name, code, data });
+  }
 }
 /** The connection is gone, `code` is that of its close; whether a call ran is not known. */
 export class ClosedError extends RpcError {}
@@ -5084,9 +5093,8 @@ export function connect(url = "/ws", options = {}) {
 _EXIT_CODES: Final = """\
 exit codes:
   0    done; also when what the output is piped into has ended
-  1    serve: cannot listen
   2    wrong usage
-  3    cannot connect, refused, or the connection was lost
+  3    cannot connect, refused, or the connection was lost; serve: cannot listen
   4    answered with an error, or not in time
   130  Ctrl-C"""
 
@@ -5188,8 +5196,10 @@ def _cli_serve(remote: None, args: Any) -> None:
     where, _, name = args.target.rpartition(":")
     folder, file = os.path.split(where) if where.endswith(".py") else ("", where)
     sys.path.insert(0, os.path.abspath(folder))
-    methods = getattr(importlib.import_module(file.removesuffix(".py")), name)()
-    app = FastAPI()
+    cls = getattr(importlib.import_module(file.removesuffix(".py")), name) if name else None
+    if not (isinstance(cls, type) and issubclass(cls, RpcMethodsBase)):
+        raise TypeError(f"serve takes FILE.py:CLASS, a class of RpcMethodsBase, not {args.target}")
+    methods, app = cls(), FastAPI()
     PubSubEndpoint(methods).register_route(app, args.path)
     config = uvicorn.Config(app, host=args.host, port=args.port, log_config=None)
     listener = config.bind_socket()
@@ -5201,7 +5211,9 @@ def _cli_serve(remote: None, args: Any) -> None:
 def _header(text: str) -> tuple[str, str]:
     name, sign, value = text.partition(":")
     if not sign:
-        raise ValueError
+        import argparse
+
+        raise argparse.ArgumentTypeError(f"a header is 'Name: value', not {text!r}")
     return name.strip(), value.strip()
 
 
