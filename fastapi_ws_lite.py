@@ -3233,22 +3233,24 @@ class PubSubClient(RpcClient):
             channel._spawn(self._rewind(channel))
 
     async def _rewind(self, channel: RpcChannel) -> None:
-        args = {"since": self._received, "subscriber_id": self._id, "max_size": self._max_size}
-        while True:
+        while self._inbox.full:
+            since = self._received
+            args = {"since": since, "subscriber_id": self._id, "max_size": self._max_size}
+            then = functools.partial(self._rewound, since)
             try:
-                asked = channel._start("subscribe", args, _UNSET, self._rewound)
-                await channel._outcome("subscribe", *asked)
-                break
+                await channel._outcome(
+                    "subscribe", *channel._start("subscribe", args, _UNSET, then))
             except ChannelClosed:
-                break
+                return
             except RpcError as error:
                 logger.warning("subscribe: %s: again", error)
                 await asyncio.sleep(random.uniform(0, ASK_AGAIN_SECONDS))
 
-    def _rewound(self, outcome: _Outcome) -> None:
-        if isinstance(outcome, RpcResponse):
+    def _rewound(self, since: str | None, outcome: _Outcome) -> None:
+        """Take events again; not, if meanwhile a subscription has wished for older ones."""
+        if isinstance(outcome, RpcResponse) and self._inbox.full and since == self._received:
             self._inbox.full = False
-            self._placed(self._told.keys(), self._received, outcome)
+            self._placed(self._told.keys(), since, outcome)
 
     def _placed(self, keys: Iterable[_Key], since: str | None, outcome: _Outcome) -> None:
         """The answer to a subscribe, before anything that comes after it is looked at."""
@@ -3278,8 +3280,7 @@ class PubSubClient(RpcClient):
             self._received = position
             for queue in self._inbox.queues():
                 queue.rewound(self._inbox.era, position)
-        if since is None:
-            self._top = max(self._top, _offset(position))
+        self._top = max(self._top, _offset(position))
         for subscription in there:
             if subscription._place < 0:
                 subscription._place = _offset(position)
