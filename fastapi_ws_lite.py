@@ -3283,7 +3283,7 @@ class PubSubClient(RpcClient):
         self._top = max(self._top, _offset(position))
         for subscription in there:
             if subscription._place < 0:
-                subscription._place = _offset(position)
+                subscription._place = self._top
             if subscription._since == since:
                 subscription._since = None
 
