@@ -4426,7 +4426,7 @@ class PubSubClient(RpcClient):
 
     async def _rewind(self, channel: RpcChannel) -> None:
         taken: list[str | None] = []
-        while not taken:
+        while self._inbox.full and not taken:
             since = self._received
             args = {"since": since, "subscriber_id": self._id, "max_size": self._max_size}
             then = functools.partial(self._rewound, since, taken)
@@ -4472,11 +4472,10 @@ class PubSubClient(RpcClient):
             self._received = position
             for queue in self._inbox.queues():
                 queue.rewound(self._inbox.era, position)
-        if since is None:
-            self._top = max(self._top, _offset(position))
+        self._top = max(self._top, _offset(position))
         for subscription in there:
             if subscription._place < 0:
-                subscription._place = _offset(position)
+                subscription._place = self._top
             if subscription._since == since:
                 subscription._since = None
 
