@@ -12800,27 +12800,16 @@ async def test_gap_of_a_log_that_began_anew_starts_over() -> None:
         assert gaps == [Gap(before, "0-new", "log")]
 
 
-async def test_queue_that_is_full_in_the_old_wire_ends_in_a_gap(
-        monkeypatch: pytest.MonkeyPatch) -> None:
-    """There, nothing can be sent again."""
-    monkeypatch.setattr(lib, "QUEUE_EVENTS", 2)
-    endpoint, got, gaps, gate = PubSubEndpoint(), list[Any](), list[Gap](), asyncio.Event()
+# -------------------------------------------------------------------------- what is seldom met
 
+
+def slow_until(gate: asyncio.Event, got: list[Any]) -> Callable[[Any], Any]:
+    """A callback that is slow until the gate is opened."""
     async def slow(data: Any) -> None:
         await gate.wait()
         got.append(data)
 
-    async with client_of(endpoint, wire=OLD, on_gap=gaps.append) as client:
-        await client.subscribe("t", slow)
-        for n in range(5):
-            endpoint.publish("t", n)
-        await until(lambda: client._inbox.full)
-        gate.set()
-        await until(lambda: gaps == [Gap(None, None, "queue")])
-        assert got == [0, 1]
-
-
-# -------------------------------------------------------------------------- what is seldom met
+    return slow
 
 
 async def test_plain_method_may_return_an_awaitable() -> None:
@@ -12887,12 +12876,8 @@ async def test_queue_that_was_full_in_the_old_wire_is_a_gap(
     monkeypatch.setattr(lib, "QUEUE_EVENTS", 2)
     endpoint, got, gaps, gate = PubSubEndpoint(), list[Any](), list[Gap](), asyncio.Event()
 
-    async def slow(data: Any) -> None:
-        await gate.wait()
-        got.append(data)
-
     async with client_of(endpoint, wire=OLD, on_gap=gaps.append) as client:
-        await client.subscribe("t", slow)
+        await client.subscribe("t", slow_until(gate, got))
         for n in range(5):
             await endpoint.publish("t", n)
         await until(lambda: client._inbox.full)
@@ -12910,12 +12895,8 @@ async def test_queue_that_was_full_is_resumed_by_the_next_connection(
     endpoint, got, gaps, gate = PubSubEndpoint(), list[Any](), list[Gap](), asyncio.Event()
     inside = Inside(endpoint)
 
-    async def slow(data: Any) -> None:
-        await gate.wait()
-        got.append(data)
-
     async with PubSubClient(transport=inside, on_gap=gaps.append) as client:
-        await client.subscribe("t", slow)
+        await client.subscribe("t", slow_until(gate, got))
         for n in range(5):
             await endpoint.publish("t", n)
         await until(lambda: client._inbox.full)
@@ -12946,13 +12927,9 @@ async def test_rewind_that_is_refused_is_asked_again(
             return refusals[0] > 1
         return True
 
-    async def slow(data: Any) -> None:
-        await gate.wait()
-        got.append(data)
-
     endpoint = PubSubEndpoint(authorize=may)
     async with PubSubClient(transport=Inside(endpoint), on_gap=gaps.append) as client:
-        await client.subscribe("t", slow)
+        await client.subscribe("t", slow_until(gate, got))
         for n in range(5):
             await endpoint.publish("t", n)
         await until(lambda: client._inbox.full)
