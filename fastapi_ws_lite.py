@@ -2857,7 +2857,7 @@ class _Item(NamedTuple):
     whom: Sequence["Subscription"]
     size: int
     previous: str | None  # the position before it,
-    era: int  # and how many logs there were before that one's
+    era: int  # and how many logs there were before that one's; -1: that is not known
 
 
 def _placed(place: tuple[int, str | None]) -> tuple[int, int]:
@@ -3006,14 +3006,9 @@ class _Inbox:
         subscription = Subscription(self, names, pattern, callback, since, self._confirmed)
         for name in names:
             self.topics.add(subscription, name, pattern)
-        try:
-            self._changed({(name, pattern) for name in names})
-        except BaseException:  # too much waits to be sent, and nothing was
-            for name in names:
-                self.topics.discard(subscription, name, pattern)
-            raise
         if callback is None:
             self.iterators[subscription] = None
+        self._changed({(name, pattern) for name in names})
         return subscription
 
     def unsubscribe(self, topics: str | Iterable[str], pattern: bool) -> None:
@@ -3081,6 +3076,10 @@ class _Inbox:
                 return
         self.queue.append(_Item(gap, (), 0, gap.since, era))
         self._start()
+
+    def subscriptions(self) -> Iterator[Subscription]:
+        tables = itertools.chain(self.topics.exact.values(), self.topics.patterns.values())
+        return itertools.chain.from_iterable(tables)
 
     def queues(self) -> list[_Queue]:
         return [self.queue, *(subscription._queue for subscription in self.iterators)]
@@ -4310,6 +4309,7 @@ class PubSubClient(RpcClient):
         self._greeted: RpcChannel | None = None
         self._told: dict[_Key, int] = {}  # what the server was asked for, and by which question
         self._known: set[_Key] = set()  # what some server has agreed to: it is resumed
+        self._resuming: set[_Key] = set()  # which on this connection has not happened yet
         self._asking: dict[int, asyncio.Task[None]] = {}  # the questions that are not answered
         self._questions = 0
         self._later: set[_Key] = set()  # what to tell when there is less to be answered
@@ -4319,13 +4319,14 @@ class PubSubClient(RpcClient):
     def position(self) -> str | None:
         """All up to there was handled: callbacks have returned, iterators have asked for the next.
 
-        Keep it, and give it as ``since`` to the client of a later process. None if not known.
+        Keep it, and give it as ``since`` to the client of a later process. None while not known.
         """
         queues = self._inbox.queues()
         places = [(q[0].era, q[0].previous) for q in queues if q]
         places += [q.again for q in queues if q.behind]
         places.append((self._inbox.era, self._received))  # it may be the least, after a rewind
-        return min(places, key=_placed)[1]
+        era, position = min(places, key=_placed)
+        return position if era >= 0 else None
 
     def subscribe(self, topics: str | Iterable[str], callback: _Callback | None = None, *,
                   pattern: bool = False, since: str | None = None) -> Subscription:
@@ -4333,8 +4334,11 @@ class PubSubClient(RpcClient):
 
         As `EventNotifier.subscribe`: the callback takes (data), (data, topic) or (event), and
         without one, iterate over what is returned. ``since`` is a position: what the server still
-        has of the events after it comes first. Cancelling the wait leaves it subscribed.
+        has of the events after it comes first. Cancelling the wait leaves it subscribed. Raises
+        Overloaded while 64 MiB wait to be sent.
         """
+        if self.channel is not None and self.channel._outbox_size > OUTBOX_BYTES:
+            raise Overloaded("too much waits to be sent to this peer")
         subscription = self._inbox.subscribe(topics, callback, pattern, since or self._since)
         if self._greeted is self.channel and subscription._since is None and any(
                 (topic, pattern) in self._known for topic in subscription.topics):
@@ -4378,7 +4382,7 @@ class PubSubClient(RpcClient):
         fields = params if type(params) is dict else {}
         old = fields.get("subscription")
         topic = old.get("topic") if type(old) is dict else fields.get("topic")
-        if type(topic) is str:
+        if type(topic) is str and not self._resuming:
             position = fields.get("position")
             place = _offset(position) if type(position) is str else -1
             event = Event(topic, fields.get("data"), position if place >= 0 else None)
@@ -4388,26 +4392,28 @@ class PubSubClient(RpcClient):
 
     def _on_position(self, channel: RpcChannel, params: Any) -> None:
         position = params.get("position") if type(params) is dict else None
-        if type(position) is str and not self._inbox.full:
+        if type(position) is str and not (self._inbox.full or self._resuming):
             self._received, self._top = position, max(self._top, _offset(position))
 
     def _on_gap_told(self, channel: RpcChannel, params: Any) -> None:
         fields = params if type(params) is dict else {}
         position, reason = fields.get("position"), fields.get("reason")
-        if type(position) is str and type(reason) is str and not self._inbox.full:
+        if type(position) is str and type(reason) is str and not (
+                self._inbox.full or self._resuming):
             self._lose(self._received, position, reason)
             if reason == "log":
-                self._restart_at(position, self._told)
+                self._restart_at(position)
 
     def _lose(self, since: str | None, position: str | None, reason: str) -> None:
         self._inbox.miss(Gap(since, position, reason))
         self._received = position
 
-    def _restart_at(self, position: str, keys: Iterable[_Key]) -> None:
+    def _restart_at(self, position: str) -> None:
         """The places of before mean nothing in the log that is there now."""
         self._top, self._inbox.era = _offset(position), self._inbox.era + 1
-        for subscription in {s: None for key in keys for s in self._inbox.topics.having(*key)}:
-            subscription._place = self._top
+        for subscription in self._inbox.subscriptions():
+            if subscription._since is None and subscription._place >= 0:
+                subscription._place = self._top
 
     async def _missed(self, gap: Gap) -> None:
         logger.log(logging.DEBUG if self._on_gap else logging.WARNING, "missed: %s", gap)
@@ -4447,36 +4453,35 @@ class PubSubClient(RpcClient):
     def _placed(self, keys: Iterable[_Key], since: str | None, outcome: _Outcome) -> None:
         """The answer to a subscribe, before anything that comes after it is looked at."""
         result = outcome.result if isinstance(outcome, RpcResponse) else False
-        self._known.update(keys if result is not False else ())
+        if result is False:
+            return
+        fresh = self._received is None or not self._known  # there is no place to go on from
+        self._known.update(keys)
+        self._resuming.clear()
         there = {s: None for key in keys for s in self._inbox.topics.having(*key)}
-        if isinstance(outcome, RpcError):  # it is asked again: for that place, not for a later one
-            for subscription in there:
-                subscription._since = subscription._since or since
         if type(result) is not dict or type(position := result.get("position")) is not str:
-            if result is not False and any(s._since is not None for s in there):
+            if any(s._since is not None for s in there):
                 self._lose(None, None, "reconnect")
                 for subscription in there:
                     subscription._since = None
             return
-        if since is not None and result.get("recovered") is not True:
-            if self._received in (since, None):
-                self._lose(since, position, "history")
-                self._restart_at(position, keys)
-            else:  # it is the wish of some; the others have another place
-                self._inbox.miss(Gap(since, position, "history"))
-                self._top = _offset(position)
-                for subscription in (s for s in there if s._since == since):
-                    subscription._place = self._top
-        elif self._received is None or (
-                since is not None and _offset(since) < _offset(self._received)):
+        lost = since is not None and result.get("recovered") is not True
+        whole = fresh or since == self._received  # else it is the wish of some
+        if lost:
+            self._inbox.miss(Gap(since, position, "history"), self._inbox.era if whole else -1)
+        if whole and (lost or fresh):
+            self._received = position
+            self._restart_at(position)
+        elif not lost and since is not None and _offset(since) < _offset(self._received):
             self._received = position
             for queue in self._inbox.queues():
                 queue.rewound(self._inbox.era, position)
         self._top = max(self._top, _offset(position))
         for subscription in there:
-            if subscription._place < 0:
+            wished = subscription._since == since
+            if subscription._place < 0 or (lost and wished):
                 subscription._place = self._top
-            if subscription._since == since:
+            if wished:
                 subscription._since = None
 
     async def _close(self) -> None:
@@ -4492,26 +4497,30 @@ class PubSubClient(RpcClient):
             self._end_subscriptions()
 
     def _end_subscriptions(self) -> None:
-        tables = [*self._inbox.topics.exact.values(), *self._inbox.topics.patterns.values()]
-        for subscription in itertools.chain.from_iterable(tables):
+        for subscription in self._inbox.subscriptions():
             subscription._settle(ended=True, error=self._why_closed())
 
     # Telling the server. What is wanted and what it was told are kept apart, and questions make the
     # one the other. They are numbered; the server answers them in any order. A subscription is
     # confirmed when all questions are answered that were asked before it was made, and its own.
+    # On a new connection, what was subscribed to before is resumed first, and alone: only the
+    # answer tells whether places still mean what they did. Until then nothing else is asked, and
+    # what comes, because of a question that was given up as late, is not looked at.
 
     async def _greet(self, channel: RpcChannel) -> None:
         self._greeted, self._told, self._later, self._inbox.full = channel, {}, set(), False
-        if self._was_ready and not self._known and self._received != self._since:
-            self._received, self._top = None, -1  # the log may be another one, and nobody asks
         exact, patterns = self._inbox.topics.exact, self._inbox.topics.patterns
-        asked = self._tell({(name, False) for name in exact} | {(name, True) for name in patterns})
-        for subscription in self._inbox.unconfirmed:
-            self._inbox.unconfirmed[subscription] = self._questions
+        keys = {(name, False) for name in exact} | {(name, True) for name in patterns}
+        self._known &= keys
+        self._resuming = self._known.copy()
         if channel._speaks is _OLD_WIRE and self._known:
+            self._resuming.clear()
             self._lose(None, None, "reconnect")
-        if asked:
-            await asyncio.wait(asked)
+        self._tell(keys)
+        for subscription in self._inbox.unconfirmed:
+            self._inbox.unconfirmed[subscription] = math.inf if self._later else self._questions
+        if self._asking:
+            await self._asked()
         else:
             await super()._greet(channel)
         self._confirm()
@@ -4524,9 +4533,18 @@ class PubSubClient(RpcClient):
 
     def _tell(self, keys: set[_Key]) -> list["asyncio.Task[None]"]:
         """Ask the server for those of the keys that it does not know of, and to end the others."""
+        ended = {key for key in keys if not self._inbox.topics.having(*key)}
+        self._known -= ended
+        self._resuming -= ended
         channel = self.channel
         if channel is None or self._greeted is not channel:
             return []
+        if self._resuming:
+            again = (keys & self._resuming) - self._told.keys()
+            asked = self._ask(channel, "subscribe", again, self._received)
+            if self._resuming:  # still, as not all were refused at once
+                self._later |= keys
+                return asked
         if len(self._asking) >= REQUESTS_AT_ONCE:
             self._later |= keys
             return []
@@ -4539,7 +4557,6 @@ class PubSubClient(RpcClient):
             keys = self._told.keys() | {(name, False) for name in self._inbox.topics.exact}
             wanted = {key for key in keys if everything == (key[0] == ALL_TOPICS)}
         gone = (keys - wanted) & self._told.keys()
-        self._known -= gone
         return [*itertools.chain.from_iterable(
             self._ask(channel, "subscribe", asked, since)
             for since, asked in self._beginnings(wanted, channel._speaks).items()),
@@ -4578,21 +4595,32 @@ class PubSubClient(RpcClient):
                 self._refuse(keys, error)
                 return []
             if since is not None:  # the second half of what is sent again may be late for some
-                self._inbox.miss(Gap(since, None, "size"))
+                era = self._inbox.era if self._resuming else -1
+                self._inbox.miss(Gap(since, None, "size"), era)
+            for key in self._resuming & keys:
+                for subscription in self._inbox.topics.having(*key):
+                    subscription._since = subscription._since or since
             half = set(itertools.islice(keys, len(keys) // 2))
             return [*self._ask(channel, method, half, since),
                     *self._ask(channel, method, keys - half, since)]
-        self._questions += 1
-        number = self._questions
+        except Overloaded as error:  # by what waits to be sent
+            logger.warning("%s: %s: soon", method, error)
+            self._later |= keys
+            return [self._hold_on(channel, asyncio.sleep(ASK_AGAIN_SECONDS))]
+        number = self._questions + 1
         for key in keys:
             if method == "subscribe":
                 self._told[key] = number
             else:
                 del self._told[key]
-        task = channel._spawn(self._answered(channel, method, keys, number, *asked))
-        self._asking[number] = task
-        task.add_done_callback(functools.partial(self._after, number))
-        return [task]
+        return [self._hold_on(channel, self._answered(channel, method, keys, number, *asked))]
+
+    def _hold_on(self, channel: RpcChannel,
+                 work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        self._questions += 1
+        task = self._asking[self._questions] = channel._spawn(work)
+        task.add_done_callback(functools.partial(self._after, self._questions))
+        return task
 
     async def _answered(self, channel: RpcChannel, method: str, keys: set[_Key], number: int,
                         id: int, future: "asyncio.Future[_Outcome]") -> None:
@@ -4621,7 +4649,7 @@ class PubSubClient(RpcClient):
         if later:
             self._tell(later)
             for subscription, question in self._inbox.unconfirmed.items():
-                if question == math.inf:
+                if question == math.inf and not self._later:
                     self._inbox.unconfirmed[subscription] = self._questions
         self._confirm()
 

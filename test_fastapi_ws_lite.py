@@ -6990,6 +6990,21 @@ async def test_subscribe_that_cannot_be_sent_is_not_made(monkeypatch: pytest.Mon
     assert got == [1]
 
 
+async def test_unsubscribe_that_cannot_be_sent_is_sent_later(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ending a subscription does not raise, and is not forgotten."""
+    monkeypatch.setattr(lib, "ASK_AGAIN_SECONDS", 0.01)
+    endpoint = PubSubEndpoint()
+    async with PubSubClient(transport=Inside(endpoint)) as client:
+        subscription = await client.subscribe("t", print)
+        with monkeypatch.context() as patch:
+            patch.setattr(lib, "OUTBOX_BYTES", -1)
+            subscription.cancel()
+            await asyncio.sleep(0.05)
+            assert endpoint.stats()["subscriptions"] == 1
+        await until(lambda: endpoint.stats()["subscriptions"] == 0)
+
+
 def test_topic_that_is_no_text_is_refused() -> None:
     """A lone surrogate is not Unicode, and no JSON."""
     with pytest.raises(InvalidParams, match="a topic is Unicode text"):
@@ -11482,7 +11497,7 @@ async def test_resume_from_another_log_costs_other_topics_nothing(
 
 
 async def test_resume_that_is_asked_again_begins_where_it_was(quick: None) -> None:
-    """Though events of other topics have come since."""
+    """And what is new, which might move that place, after it."""
     gates, slow = [asyncio.Event() for _ in range(2)], list[Any]()
 
     async def may(channel: RpcChannel, action: str, topics: tuple[str, ...]) -> bool:
@@ -11499,23 +11514,31 @@ async def test_resume_that_is_asked_again_begins_where_it_was(quick: None) -> No
         inside.up = False
         await endpoint.close(1011)
         endpoint.publish("t", 1)
-        client.subscribe("u", other.append)
+        later = client.subscribe("u", other.append)
         inside.up = True
         await until(lambda: len(slow) == 2)
         endpoint.publish("u", 2)
-        await until(lambda: other == [2])
         await until(lambda: got == [1])
+        await later  # which is asked for after it
+        endpoint.publish("u", 3)
+        await until(lambda: other == [3])
 
 
 async def test_resume_in_several_questions_tells_a_gap(quick: None) -> None:
     """What the second one has sent again may be too late for who is in both."""
-    endpoint, gaps = PubSubEndpoint(), list[Gap]()
-    async with PubSubClient(transport=Inside(endpoint), on_gap=gaps.append,
+    def on_gap(gap: Gap) -> None:
+        gaps.append((gap, client.position))
+
+    endpoint, gaps = PubSubEndpoint(), list[tuple[Gap, str | None]]()
+    topics = [f"a long topic {n}" for n in range(20)]
+    async with PubSubClient(transport=Inside(endpoint), on_gap=on_gap,
                             max_message_size=400) as client:
-        await client.subscribe([f"a long topic {n}" for n in range(20)], print)
+        await client.subscribe(topics, print)
         position = client.position
         await drop(endpoint, client)
-        await until(lambda: gaps == [Gap(position, None, "size")])
+        await until(lambda: gaps == [(Gap(position, None, "size"), position)])
+        await client.subscribe(topics, print, since="7-of-another-log")
+        await until(lambda: (Gap("7-of-another-log", None, "size"), None) in gaps)
 
 
 async def test_gap_during_the_hook_of_another_is_told_too() -> None:
@@ -11594,6 +11617,269 @@ async def test_resume_without_subscriptions_forgets_the_log(quick: None) -> None
             await client.subscribe("t", got.append)
         successor.publish("t", "new")
         await until(lambda: got[5:] == ["new", "new"])
+
+
+async def away(endpoint: PubSubEndpoint, inside: Inside) -> PubSubEndpoint:
+    """Break the connection, and put another server, which has a log of its own, in its place."""
+    inside.up = False
+    await endpoint.close(1011)
+    inside.inner = ASGITransport(root_app(successor := PubSubEndpoint()))
+    return successor
+
+
+async def test_resume_at_another_server_misleads_nobody_who_is_new(quick: None) -> None:
+    """What was subscribed to while the client was away begins in the log that is there now."""
+    def at_once(channel: RpcChannel) -> None:
+        counts.append(successor.stats()["subscriptions"])
+
+    endpoint, got, new, gaps = PubSubEndpoint(), list[Any](), list[Any](), list[Gap]()
+    successor, counts = endpoint, list[int]()
+    async with PubSubClient(transport=(inside := Inside(endpoint)), on_gap=gaps.append,
+                            on_connect=at_once) as client:
+        await client.subscribe("t", got.append)
+        there = positions(endpoint, "t", range(5))
+        await until(lambda: len(got) == 5)
+        successor = await away(endpoint, inside)
+        later = client.subscribe("t*", new.append, pattern=True)
+        inside.up = True
+        await later
+        first = positions(successor, "t", ["first"])
+        await until(lambda: (got[5:], new) == (["first"], ["first"]))
+        assert gaps == [Gap(there[-1], f"0-{first[0].partition('-')[2]}", "history")]
+        assert counts == [0, 2], "what was asked for is there when it is ready"
+
+
+async def test_resume_at_another_server_grants_a_wish_for_its_log(quick: None) -> None:
+    """Also to one whose topic is resumed, and was lost."""
+    endpoint, got, wanted = PubSubEndpoint(), list[Any](), list[Any]()
+    async with PubSubClient(transport=(inside := Inside(endpoint))) as client:
+        await client.subscribe("t", got.append)
+        positions(endpoint, "t", range(5))
+        await until(lambda: len(got) == 5)
+        successor = await away(endpoint, inside)
+        client.subscribe("t", wanted.append, since=positions(successor, "t", "abcd")[1])
+        inside.up = True
+        await until(lambda: wanted == ["c", "d"])
+        successor.publish("t", "e")
+        await until(lambda: (got[5:], wanted) == (["e"], ["c", "d", "e"]))
+
+
+async def test_resume_at_another_server_in_several_questions(quick: None) -> None:
+    """The place of each subscription is in the log that is there now."""
+    endpoint, got, topics = PubSubEndpoint(), list[Any](), [f"a long topic {n}" for n in range(20)]
+    async with PubSubClient(transport=(inside := Inside(endpoint)),
+                            max_message_size=400) as client:
+        for topic in topics:
+            await client.subscribe(topic, got.append)
+        endpoint.publish(topics, 1)
+        await until(lambda: len(got) == 20)
+        successor = await away(endpoint, inside)
+        inside.up = True
+        await until(lambda: client.state == "ready" and not client._asking)
+        successor.publish(topics, 2)
+        await until(lambda: got[20:] == [2] * 20)
+
+
+@pytest.mark.parametrize(
+    "how", ["cancelled", "cancelled, refused", "cancelled, granted", "refused"])
+async def test_resume_of_nothing_that_is_left_begins_anew(how: str, quick: None) -> None:
+    """No place of before is compared with those of the log that is there now; nobody missed it."""
+    gate, asked = asyncio.Event(), list[str]()
+
+    async def may(channel: RpcChannel, action: str, topics: tuple[str, ...]) -> bool:
+        asked.extend(topics)
+        if topics == ("t",):
+            await gate.wait()
+        return topics != ("t",) or how == "cancelled, granted"
+
+    endpoint, got, gaps = PubSubEndpoint(), list[Any](), list[Gap]()
+    async with PubSubClient(transport=(inside := Inside(endpoint)), on_gap=gaps.append) as client:
+        old = await client.subscribe("t", print)
+        positions(endpoint, "t", range(5))
+        await until(lambda: client.position == endpoint.notifier._log.position)
+        successor = await away(endpoint, inside)
+        successor._authorize = may
+        if how == "cancelled":
+            old.cancel()
+        inside.up = True
+        if how != "cancelled":
+            await until(lambda: asked)
+            if how != "refused":
+                old.cancel()
+        new = client.subscribe("u", got.append)
+        gate.set()
+        await new
+        await client.subscribe("u*", got.append, pattern=True)
+        successor.publish("u", "first")
+        await until(lambda: got == ["first", "first"])
+        assert gaps == [] or how != "cancelled"
+
+
+async def test_resume_after_a_server_without_positions_begins_anew(quick: None) -> None:
+    """Of before that one, no place is remembered."""
+    endpoint, got = PubSubEndpoint(), list[Any]()
+    async with PubSubClient(transport=(inside := Inside(endpoint))) as client:
+        await client.subscribe("t", got.append)
+        positions(endpoint, "t", range(5))
+        await until(lambda: len(got) == 5)
+        inside.inner = ASGITransport(old_wire(older := PubSubEndpoint()))
+        await drop(endpoint, client)
+        inside.inner = ASGITransport(root_app(successor := PubSubEndpoint()))
+        await drop(older, client)
+        successor.publish("t", "first")
+        await until(lambda: got[5:] == ["first"])
+
+
+async def test_resume_asked_for_late_is_not_taken_for_what_is_asked_after_it(
+        quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As there was no room for the question at first."""
+    monkeypatch.setattr(lib, "ASK_AGAIN_SECONDS", 0.01)
+    endpoint = PubSubEndpoint()
+    async with PubSubClient(transport=(inside := Inside(endpoint))) as client:
+        await client.subscribe("t", print)
+        inside.up = False
+        await endpoint.close(1011)
+        later = client.subscribe("u", print)
+        with monkeypatch.context() as patch:
+            patch.setattr(lib, "OUTBOX_BYTES", -1)
+            inside.up = True
+            await until(lambda: client._asking)
+        await later
+        assert endpoint.stats()["subscriptions"] == 2
+
+
+async def test_resume_in_several_questions_of_which_one_is_late(quick: None) -> None:
+    """It is asked again for the place it was to begin at, whatever came for the others."""
+    endpoint, got, topics = PubSubEndpoint(), list[Any](), [f"a long topic {n}" for n in range(20)]
+    asked = list[tuple[str, ...]]()
+
+    async def may(channel: RpcChannel, action: str, topics: tuple[str, ...]) -> bool:
+        asked.append(topics)
+        if len(asked) == 2:
+            await asyncio.sleep(60)
+        return True
+
+    async with PubSubClient(transport=(inside := Inside(endpoint)), max_message_size=400,
+                            default_response_timeout=0.2) as client:
+        for topic in topics:
+            await client.subscribe(topic, got.append)
+        inside.up = False
+        await endpoint.close(1011)
+        endpoint._authorize = may
+        endpoint.publish(topics, 1)
+        inside.up = True
+        await until(lambda: len(asked) == 2)
+        endpoint.publish(asked[0], 2)
+        await until(lambda: got.count(2) == len(asked[0]))
+        await until(lambda: got.count(1) == 20)
+
+
+async def test_resume_that_was_given_up_moves_no_place(quick: None) -> None:
+    """Though the server, late, begins to send: the question that is asked again begins there."""
+    endpoint, got, gaps = PubSubEndpoint(), list[Any](), list[Gap]()
+
+    async def may(channel: RpcChannel, action: str, topics: tuple[str, ...]) -> bool:
+        if not late:
+            late.append(channel)
+            with contextlib.suppress(asyncio.CancelledError):  # what a careless hook may do
+                await asyncio.sleep(60)
+        elif len(late) == 1:
+            late.append(channel)
+            successor.publish(["t", "other"], "early")
+            successor.notifier._mark()
+            assert channel._feed is not None
+            channel._feed._tell_gap(successor.notifier._log.position, "log")
+        return True
+
+    late = list[Any]()
+    async with PubSubClient(transport=(inside := Inside(endpoint)), on_gap=gaps.append,
+                            default_response_timeout=0.2) as client:
+        await client.subscribe("t", got.append)
+        there = positions(endpoint, "t", range(5))
+        await until(lambda: len(got) == 5)
+        successor = await away(endpoint, inside)
+        successor._authorize = may
+        inside.up = True
+        await until(lambda: gaps)
+        successor.publish("t", "later")
+        await until(lambda: got[5:] == ["later"])
+        assert gaps == [Gap(there[-1], f"2-{successor.notifier._log._id}", "history")]
+
+
+async def test_resume_does_not_wait_for_what_was_granted_too_late(quick: None) -> None:
+    """A topic that nobody wants any more is not asked for."""
+    async def may(channel: RpcChannel, action: str, topics: tuple[str, ...]) -> bool:
+        asked.append(topics)
+        await gate.wait()
+        return True
+
+    gate, asked = asyncio.Event(), list[tuple[str, ...]]()
+    endpoint = PubSubEndpoint(authorize=may)
+    async with PubSubClient(transport=Inside(endpoint)) as client:
+        subscription = client.subscribe("t", print)
+        await until(lambda: asked)
+        subscription.cancel()
+        gate.set()
+        await until(lambda: not client._asking)
+        await drop(endpoint, client)
+        await asyncio.wait_for(awaiting(client.subscribe("u", print)), 5)
+
+
+async def test_subscription_that_is_not_answered_gets_nothing_that_others_wished_for() -> None:
+    """Where it begins is not known, and certainly not there."""
+    async def may(channel: RpcChannel, action: str, topics: tuple[str, ...]) -> bool:
+        asked.append(topics)
+        if len(asked) == 1:
+            await asyncio.sleep(60)
+        return True
+
+    asked, got, wanted = list[tuple[str, ...]](), list[Any](), list[Any]()
+    endpoint = PubSubEndpoint(authorize=may)
+    first = positions(endpoint, "t", range(4))[0]
+    async with PubSubClient(transport=Inside(endpoint), default_response_timeout=0.2) as client:
+        late = client.subscribe("t*", got.append, pattern=True)
+        client.subscribe("t", wanted.append, since=first)
+        await until(lambda: wanted == [1, 2, 3])
+        await late
+        endpoint.publish("t", 4)
+        await until(lambda: (got, wanted) == ([4], [1, 2, 3, 4]))
+
+
+async def test_resume_that_no_longer_fits_is_refused_and_holds_up_nobody(quick: None) -> None:
+    """The place makes the question longer than it was at first."""
+    endpoint, got = PubSubEndpoint(), list[Any]()
+    async with PubSubClient(transport=(inside := Inside(endpoint)), max_message_size=300) as client:
+        for length in range(300, 0, -1):
+            with contextlib.suppress(MessageTooLarge):
+                subscription = await client.subscribe("t" * length, print)
+                break
+        successor = await away(endpoint, inside)
+        other = client.subscribe("u", got.append)
+        inside.up = True
+        await other
+        successor.publish("u", 1)
+        await until(lambda: got == [1])
+        with pytest.raises(MessageTooLarge):
+            await subscription
+
+
+async def test_position_is_unknown_while_a_lost_wish_is_not_told(quick: None) -> None:
+    """It is of another log, perhaps: before or after what waits to be handled, nobody knows."""
+    endpoint, gate, gaps = PubSubEndpoint(), asyncio.Event(), list[Gap]()
+
+    async def slow(data: Any) -> None:
+        await gate.wait()
+
+    async with PubSubClient(transport=Inside(endpoint), on_gap=gaps.append) as client:
+        await client.subscribe("t", slow)
+        there = positions(endpoint, "t", range(2))
+        await until(lambda: client._inbox.queue)
+        assert client.position is not None
+        await client.subscribe("u", slow, since="0-of-another-log")
+        assert client.position is None
+        gate.set()
+        await until(lambda: client.position == there[-1])
+        assert gaps == [Gap("0-of-another-log", there[-1], "history")]
 
 
 async def test_position_is_not_past_a_gap_that_is_not_told_yet(
