@@ -1632,7 +1632,7 @@ class RpcChannel(_Caller):
         if self._closing is None and self._closed is None:
             self._closing = (code, reason)
             self._go_live(None)
-            self._writer = self._writer or self._spawn(self._write())
+            self._writer = self._writer or self._spawn_vital(self._write())
             self._close_timer = self._loop.call_later(
                 CLOSE_SECONDS, self._end, ChannelClosed(code, reason))
         await self.wait_closed()
@@ -1669,7 +1669,7 @@ class RpcChannel(_Caller):
     async def _run(self, opened: Callable[[], Awaitable[None]]) -> ChannelClosed:
         """The owner's task: serve to the end, beside ``opened``, whose failure is the end."""
         self._reader = self._spawn(self._read())
-        self._spawn(self._open(opened))
+        self._spawn_vital(self._open(opened))
         try:
             while self._closed is None:
                 await _next_wake(self._end_waiters)
@@ -1711,6 +1711,13 @@ class RpcChannel(_Caller):
 
     def _spawn(self, work: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":
         return _hold(self._tasks, work)
+
+    def _spawn_vital(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        """Start a task that is not to be missed: if it is cancelled, the connection ends."""
+        task = self._spawn(work)
+        task.add_done_callback(
+            lambda task: self._end(ChannelClosed(1011, "cancelled")) if task.cancelled() else None)
+        return task
 
     # receiving
 
@@ -2007,7 +2014,7 @@ class RpcChannel(_Caller):
         self._receiving = False
         while self._writer is None and (self._outbox or self._refill()):
             if self._direct is None or not self._direct.ready():
-                self._writer = self._spawn(self._write())
+                self._writer = self._spawn_vital(self._write())
                 return
             self._direct.write(b"".join(map(_frame, self._take())))
             if self._send_deadline is None and self._direct.unsent():
@@ -2947,6 +2954,9 @@ class Subscription:
         """Call back; not once it has ended."""
         return None if self._call is None or self._ended else self._call(event)
 
+    def _keys(self) -> set[_Key]:
+        return {(topic, self.pattern) for topic in self.topics}
+
     def cancel(self) -> None:
         """Receive no more, from now on."""
         self._inbox.remove(self, self.topics)
@@ -3008,7 +3018,7 @@ class _Inbox:
             self.topics.add(subscription, name, pattern)
         if callback is None:
             self.iterators[subscription] = None
-        self._changed({(name, pattern) for name in names})
+        self._changed(subscription._keys())
         return subscription
 
     def unsubscribe(self, topics: str | Iterable[str], pattern: bool) -> None:
@@ -3046,7 +3056,8 @@ class _Inbox:
             if not self.full:
                 for subscription in called:
                     subscription._place = place
-            self._start()
+        if called:
+            self._start()  # also of a full queue, in case that somebody has cancelled its task
         return not self.full
 
     def _put_iterator(self, subscription: Subscription, item: _Item) -> None:
@@ -4428,7 +4439,7 @@ class PubSubClient(RpcClient):
             self._inbox.full = False
             self._lose(None, None, "queue")
         else:
-            channel._spawn(self._rewind(channel))
+            channel._spawn_vital(self._rewind(channel))
 
     async def _rewind(self, channel: RpcChannel) -> None:
         taken: list[str | None] = []
@@ -4448,10 +4459,14 @@ class PubSubClient(RpcClient):
         if isinstance(outcome, RpcResponse) and since == self._received:
             taken.append(since)
             self._inbox.full = False
-            self._placed(self._told.keys(), since, outcome)
+            self._placed(self._known, self._known, since, outcome)
 
-    def _placed(self, keys: Iterable[_Key], since: str | None, outcome: _Outcome) -> None:
-        """The answer to a subscribe, before anything that comes after it is looked at."""
+    def _placed(self, keys: set[_Key], whole: set[_Key], since: str | None,
+                outcome: _Outcome) -> None:
+        """The answer to a subscribe, before anything that comes after it is looked at.
+
+        It may have been one of several questions, which were asked instead of one for the whole.
+        """
         result = outcome.result if isinstance(outcome, RpcResponse) else False
         if result is False:
             return
@@ -4466,10 +4481,10 @@ class PubSubClient(RpcClient):
                     subscription._since = None
             return
         lost = since is not None and result.get("recovered") is not True
-        whole = fresh or since == self._received  # else it is the wish of some
+        ours = fresh or since == self._received  # else it is the wish of some
         if lost:
-            self._inbox.miss(Gap(since, position, "history"), self._inbox.era if whole else -1)
-        if whole and (lost or fresh):
+            self._inbox.miss(Gap(since, position, "history"), self._inbox.era if ours else -1)
+        if ours and (lost or fresh):
             self._received = position
             self._restart_at(position)
         elif not lost and since is not None and _offset(since) < _offset(self._received):
@@ -4478,7 +4493,7 @@ class PubSubClient(RpcClient):
                 queue.rewound(self._inbox.era, position)
         self._top = max(self._top, _offset(position))
         for subscription in there:
-            wished = subscription._since == since
+            wished = subscription._since == since and subscription._keys() <= whole
             if subscription._place < 0 or (lost and wished):
                 subscription._place = self._top
             if wished:
@@ -4569,21 +4584,24 @@ class PubSubClient(RpcClient):
         """
         new: dict[str | None, set[_Key]] = {None: set()}
         for key in keys:
-            wishes = dict.fromkeys(s._since for s in self._inbox.topics.having(*key))
-            if dialect is _OLD_WIRE:
-                wishes = {None: None}
-            if key not in self._told and None in wishes:
+            there = self._inbox.topics.having(*key)
+            if key not in self._told and (
+                    dialect is _OLD_WIRE or any(s._since is None for s in there)):
                 new.setdefault(self._received if key in self._known else None, set()).add(key)
-            for since in filter(None, wishes):
-                new.setdefault(since, set()).add(key)
+            for subscription in there:
+                since = subscription._since
+                if since is not None and dialect is not _OLD_WIRE:
+                    new.setdefault(since, set()).update(subscription._keys())  # all of it at once
         return new
 
-    def _ask(self, channel: RpcChannel, method: str, keys: set[_Key],
-             since: str | None = None) -> list["asyncio.Task[None]"]:
+    def _ask(self, channel: RpcChannel, method: str, keys: set[_Key], since: str | None = None,
+             part_of: set[_Key] | None = None) -> list["asyncio.Task[None]"]:
         if not keys:
             return []
         args: dict[str, Any] = {"topics": [name for name, pattern in keys if not pattern]}
-        then = functools.partial(self._placed, keys, since) if method == "subscribe" else None
+        whole, then = part_of or keys, None
+        if method == "subscribe":
+            then = functools.partial(self._placed, keys, whole, since)
         if channel._speaks is not _OLD_WIRE:
             args["patterns"] = [name for name, pattern in keys if pattern]
             if then is not None:
@@ -4601,8 +4619,8 @@ class PubSubClient(RpcClient):
                 for subscription in self._inbox.topics.having(*key):
                     subscription._since = subscription._since or since
             half = set(itertools.islice(keys, len(keys) // 2))
-            return [*self._ask(channel, method, half, since),
-                    *self._ask(channel, method, keys - half, since)]
+            return [*self._ask(channel, method, half, since, whole),
+                    *self._ask(channel, method, keys - half, since, whole)]
         except Overloaded as error:  # by what waits to be sent
             logger.warning("%s: %s: soon", method, error)
             self._later |= keys
@@ -4618,7 +4636,7 @@ class PubSubClient(RpcClient):
     def _hold_on(self, channel: RpcChannel,
                  work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         self._questions += 1
-        task = self._asking[self._questions] = channel._spawn(work)
+        task = self._asking[self._questions] = channel._spawn_vital(work)
         task.add_done_callback(functools.partial(self._after, self._questions))
         return task
 
@@ -4936,7 +4954,7 @@ export function connect(url = "/ws", options = {}) {
     notify({ topic, data, position: at }) {
       position = at;
       for (const sub of [...subs])
-        if (subs.has(sub) && sub.matches(topic) && !(offset(at) <= sub.place)) {
+        if (subs.has(sub) && sub.known && sub.matches(topic) && !(offset(at) <= sub.place)) {
           sub.place = offset(at);
           guarded(sub.callback, data, topic, { topic, data, position: at });
         }

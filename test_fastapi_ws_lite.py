@@ -40,7 +40,7 @@ import urllib.request
 import uuid
 import weakref
 import zipfile
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextvars import ContextVar
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11163,6 +11163,31 @@ async def test_browser_resumes_from_the_last_position(browser: Browser) -> None:
         assert len(page.errors) == 1 and "Forbidden" in page.errors[0]
 
 
+async def test_browser_takes_nothing_for_a_subscription_before_its_answer(
+        browser: Browser) -> None:
+    """What is sent again for another one may be too new for it."""
+    async with serving(page_app(RpcEndpoint())) as url, scripted() as (uri, accepted):
+        page = await browser.open(url)
+        await page.run(f"""
+            window.ws = connect("{uri}"); window.log = [];
+            window.on = (who, topics) => ws.subscribe(topics, (data) => log.push([who, data]),
+                                                      {{since: "1-x"}});
+            on("one", "a");""")
+        peer = await accepted.get()
+        known = {"position": "1-x", "recovered": True}
+        await greeted(peer, known)
+        await page.run("on('two', ['a', 'u'])")
+        asked = await peer.recv()
+        assert asked["params"]["topics"] == ["a", "u"]
+        await peer.send([news("a", "2-x"), news("a", "4-x")])
+        await peer.send([done(asked["id"], known), news("a", "2-x"), news("u", "3-x"),
+                         news("a", "4-x")])
+        await page.until("log.length === 5")
+        assert await page.run("return log") == [
+            ["one", "2-x"], ["one", "4-x"], ["two", "2-x"], ["two", "3-x"], ["two", "4-x"]]
+        await page.run("ws.close()")
+
+
 async def test_browser_iterates_over_a_stream_with_credit(browser: Browser) -> None:
     """What is not taken is not granted; leaving the loop cancels, and an error comes last."""
     async with serving(page_app(RpcEndpoint())) as url, scripted() as (uri, accepted):
@@ -11420,6 +11445,67 @@ async def test_resume_since_with_nothing_new_is_a_place_to_resume_at(quick: None
         endpoint.publish("t", 1)
         inside.up = True
         await until(lambda: got == [1])
+
+
+async def test_resume_of_one_topic_is_not_taken_for_that_of_two() -> None:
+    """A question that was asked before is no answer to one who wishes for more."""
+    async def may(channel: RpcChannel, action: str, topics: tuple[str, ...]) -> bool:
+        if "u" in topics:
+            await until(lambda: other)
+        return True
+
+    endpoint, got, other = PubSubEndpoint(authorize=may), list[Any](), list[Any]()
+    first = positions(endpoint, "t", [0])[0]
+    for n in range(1, 9):
+        endpoint.publish("tu"[n % 2], n)
+    async with PubSubClient(transport=Inside(endpoint)) as client:
+        client.subscribe("t", other.append, since=first)
+        client.subscribe(["t", "u"], got.append, since=first)
+        await until(lambda: got == list(range(1, 9)))
+
+
+async def test_resume_of_a_full_queue_is_not_taken_for_that_of_two(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is it, though it begins at the same place."""
+    async def may(channel: RpcChannel, action: str, topics: tuple[str, ...]) -> bool:
+        if not topics and not asked:  # to fill the queue again
+            asked.append(client.subscribe(["t", "u"], got.append, since=client._received))
+        elif "u" in topics:
+            await until(lambda: seen[-1] >= 4)
+        return True
+
+    async def slow(data: Any) -> None:
+        await gate.wait()
+        seen.append(data)
+
+    monkeypatch.setattr(lib, "QUEUE_EVENTS", 2)
+    gate, seen, got, asked = asyncio.Event(), list[Any](), list[Any](), list[Any]()
+    endpoint = PubSubEndpoint(authorize=may)
+    async with PubSubClient(transport=Inside(endpoint)) as client:
+        await client.subscribe("t", slow)
+        for n in range(9):
+            endpoint.publish("tu"[n % 2], n)
+        await until(lambda: client._inbox.full)
+        gate.set()
+        await until(lambda: got == [3, 4, 5, 6, 7, 8])
+
+
+async def test_resume_of_two_topics_is_asked_for_both_again(quick: None) -> None:
+    """Though one of them was asked for, meanwhile, for another subscription."""
+    async def may(channel: RpcChannel, action: str, topics: tuple[str, ...]) -> bool:
+        asked.append(topics)
+        if len(asked) == 1:
+            await asyncio.sleep(60)
+        return True
+
+    endpoint, got, asked = PubSubEndpoint(authorize=may), list[Any](), list[tuple[str, ...]]()
+    first = positions(endpoint, "t", [0])[0]
+    endpoint.publish(["t", "u"], 1)
+    async with PubSubClient(transport=Inside(endpoint), default_response_timeout=0.2) as client:
+        client.subscribe(["t", "u"], got.append, since=first)
+        await until(lambda: asked)
+        client.subscribe("u", print, since=first)
+        await until(lambda: got == [1, 1])
 
 
 async def test_resume_of_one_topic_from_two_places_serves_both(quick: None) -> None:
@@ -11903,6 +11989,29 @@ async def test_position_is_not_past_a_gap_that_is_not_told_yet(
         gate.set()
         await until(lambda: client.position == there[2])
         assert gaps == [Gap(iterator._queue[0].previous, there[2], "queue", ("t", "u"))] or gaps
+
+
+async def test_queue_that_is_full_goes_on_after_its_task_was_cancelled(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """A callback may do that; the next event begins where it was, without the one it was at."""
+    monkeypatch.setattr(lib, "QUEUE_EVENTS", 3)
+    endpoint, got = PubSubEndpoint(), list[Any]()
+
+    async def callback(data: Any) -> None:
+        if data == 0:
+            await until(lambda: client._inbox.full)
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+            await asyncio.sleep(0)
+        got.append(data)
+
+    async with PubSubClient(transport=Inside(endpoint)) as client:
+        await client.subscribe("t", callback)
+        positions(endpoint, "t", range(9))
+        await until(lambda: client._inbox.task is not None and client._inbox.task.done())
+        endpoint.publish("t", 9)
+        await until(lambda: got == list(range(1, 10)))
 
 
 async def test_gap_of_an_iterator_covers_what_it_lost_while_callbacks_were_full(
@@ -12666,27 +12775,33 @@ async def test_peer_that_reads_slowly_but_steadily_stays(
 # ------------------------------------------------------------------ cancelled wherever it can wait
 
 
-@types.coroutine
-def interrupted(work: Any, at: int, reached: list[int]) -> Generator[Any, Any, Any]:
-    """Do the work, and cancel the task that does it when it waits for the n-th time."""
-    step, count = functools.partial(work.send, None), 0
-    while True:
-        try:
-            waits_for = step()
-        except StopIteration as finished:
-            return finished.value
-        count += 1
-        if count == at:
-            reached.append(at)
-            task = asyncio.current_task()
-            assert task is not None
-            asyncio.get_running_loop().call_soon(task.cancel)
-        try:
-            sent = yield waits_for
-        except BaseException as error:
-            step = functools.partial(work.throw, error)
-        else:
-            step = functools.partial(work.send, sent)
+class Interrupted(Coroutine[Any, Any, Any]):
+    """Calls back when the work, which may be several, waits for the n-th time."""
+
+    def __init__(self, work: Any, waits: Iterator[int], at: int, then: Callable[[], Any]) -> None:
+        self.work, self.waits, self.at, self.then = work, waits, at, then
+
+    def see(self, waits_for: Any) -> Any:
+        if next(self.waits) == self.at:
+            self.then()
+        return waits_for
+
+    def send(self, value: Any) -> Any:
+        return self.see(self.work.send(value))
+
+    def throw(self, *error: Any) -> Any:
+        return self.see(self.work.throw(*error))
+
+    def close(self) -> None:
+        self.work.close()
+
+    def __await__(self) -> Any:
+        return self
+
+    __iter__ = __await__
+
+    def __next__(self) -> Any:
+        return self.send(None)
 
 
 async def use_all(endpoint: PubSubEndpoint, client: PubSubClient) -> None:
@@ -12719,36 +12834,66 @@ async def use_all(endpoint: PubSubEndpoint, client: PubSubClient) -> None:
         await endpoint.close()
 
 
-@pytest.mark.parametrize("where", ["the user's task", "the route"])
+@pytest.mark.parametrize("where", ["the user's task", "the route", "each of its own tasks",
+                                   "one of its own tasks, and then all"])
 def test_cancelled_anywhere_leaves_nothing(where: str, monkeypatch: pytest.MonkeyPatch,
                                            caplog: pytest.LogCaptureFixture) -> None:
-    """Each time that it waits, in turn: no task, call, channel or subscription, nothing unseen."""
+    """Each time that it waits, in turn: no task, call, channel or subscription, nothing unseen.
+
+    The last is what asyncio.run does when its main task ends.
+    """
     for name, value in SMALL.items():
         monkeypatch.setattr(lib, name, value)
     unseen: list[Any] = []
 
     async def once(at: int) -> bool:
-        asyncio.get_running_loop().set_exception_handler(lambda _, what: unseen.append(what))
-        endpoint, reached = PubSubEndpoint(Calculator(), history=10), list[int]()
+        loop, tester, reached = asyncio.get_running_loop(), asyncio.current_task(), list[Any]()
+        loop.set_exception_handler(lambda _, what: unseen.append(what))
+
+        def cancel() -> None:
+            task = asyncio.current_task()
+            assert task is not None
+            reached.append(task.get_coro())
+            loop.call_soon(task.cancel)
+            if where.endswith("then all"):
+                loop.call_soon(lambda: [
+                    t.cancel() for t in asyncio.all_tasks() if t is not tester])
+
+        def watched(work: Any) -> Any:
+            ours = getattr(work, "cr_code", None)
+            if ours is None or ours.co_filename != lib.__file__:
+                return work
+            return Interrupted(work, waits, at, cancel)
+
+        endpoint, waits = PubSubEndpoint(Calculator(), history=10), itertools.count(1)
         inside = Inside(endpoint)
         if where == "the route":
             app = root_app(endpoint)
 
             async def route(scope: Scope, receive: Receive, send: Send) -> None:
-                within = at if not reached else 0  # of the first connection that gets so far
-                await interrupted(app(scope, receive, send), within, reached)
+                if not reached:  # of the first connection that gets so far
+                    await Interrupted(app(scope, receive, send), itertools.count(1), at, cancel)
+                else:
+                    await app(scope, receive, send)
 
             inside.inner = ASGITransport(route)
+        elif "own tasks" in where:
+            loop.set_task_factory(
+                lambda loop, work, **named: made(watched(work), loop=loop, **named))
+            monkeypatch.setattr(asyncio, "Task", lambda work: made(watched(work)))
         client = PubSubClient(transport=inside, on_gap=lambda gap: asyncio.sleep(0))
         work: Any = use_all(endpoint, client)
         if where == "the user's task":
-            work = interrupted(work, at, reached)
+            work = Interrupted(work, waits, at, cancel)
         task = asyncio.create_task(awaiting(work))
         await asyncio.wait([task], timeout=60)
+        if not task.done():  # the one task that begins again with the next event, not by itself
+            assert "_Inbox._run" in repr(reached[0].work), (at, reached[0].work)
+            task.cancel()
+            await asyncio.wait([task], timeout=60)
         assert task.done(), at
         if not task.cancelled() and (error := task.exception()) is not None:
             assert isinstance(error, ChannelClosed), (at, error)  # the connection's end
-        loop = asyncio.get_running_loop()
         deadline = loop.time() + 10
         while len(asyncio.all_tasks()) > 1:
             assert loop.time() < deadline, (at, asyncio.all_tasks())
@@ -12760,6 +12905,7 @@ def test_cancelled_anywhere_leaves_nothing(where: str, monkeypatch: pytest.Monke
         assert (client._asking, client._publishing._value) == ({}, lib.REQUESTS_AT_ONCE), at
         return bool(reached)
 
+    made = asyncio.Task
     for at in itertools.count(1):
         with asyncio.Runner(loop_factory=Hasty) as runner:
             if not runner.run(once(at)):
