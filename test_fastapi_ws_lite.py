@@ -7249,8 +7249,10 @@ class Server:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
         for pid in family if number == signal.SIGSTOP else ():
-            while " S " in Path(f"/proc/{pid}/stat").read_text():
-                time.sleep(0.001)  # every thread, on any processor
+            for thread in Path(f"/proc/{pid}/task").glob("*/stat"):  # each, on any processor
+                with contextlib.suppress(OSError):  # it has ended
+                    while thread.read_text().rpartition(")")[2].split()[0] not in "TtZX":
+                        time.sleep(0.001)
 
     def stop(self) -> None:
         if self.process.poll() is None:
