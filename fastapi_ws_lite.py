@@ -4546,23 +4546,20 @@ class PubSubClient(RpcClient):
         for task in list(self._asking.values()):
             await asyncio.wait([task])
 
-    def _tell(self, keys: set[_Key]) -> list["asyncio.Task[None]"]:
+    def _tell(self, keys: set[_Key]) -> None:
         """Ask the server for those of the keys that it does not know of, and to end the others."""
         ended = {key for key in keys if not self._inbox.topics.having(*key)}
         self._known -= ended
         self._resuming -= ended
         channel = self.channel
         if channel is None or self._greeted is not channel:
-            return []
+            return
         if self._resuming:
             again = (keys & self._resuming) - self._told.keys()
-            asked = self._ask(channel, "subscribe", again, self._received)
-            if self._resuming:  # still, as not all were refused at once
-                self._later |= keys
-                return asked
-        if len(self._asking) >= REQUESTS_AT_ONCE:
-            self._later |= keys
-            return []
+            self._ask(channel, "subscribe", again, self._received)
+        if self._resuming or len(self._asking) >= REQUESTS_AT_ONCE:
+            self._postpone(keys)
+            return
         wanted = {key for key in keys if self._inbox.topics.having(*key)}
         if channel._speaks is _OLD_WIRE:
             if patterns := {key for key in wanted if key[1]}:
@@ -4572,10 +4569,15 @@ class PubSubClient(RpcClient):
             keys = self._told.keys() | {(name, False) for name in self._inbox.topics.exact}
             wanted = {key for key in keys if everything == (key[0] == ALL_TOPICS)}
         gone = (keys - wanted) & self._told.keys()
-        return [*itertools.chain.from_iterable(
+        for since, asked in self._beginnings(wanted, channel._speaks).items():
             self._ask(channel, "subscribe", asked, since)
-            for since, asked in self._beginnings(wanted, channel._speaks).items()),
-            *self._ask(channel, "unsubscribe", gone)]
+        self._ask(channel, "unsubscribe", gone)
+
+    def _postpone(self, keys: set[_Key]) -> None:
+        self._later |= keys
+        for subscription in {s: None for key in keys for s in self._inbox.topics.having(*key)}:
+            if subscription in self._inbox.unconfirmed:
+                self._inbox.unconfirmed[subscription] = math.inf
 
     def _beginnings(self, keys: set[_Key], dialect: _Dialect) -> dict[str | None, set[_Key]]:
         """What to ask for, by where it is to begin: now (this first), or after a position.
@@ -4595,9 +4597,9 @@ class PubSubClient(RpcClient):
         return new
 
     def _ask(self, channel: RpcChannel, method: str, keys: set[_Key], since: str | None = None,
-             part_of: set[_Key] | None = None) -> list["asyncio.Task[None]"]:
+             part_of: set[_Key] | None = None) -> None:
         if not keys:
-            return []
+            return
         args: dict[str, Any] = {"topics": [name for name, pattern in keys if not pattern]}
         whole, then = part_of or keys, None
         if method == "subscribe":
@@ -4611,7 +4613,7 @@ class PubSubClient(RpcClient):
         except MessageTooLarge as error:
             if len(keys) == 1:
                 self._refuse(keys, error)
-                return []
+                return
             if since is not None:  # the second half of what is sent again may be late for some
                 era = self._inbox.era if self._resuming else -1
                 self._inbox.miss(Gap(since, None, "size"), era)
@@ -4619,26 +4621,25 @@ class PubSubClient(RpcClient):
                 for subscription in self._inbox.topics.having(*key):
                     subscription._since = subscription._since or since
             half = set(itertools.islice(keys, len(keys) // 2))
-            return [*self._ask(channel, method, half, since, whole),
-                    *self._ask(channel, method, keys - half, since, whole)]
+            self._ask(channel, method, half, since, whole)
+            self._ask(channel, method, keys - half, since, whole)
         except Overloaded as error:  # by what waits to be sent
             logger.warning("%s: %s: soon", method, error)
-            self._later |= keys
-            return [self._hold_on(channel, asyncio.sleep(ASK_AGAIN_SECONDS))]
-        number = self._questions + 1
-        for key in keys:
-            if method == "subscribe":
-                self._told[key] = number
-            else:
-                del self._told[key]
-        return [self._hold_on(channel, self._answered(channel, method, keys, number, *asked))]
+            self._postpone(keys)
+            self._hold_on(channel, asyncio.sleep(ASK_AGAIN_SECONDS))
+        else:
+            number = self._questions + 1
+            for key in keys:
+                if method == "subscribe":
+                    self._told[key] = number
+                else:
+                    del self._told[key]
+            self._hold_on(channel, self._answered(channel, method, keys, number, *asked))
 
-    def _hold_on(self, channel: RpcChannel,
-                 work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+    def _hold_on(self, channel: RpcChannel, work: Coroutine[Any, Any, None]) -> None:
         self._questions += 1
         task = self._asking[self._questions] = channel._spawn_vital(work)
         task.add_done_callback(functools.partial(self._after, self._questions))
-        return task
 
     async def _answered(self, channel: RpcChannel, method: str, keys: set[_Key], number: int,
                         id: int, future: "asyncio.Future[_Outcome]") -> None:
@@ -4649,16 +4650,21 @@ class PubSubClient(RpcClient):
         except RpcError as error:
             named = error.data.get("topics") if isinstance(error.data, dict) else None
             refused = {key for key in keys if named and key[0] in named} or keys
-            keys = {key for key in keys if self._told.get(key) == number}  # not asked for since
-            for key in keys:
+            mine = {key for key in keys if self._told.get(key) == number}  # not asked for since
+            for key in mine:
                 del self._told[key]
-            if isinstance(error, (ChannelClosed, RequestTimeout, Overloaded)):  # better soon
+            soon = isinstance(error, (ChannelClosed, RequestTimeout, Overloaded))
+            if soon:
                 logger.warning("%s: %s: again", method, error)
                 await asyncio.sleep(random.uniform(0, ASK_AGAIN_SECONDS))
             else:
-                self._refuse(keys & refused, error)
-                keys -= refused
-            if again := self._tell(keys):
+                self._refuse(mine & refused, error)
+            forgotten = keys - self._told.keys()
+            if soon and method == "unsubscribe":  # what nobody wants is still sent
+                self._told |= {k: 0 for k in forgotten if not self._inbox.topics.having(*k)}
+            self._tell(forgotten)
+            again = [self._asking[n] for key in keys if (n := self._told.get(key)) in self._asking]
+            if again:  # and until these are answered, so is this one not
                 await asyncio.wait(again)
 
     def _after(self, number: int, task: "asyncio.Task[None]") -> None:

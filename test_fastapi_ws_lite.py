@@ -6956,6 +6956,67 @@ async def test_subscribe_that_is_too_much_for_the_server_is_repeated(
         calls[1].cancel()
 
 
+async def test_subscribe_is_not_confirmed_by_a_failure_of_its_question() -> None:
+    """Though another question, for the same topic, was asked since; or that one failed before."""
+    async def may(channel: RpcChannel, action: str, topics: tuple[str, ...]) -> bool:
+        asked.append(topics)
+        if len(asked) <= 3:
+            await asyncio.sleep(60)
+        return True
+
+    asked, endpoint = list[tuple[str, ...]](), PubSubEndpoint(authorize=may)
+    first = positions(endpoint, "t", [0])[0]
+    async with PubSubClient(transport=Inside(endpoint), default_response_timeout=0.2) as client:
+        both = [client.subscribe("t", print, since=first)]
+        await asyncio.sleep(0.1)
+        both.append(client.subscribe("t", print, since=first))
+        for subscription in both:
+            await subscription
+            assert endpoint.stats()["subscriptions"] == 1
+
+
+async def test_subscribe_that_cannot_be_sent_again_is_not_confirmed(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server refuses it for now; and when it is to be repeated, too much waits to be sent."""
+    monkeypatch.setattr(lib, "ASK_AGAIN_SECONDS", 0.01)
+    endpoint = PubSubEndpoint(Calculator(), max_concurrent_requests=2)
+    async with PubSubClient(transport=Inside(endpoint)) as client:
+        calls = [asyncio.create_task(client.call("wait")) for _ in range(2)]
+        channel = next(iter(endpoint.channels.values()))
+        await until(lambda: len(channel._running) == 2)
+        subscription = client.subscribe("t")
+        await until(lambda: client._questions > 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(lib, "OUTBOX_BYTES", -1)
+            await asyncio.sleep(0.1)
+            assert not subscription._confirmed
+            for call in calls:
+                call.cancel()
+        await subscription
+        assert endpoint.stats()["subscriptions"] == 1
+
+
+async def test_unsubscribe_that_is_not_answered_is_repeated() -> None:
+    """Here, as it has to wait for another question, which takes too long."""
+    async def may(channel: RpcChannel, action: str, topics: tuple[str, ...]) -> bool:
+        if topics == ("slow",):
+            asked.append(topics)
+            while not gate.is_set():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await gate.wait()
+        return True
+
+    asked, gate, endpoint = list[tuple[str, ...]](), asyncio.Event(), PubSubEndpoint(authorize=may)
+    async with PubSubClient(transport=Inside(endpoint), default_response_timeout=0.2) as client:
+        subscription = await client.subscribe("t", print)
+        client.subscribe("slow", print)
+        await until(lambda: asked)
+        subscription.cancel()
+        await asyncio.sleep(0.3)
+        gate.set()
+        await until(lambda: "t" not in endpoint.notifier._feeds.exact)
+
+
 async def test_subscribe_is_confirmed_though_others_keep_asking() -> None:
     """Its own question and those before it count; not the ones that come after."""
     async def may(channel: RpcChannel, action: str, topics: tuple[str, ...]) -> bool:
