@@ -4649,7 +4649,8 @@ class PubSubClient(RpcClient):
                 raise Forbidden(f"{method} is refused", {"topics": [name for name, _ in keys]})
         except RpcError as error:
             named = error.data.get("topics") if isinstance(error.data, dict) else None
-            refused = {key for key in keys if named and key[0] in named} or keys
+            named = named if isinstance(named, list) else []
+            refused = {key for key in keys if key[0] in named} or keys
             mine = {key for key in keys if self._told.get(key) == number}  # not asked for since
             for key in mine:
                 del self._told[key]

@@ -7017,6 +7017,20 @@ async def test_unsubscribe_that_is_not_answered_is_repeated() -> None:
         await until(lambda: "t" not in endpoint.notifier._feeds.exact)
 
 
+async def test_subscribe_refused_with_odd_data_is_refused() -> None:
+    """What is no list of topics names none: it is all."""
+    endpoint = RpcEndpoint()
+
+    @endpoint.method
+    async def subscribe(topics: list[str], patterns: list[str], since: None, subscriber_id: str,
+                        max_size: int) -> None:
+        raise Forbidden("no", {"topics": 5})
+
+    async with PubSubClient(transport=Inside(endpoint)) as client:
+        with pytest.raises(Forbidden):
+            await asyncio.wait_for(awaiting(client.subscribe("t", print)), 5)
+
+
 async def test_subscribe_is_confirmed_though_others_keep_asking() -> None:
     """Its own question and those before it count; not the ones that come after."""
     async def may(channel: RpcChannel, action: str, topics: tuple[str, ...]) -> bool:
