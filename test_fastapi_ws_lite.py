@@ -12516,7 +12516,7 @@ class LogMachine(RuleBasedStateMachine):
             data = world.publish(topic, 1, origin)
             try:
                 await peer.client.publish(topic, data, include_self=to_self)
-            except ChannelClosed:  # then it may be in the log, or not
+            except (ChannelClosed, RequestTimeout):  # then it may be in the log, or not
                 if await world.written() == before:
                     world.published.pop()
             world.note()
