@@ -1080,7 +1080,8 @@ class _Log(dict[int, _Entry]):
 # A channel is one connection. Its tasks: the owner's (a route's handler, or a client's), which
 # waits for the end; the reader; the writer, while the socket takes no more; those of requests that
 # have to wait, and of hooks. The owner starts them and, on every way out, ends them: none outlives
-# it but a method or hook that ignores its cancellation.
+# it but a method or hook that ignores its cancellation. Where anybody else cancels one that the
+# connection cannot do without, the connection ends.
 #
 # The reader performs requests itself. Most methods end without having to wait, and then nothing was
 # created for them. If one does wait, the task that was the reader is from then on that request's
