@@ -3727,7 +3727,8 @@ class PubSubEndpoint(RpcEndpoint):
                     or len(feed.patterns) + len(new_patterns) > MAX_PATTERNS):
                 raise InvalidParams(f"a connection has at most {MAX_SUBSCRIPTIONS} subscriptions, "
                                     f"{MAX_PATTERNS} of them patterns")
-            await self._check(channel, "subscribe", names + globs)
+            if names or globs:  # else it is to be sent again what it was allowed before
+                await self._check(channel, "subscribe", names + globs)
             if self.notifier._shared is not None:
                 await self.notifier._shared.ready(since, self.notifier._log.find)
             if channel._closed is not None:  # and its feed cleared
@@ -4292,6 +4293,10 @@ class _PubSubOptions(_ClientOptions, total=False):
     since: str | None
 
 
+def _is_passing(error: RpcError) -> bool:
+    return isinstance(error, (ChannelClosed, RequestTimeout, Overloaded))
+
+
 class PubSubClient(RpcClient):
     """An RpcClient that can also subscribe and publish; it subscribes again at each connection.
 
@@ -4338,7 +4343,8 @@ class PubSubClient(RpcClient):
         places += [q.again for q in queues if q.behind]
         places.append((self._inbox.era, self._received))  # it may be the least, after a rewind
         era, position = min(places, key=_placed)
-        return position if era >= 0 else None
+        wishes = (s._since for s in self._inbox.unconfirmed if s._since is not None)
+        return position if era >= 0 and all(s == self._received for s in wishes) else None
 
     def subscribe(self, topics: str | Iterable[str], callback: _Callback | None = None, *,
                   pattern: bool = False, since: str | None = None) -> Subscription:
@@ -4452,7 +4458,11 @@ class PubSubClient(RpcClient):
                 await channel._outcome(
                     "subscribe", *channel._start("subscribe", args, _UNSET, then))
             except RpcError as error:  # of the end of the connection, this task does not hear
-                logger.warning("subscribe: %s: again", error)
+                logger.warning("subscribe: %s", error)
+                if not _is_passing(error):
+                    self._inbox.full = False
+                    self._lose(since, None, "queue")
+                    return
                 await asyncio.sleep(random.uniform(0, ASK_AGAIN_SECONDS))
 
     def _rewound(self, since: str | None, taken: list[str | None], outcome: _Outcome) -> None:
@@ -4460,20 +4470,22 @@ class PubSubClient(RpcClient):
         if isinstance(outcome, RpcResponse) and since == self._received:
             taken.append(since)
             self._inbox.full = False
-            self._placed(self._known, self._known, since, outcome)
+            self._placed(self._known, self._known, set(), since, outcome)
 
-    def _placed(self, keys: set[_Key], whole: set[_Key], since: str | None,
+    def _placed(self, keys: set[_Key], whole: set[_Key], left: set[_Key], since: str | None,
                 outcome: _Outcome) -> None:
         """The answer to a subscribe, before anything that comes after it is looked at.
 
-        It may have been one of several questions, which were asked instead of one for the whole.
+        It may have been one of several questions, which were asked instead of one for the whole:
+        who has topics in several is served when none is left.
         """
         result = outcome.result if isinstance(outcome, RpcResponse) else False
         if result is False:
             return
         fresh = self._received is None or not self._known  # there is no place to go on from
-        self._known.update(keys)
+        self._known |= {key for key in keys if self._inbox.topics.having(*key)}
         self._resuming.clear()
+        left -= keys
         there = {s: None for key in keys for s in self._inbox.topics.having(*key)}
         if type(result) is not dict or type(position := result.get("position")) is not str:
             if any(s._since is not None for s in there):
@@ -4494,11 +4506,14 @@ class PubSubClient(RpcClient):
                 queue.rewound(self._inbox.era, position)
         self._top = max(self._top, _offset(position))
         for subscription in there:
-            wished = subscription._since == since and subscription._keys() <= whole
+            mine = subscription._keys()
+            wished = subscription._since == since and mine <= whole and not mine & left
             if subscription._place < 0 or (lost and wished):
                 subscription._place = self._top
             if wished:
                 subscription._since = None
+        if since is not None and keys != whole and not left and not lost:
+            self._inbox.miss(Gap(since, None, "size"), self._inbox.era if ours else -1)
 
     async def _close(self) -> None:
         await super()._close()
@@ -4529,9 +4544,10 @@ class PubSubClient(RpcClient):
         keys = {(name, False) for name in exact} | {(name, True) for name in patterns}
         self._known &= keys
         self._resuming = self._known.copy()
-        if channel._speaks is _OLD_WIRE and self._known:
+        if channel._speaks is _OLD_WIRE or self._received is None:
+            if self._known:
+                self._lose(None, None, "reconnect")
             self._resuming.clear()
-            self._lose(None, None, "reconnect")
         self._tell(keys)
         for subscription in self._inbox.unconfirmed:
             self._inbox.unconfirmed[subscription] = math.inf if self._later else self._questions
@@ -4568,6 +4584,10 @@ class PubSubClient(RpcClient):
             # those servers send an event once for each match, so ask for all topics or for some
             everything = ALL_TOPICS in self._inbox.topics.exact
             keys = self._told.keys() | {(name, False) for name in self._inbox.topics.exact}
+            if wishing := [s for s in self._inbox.subscriptions() if s._since is not None]:
+                self._lose(None, None, "reconnect")  # nor have they positions
+                for subscription in wishing:
+                    subscription._since = None
             wanted = {key for key in keys if everything == (key[0] == ALL_TOPICS)}
         gone = (keys - wanted) & self._told.keys()
         for since, asked in self._beginnings(wanted, channel._speaks).items():
@@ -4598,13 +4618,17 @@ class PubSubClient(RpcClient):
         return new
 
     def _ask(self, channel: RpcChannel, method: str, keys: set[_Key], since: str | None = None,
-             part_of: set[_Key] | None = None) -> None:
+             whole: set[_Key] | None = None, left: set[_Key] | None = None) -> None:
+        if method == "subscribe":  # a part may have been refused meanwhile
+            keys = {key for key in keys if self._inbox.topics.having(*key)}
         if not keys:
             return
+        if whole is None or left is None:
+            whole, left = keys, set(keys)
         args: dict[str, Any] = {"topics": [name for name, pattern in keys if not pattern]}
-        whole, then = part_of or keys, None
+        then = None
         if method == "subscribe":
-            then = functools.partial(self._placed, keys, whole, since)
+            then = functools.partial(self._placed, keys, whole, left, since)
         if channel._speaks is not _OLD_WIRE:
             args["patterns"] = [name for name, pattern in keys if pattern]
             if then is not None:
@@ -4615,15 +4639,13 @@ class PubSubClient(RpcClient):
             if len(keys) == 1:
                 self._refuse(keys, error)
                 return
-            if since is not None:  # the second half of what is sent again may be late for some
-                era = self._inbox.era if self._resuming else -1
-                self._inbox.miss(Gap(since, None, "size"), era)
-            for key in self._resuming & keys:
+            for key in self._resuming & keys:  # what the second half is sent again may be late
                 for subscription in self._inbox.topics.having(*key):
                     subscription._since = subscription._since or since
+                    self._inbox.unconfirmed[subscription] = math.inf
             half = set(itertools.islice(keys, len(keys) // 2))
-            self._ask(channel, method, half, since, whole)
-            self._ask(channel, method, keys - half, since, whole)
+            self._ask(channel, method, half, since, whole, left)
+            self._ask(channel, method, keys - half, since, whole, left)
         except Overloaded as error:  # by what waits to be sent
             logger.warning("%s: %s: soon", method, error)
             self._postpone(keys)
@@ -4655,14 +4677,13 @@ class PubSubClient(RpcClient):
             mine = {key for key in keys if self._told.get(key) == number}  # not asked for since
             for key in mine:
                 del self._told[key]
-            soon = isinstance(error, (ChannelClosed, RequestTimeout, Overloaded))
-            if soon:
+            if _is_passing(error):
                 logger.warning("%s: %s: again", method, error)
                 await asyncio.sleep(random.uniform(0, ASK_AGAIN_SECONDS))
             else:
                 self._refuse(mine & refused, error)
             forgotten = keys - self._told.keys()
-            if soon and method == "unsubscribe":  # what nobody wants is still sent
+            if method == "unsubscribe" and _is_passing(error):  # what nobody wants is still sent
                 self._told |= {k: 0 for k in forgotten if not self._inbox.topics.having(*k)}
             self._tell(forgotten)
             again = [self._asking[n] for key in keys if (n := self._told.get(key)) in self._asking]
@@ -4969,8 +4990,8 @@ export function connect(url = "/ws", options = {}) {
     },
     gap(gap, whom = gap.reason === "log" ? subs : []) { // places in another log mean nothing
       guarded(options.onGap, { since: position, ...gap });
-      position = gap.position;
-      for (const sub of whom) sub.place = offset(position);
+      if ([undefined, position].includes(gap.since)) position = gap.position; // else of some
+      for (const sub of whom) sub.place = offset(gap.position);
     },
     position(moved) { position = moved.position; },
     "$/stream": ({ id, items }) => calls.get(id)?.items?.(id, items),

@@ -11267,6 +11267,28 @@ async def test_browser_takes_nothing_for_a_subscription_before_its_answer(
         await page.run("ws.close()")
 
 
+async def test_browser_wish_that_is_lost_moves_no_place_of_others(browser: Browser) -> None:
+    """The next connection begins where they were."""
+    async with serving(page_app(RpcEndpoint())) as url, scripted() as (uri, accepted):
+        page = await browser.open(url)
+        await page.run(f"""
+            window.gaps = [];
+            window.ws = connect("{uri}", {{maxDelay: 0.05, onGap: (gap) => gaps.push(gap)}});
+            ws.subscribe("u", () => {{}});""")
+        peer = await accepted.get()
+        await greeted(peer, {"position": "0-a", "recovered": None})
+        await page.run("ws.subscribe('w', () => {}, {since: '7-b'})")
+        asked = await peer.recv()
+        await peer.send(done(asked["id"], {"position": "10-a", "recovered": False}))
+        await page.until("gaps.length === 1")
+        assert await page.run("return gaps") == [
+            {"since": "7-b", "position": "10-a", "reason": "history"}]
+        await peer.connection.close(1011)
+        peer = await accepted.get()
+        assert (await peer.recv())["params"]["since"] == "0-a"
+        await page.run("ws.close()")
+
+
 async def test_browser_iterates_over_a_stream_with_credit(browser: Browser) -> None:
     """What is not taken is not granted; leaving the loop cancels, and an error comes last."""
     async with serving(page_app(RpcEndpoint())) as url, scripted() as (uri, accepted):
@@ -11547,11 +11569,22 @@ async def test_resume_of_a_full_queue_is_not_taken_for_that_of_two(
         monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor is it, though it begins at the same place."""
     async def may(channel: RpcChannel, action: str, topics: tuple[str, ...]) -> bool:
-        if not topics and not asked:  # to fill the queue again
-            asked.append(client.subscribe(["t", "u"], got.append, since=client._received))
-        elif "u" in topics:
+        if "u" in topics:
             await until(lambda: seen[-1] >= 4)
         return True
+
+    class Watched(Inside):
+        async def open(self, uri: str, **options: Any) -> lib.Socket:
+            socket = await super().open(uri, **options)
+            send = socket.send
+
+            async def watched(text: str) -> None:
+                await send(text)
+                if '"since"' in text and '"topics"' not in text and not asked:  # a queue is filled
+                    asked.append(client.subscribe(["t", "u"], got.append, since=client._received))
+
+            setattr(socket, "send", watched)  # noqa: B010 - it is a method
+            return socket
 
     async def slow(data: Any) -> None:
         await gate.wait()
@@ -11560,7 +11593,7 @@ async def test_resume_of_a_full_queue_is_not_taken_for_that_of_two(
     monkeypatch.setattr(lib, "QUEUE_EVENTS", 2)
     gate, seen, got, asked = asyncio.Event(), list[Any](), list[Any](), list[Any]()
     endpoint = PubSubEndpoint(authorize=may)
-    async with PubSubClient(transport=Inside(endpoint)) as client:
+    async with PubSubClient(transport=Watched(endpoint)) as client:
         await client.subscribe("t", slow)
         for n in range(9):
             endpoint.publish("tu"[n % 2], n)
@@ -11703,7 +11736,8 @@ async def test_resume_in_several_questions_tells_a_gap(quick: None) -> None:
         await drop(endpoint, client)
         await until(lambda: gaps == [(Gap(position, None, "size"), position)])
         await client.subscribe(topics, print, since="7-of-another-log")
-        await until(lambda: (Gap("7-of-another-log", None, "size"), None) in gaps)
+        await until(lambda: ("7-of-another-log", None) in [
+            (gap.since, position) for gap, position in gaps])
 
 
 async def test_gap_during_the_hook_of_another_is_told_too() -> None:
@@ -12045,6 +12079,164 @@ async def test_position_is_unknown_while_a_lost_wish_is_not_told(quick: None) ->
         gate.set()
         await until(lambda: client.position == there[-1])
         assert gaps == [Gap("0-of-another-log", there[-1], "history")]
+
+
+async def test_queue_is_filled_again_whatever_authorize_makes_of_no_topics(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not asked: what is sent again was allowed."""
+    monkeypatch.setattr(lib, "QUEUE_EVENTS", 3)
+    endpoint, gate = PubSubEndpoint(authorize=lambda *args: args[2][0] == "t"), asyncio.Event()
+    got = list[Any]()
+
+    async def slow(data: Any) -> None:
+        await gate.wait()
+        got.append(data)
+
+    async with PubSubClient(transport=Inside(endpoint)) as client:
+        await client.subscribe("t", slow)
+        positions(endpoint, "t", range(8))
+        await until(lambda: client._inbox.full)
+        gate.set()
+        await until(lambda: got == list(range(8)))
+
+
+async def test_queue_that_may_not_be_filled_again_is_a_gap(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a server that refuses that."""
+    monkeypatch.setattr(lib, "QUEUE_EVENTS", 3)
+    gate, got, gaps = asyncio.Event(), list[Any](), list[Gap]()
+
+    class Strict(PubSubEndpoint):
+        async def _subscribe(self, channel: RpcChannel, topics: list[str] | str | None = None,
+                             patterns: list[str] | str | None = None, since: str | None = None,
+                             subscriber_id: str | None = None, max_size: int | None = None) -> Any:
+            if not topics:
+                raise Forbidden("no topics")
+            return await super()._subscribe(channel, topics)
+
+    async def slow(data: Any) -> None:
+        await gate.wait()
+        got.append(data)
+
+    endpoint = Strict()
+    async with PubSubClient(transport=Inside(endpoint), on_gap=gaps.append) as client:
+        await client.subscribe("t", slow)
+        there = positions(endpoint, "t", range(8))
+        await until(lambda: client._inbox.full)
+        gate.set()
+        await until(lambda: gaps == [Gap(there[2], None, "queue")])
+        endpoint.publish("t", 8)
+        await until(lambda: got == [0, 1, 2, 8])
+
+
+async def test_old_wire_wish_for_a_topic_that_is_there_is_a_gap() -> None:
+    """It gets what comes from then on, as the others do."""
+    endpoint, got, gaps = PubSubEndpoint(), list[Any](), list[Gap]()
+    async with client_of(endpoint, wire=OLD, on_gap=gaps.append) as client:
+        await client.subscribe("t", got.append)
+        await client.subscribe("t", got.append, since="0-a")
+        endpoint.publish("t", 1)
+        await until(lambda: got == [1, 1])
+        assert gaps == [Gap(None, None, "reconnect")]
+
+
+async def test_resume_in_several_questions_tells_of_what_came_between_them(quick: None) -> None:
+    """One who has topics in both is served when all are answered."""
+    async def may(channel: RpcChannel, action: str, topics: tuple[str, ...]) -> bool:
+        asked.append(topics)
+        if len(asked) == 2 and not gate.is_set():
+            await gate.wait()
+        return True
+
+    asked, gate, gaps = list[tuple[str, ...]](), asyncio.Event(), list[Gap]()
+    gate.set()
+    got, topics = list[Any](), [f"a long topic {n}" for n in range(20)]
+    endpoint = PubSubEndpoint(authorize=may)
+    async with PubSubClient(transport=(inside := Inside(endpoint)), max_message_size=400,
+                            on_gap=gaps.append) as client:
+        await client.subscribe(topics, got.append)
+        inside.up = False
+        await endpoint.close(1011)
+        asked.clear()
+        gate.clear()
+        inside.up = True
+        await until(lambda: len(asked) == 2)
+        endpoint.publish(asked[1][0], 1)
+        endpoint.publish(asked[0][0], 2)
+        await asyncio.sleep(0.1)
+        assert (got, gaps) == ([], [])
+        before = client.position
+        gate.set()
+        await until(lambda: [gap.reason for gap in gaps] == ["size"])
+        endpoint.publish(asked[1][0], 3)
+        await until(lambda: got[-1:] == [3])
+        assert before in (None, gaps[0].since)
+
+
+async def test_position_is_not_past_what_is_wished_for_and_not_granted() -> None:
+    """Of two topics from one place, the second may take its time."""
+    async def may(channel: RpcChannel, action: str, topics: tuple[str, ...]) -> bool:
+        if "u" in topics:
+            await gate.wait()
+        return True
+
+    gate, got, late = asyncio.Event(), list[Any](), list[Any]()
+    endpoint = PubSubEndpoint(authorize=may)
+    since = endpoint.notifier._log.position
+    there = [positions(endpoint, "tut"[n], [n])[0] for n in range(3)]
+    async with PubSubClient(transport=Inside(endpoint), since=since) as client:
+        assert client.position == since
+        client.subscribe("t", got.append)
+        client.subscribe("u", late.append)
+        assert client.position == since
+        await until(lambda: got == [0, 2])
+        assert client.position is None
+        gate.set()
+        await until(lambda: late == [1] and client.position in there[1:])
+
+
+async def test_resume_after_a_server_without_positions_is_a_gap(quick: None) -> None:
+    """What was published meanwhile, that one cannot say."""
+    endpoint, got, gaps = PubSubEndpoint(), list[Any](), list[Gap]()
+    inside = Inside(endpoint)
+    inside.inner = ASGITransport(old_wire(endpoint))
+    async with PubSubClient(transport=inside, on_gap=gaps.append) as client:
+        await client.subscribe("t", got.append)
+        await away(endpoint, inside)
+        inside.up = True
+        await until(lambda: gaps == [Gap(None, None, "reconnect")])
+
+
+async def test_subscription_after_one_that_was_granted_too_late_is_new() -> None:
+    """It gets nothing from before it."""
+    async def may(channel: RpcChannel, action: str, topics: tuple[str, ...]) -> bool:
+        asked.append(topics)
+        await gate.wait()
+        return True
+
+    gate, asked, got = asyncio.Event(), list[tuple[str, ...]](), list[Any]()
+    endpoint = PubSubEndpoint(authorize=may)
+    async with PubSubClient(transport=Inside(endpoint)) as client:
+        subscription = client.subscribe("t", print)
+        await until(lambda: asked)
+        subscription.cancel()
+        gate.set()
+        await until(lambda: not client._asking)
+        positions(endpoint, "t", ["old"])
+        await client.subscribe("t", got.append)
+        endpoint.publish("t", "new")
+        await until(lambda: got == ["new"])
+
+
+async def test_subscription_refused_in_part_leaves_no_other_part() -> None:
+    """In whichever order its two questions are asked."""
+    endpoint = PubSubEndpoint()
+    async with PubSubClient(transport=Inside(endpoint), max_message_size=400) as client:
+        for n in range(10):
+            with pytest.raises(MessageTooLarge):
+                await client.subscribe([f"a{n}", "x" * 500], print)
+        await until(lambda: not client._asking)
+        assert (endpoint.stats()["subscriptions"], client._known) == (0, set())
 
 
 async def test_position_is_not_past_a_gap_that_is_not_told_yet(
