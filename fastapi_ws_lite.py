@@ -4495,6 +4495,7 @@ class PubSubClient(RpcClient):
             return
         lost = since is not None and result.get("recovered") is not True
         ours = fresh or since == self._received  # else it is the wish of some
+        goes_on = since is None or (ours and not fresh)
         if lost:
             self._inbox.miss(Gap(since, position, "history"), self._inbox.era if ours else -1)
         if ours and (lost or fresh):
@@ -4508,7 +4509,7 @@ class PubSubClient(RpcClient):
         for subscription in there:
             mine = subscription._keys()
             wished = subscription._since == since and mine <= whole and not mine & left
-            if subscription._place < 0 or (lost and wished):
+            if (goes_on and subscription._place < 0) or (lost and wished):
                 subscription._place = self._top
             if wished:
                 subscription._since = None
@@ -4608,8 +4609,12 @@ class PubSubClient(RpcClient):
         new: dict[str | None, set[_Key]] = {None: set()}
         for key in keys:
             there = self._inbox.topics.having(*key)
-            if key not in self._told and (
-                    dialect is _OLD_WIRE or any(s._since is None for s in there)):
+            if dialect is _OLD_WIRE:
+                now = key not in self._told
+            else:  # what was told may be a wish for older ones: that does not say where now is
+                now = any(s._since is None and (s._place < 0 or key not in self._told)
+                          for s in there)
+            if now:
                 new.setdefault(self._received if key in self._known else None, set()).add(key)
             for subscription in there:
                 since = subscription._since
@@ -4682,7 +4687,8 @@ class PubSubClient(RpcClient):
                 await asyncio.sleep(random.uniform(0, ASK_AGAIN_SECONDS))
             else:
                 self._refuse(mine & refused, error)
-            forgotten = keys - self._told.keys()
+            forgotten = {key for key in keys if key not in self._told or any(
+                s._since is not None or s._place < 0 for s in self._inbox.topics.having(*key))}
             if method == "unsubscribe" and _is_passing(error):  # what nobody wants is still sent
                 self._told |= {k: 0 for k in forgotten if not self._inbox.topics.having(*k)}
             self._tell(forgotten)

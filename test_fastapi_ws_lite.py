@@ -12207,6 +12207,18 @@ async def test_resume_after_a_server_without_positions_is_a_gap(quick: None) -> 
         await until(lambda: gaps == [Gap(None, None, "reconnect")])
 
 
+@pytest.mark.parametrize("topics", ["t", ["t", "u"]])
+async def test_subscription_after_a_wish_for_its_topic_is_new(topics: str | list[str]) -> None:
+    """What the other one wished for is not for it."""
+    endpoint, got, wanted = PubSubEndpoint(), list[Any](), list[Any]()
+    first = positions(endpoint, "t", range(4))[0]
+    async with PubSubClient(transport=Inside(endpoint)) as client:
+        client.subscribe("t", wanted.append, since=first)
+        await client.subscribe(topics, got.append)
+        endpoint.publish("t", "new")
+        await until(lambda: (wanted, got) == ([1, 2, 3, "new"], ["new"]))
+
+
 async def test_subscription_after_one_that_was_granted_too_late_is_new() -> None:
     """It gets nothing from before it."""
     async def may(channel: RpcChannel, action: str, topics: tuple[str, ...]) -> bool:
