@@ -9003,11 +9003,13 @@ async def with_workers(kind: type[Broker], folder: Path) -> None:
             with urllib.request.urlopen(request, timeout=20) as response:
                 pids.add(int(response.read()))
 
-        for n in range(0, 40, 8):
-            await asyncio.gather(*(asyncio.to_thread(publish, n + m) for m in range(8)))
-        await until(lambda: all(len(one.all) >= 40 for one in heard))
+        total = 0
+        while total < 40 or (len(pids) == 1 and total < 800):  # one may be quick to take them all
+            await asyncio.gather(*(asyncio.to_thread(publish, total + m) for m in range(8)))
+            total += 8
+        await until(lambda: all(len(one.all) >= total for one in heard))
     assert all(one.all == heard[0].all for one in heard)
-    assert sorted(heard[0].all) == list(range(40))
+    assert sorted(heard[0].all) == list(range(total))
     assert len(pids) > 1
 
 
@@ -11135,7 +11137,7 @@ async def test_browser_comes_back_after_a_restart(browser: Browser) -> None:
         await only(endpoint).close(1011, "gone")
         await page.until("states.length > 2")
         assert await page.run("return await lost") == [True, 1011]
-    await page.until("ws.state === 'waiting'")
+    await page.until("ws.state !== 'ready'")
     assert await page.run("""
         window.kept = ws.call("add", [1, 2]); window.late = ws.subscribe("late", () => {});
         return await ws.call("add", [1, 2], {timeout: 0.05}).catch((e) => e.code);""") == -32000
@@ -11145,7 +11147,7 @@ async def test_browser_comes_back_after_a_restart(browser: Browser) -> None:
         assert await page.run("await late.confirmed; return await kept") == 3
         endpoint.publish("news", "live")
         await page.until("got.length === 2")
-    await page.until("ws.state === 'waiting'")
+    await page.until("ws.state !== 'ready'")
     endpoint = PubSubEndpoint(Calculator())  # another process, as it were
     async with serving(page_app(endpoint), port=port):
         await page.until("gaps.length")
