@@ -7018,6 +7018,21 @@ async def test_unsubscribe_that_is_not_answered_is_repeated() -> None:
         await until(lambda: "t" not in endpoint.notifier._feeds.exact)
 
 
+async def test_subscribe_answered_without_a_position_denies_a_wish() -> None:
+    """By a server of another kind: it is told as a gap, and what comes from then on is taken."""
+    endpoint, gaps = RpcEndpoint(), list[Gap]()
+
+    @endpoint.method
+    async def subscribe(topics: list[str], patterns: list[str], since: str, subscriber_id: str,
+                        max_size: int) -> bool:
+        return True
+
+    async with PubSubClient(transport=Inside(endpoint), on_gap=gaps.append) as client:
+        subscription = await client.subscribe("t", print, since="0-a")
+        await until(lambda: gaps == [Gap(None, None, "reconnect")])
+        assert subscription._since is None
+
+
 async def test_subscribe_refused_with_odd_data_is_refused() -> None:
     """What is no list of topics names none: it is all."""
     endpoint = RpcEndpoint()
