@@ -11604,15 +11604,11 @@ async def test_resume_of_a_full_queue_is_not_taken_for_that_of_two(
             setattr(socket, "send", watched)  # noqa: B010 - it is a method
             return socket
 
-    async def slow(data: Any) -> None:
-        await gate.wait()
-        seen.append(data)
-
     monkeypatch.setattr(lib, "QUEUE_EVENTS", 2)
     gate, seen, got, asked = asyncio.Event(), list[Any](), list[Any](), list[Any]()
     endpoint = PubSubEndpoint(authorize=may)
     async with PubSubClient(transport=Watched(endpoint)) as client:
-        await client.subscribe("t", slow)
+        await client.subscribe("t", slow_until(gate, seen))
         for n in range(9):
             endpoint.publish("tu"[n % 2], n)
         await until(lambda: client._inbox.full)
@@ -11656,15 +11652,11 @@ async def test_resume_of_a_full_queue_is_not_cut_short_by_a_subscription(
     monkeypatch.setattr(lib, "QUEUE_EVENTS", 3)
     endpoint, got, gaps, gate = PubSubEndpoint(), list[Any](), list[Gap](), asyncio.Event()
 
-    async def slow(data: Any) -> None:
-        await gate.wait()
-        got.append(data)
-
     async with PubSubClient(transport=Inside(endpoint), on_gap=gaps.append) as client:
-        await client.subscribe("u", slow)
+        await client.subscribe("u", slow_until(gate, got))
         there = positions(endpoint, "u", range(10))
         await until(lambda: client._inbox.full)
-        await client.subscribe("t", slow, since=there[5])
+        await client.subscribe("t", slow_until(gate, got), since=there[5])
         gate.set()
         await until(lambda: len(got) >= 10)
         assert (got, gaps) == (list(range(10)), [])
@@ -11698,15 +11690,11 @@ async def test_resume_from_another_log_costs_other_topics_nothing(
     endpoint, got, gaps = PubSubEndpoint(), list[Any](), list[Gap]()
     gate = asyncio.Event()
 
-    async def slow(data: Any) -> None:
-        await gate.wait()
-        got.append(data)
-
     async with PubSubClient(transport=Inside(endpoint), on_gap=gaps.append) as client:
-        await client.subscribe("u", slow)
+        await client.subscribe("u", slow_until(gate, got))
         there = positions(endpoint, "u", range(10))
         await until(lambda: client._inbox.full)
-        await client.subscribe("t", slow, since="7-of-another-log")
+        await client.subscribe("t", slow_until(gate, got), since="7-of-another-log")
         gate.set()
         await until(lambda: got == list(range(10)))
         assert gaps == [Gap("7-of-another-log", there[-1], "history")]
@@ -12106,12 +12094,8 @@ async def test_queue_is_filled_again_whatever_authorize_makes_of_no_topics(
     endpoint, gate = PubSubEndpoint(authorize=lambda *args: args[2][0] == "t"), asyncio.Event()
     got = list[Any]()
 
-    async def slow(data: Any) -> None:
-        await gate.wait()
-        got.append(data)
-
     async with PubSubClient(transport=Inside(endpoint)) as client:
-        await client.subscribe("t", slow)
+        await client.subscribe("t", slow_until(gate, got))
         positions(endpoint, "t", range(8))
         await until(lambda: client._inbox.full)
         gate.set()
@@ -12132,13 +12116,9 @@ async def test_queue_that_may_not_be_filled_again_is_a_gap(
                 raise Forbidden("no topics")
             return await super()._subscribe(channel, topics)
 
-    async def slow(data: Any) -> None:
-        await gate.wait()
-        got.append(data)
-
     endpoint = Strict()
     async with PubSubClient(transport=Inside(endpoint), on_gap=gaps.append) as client:
-        await client.subscribe("t", slow)
+        await client.subscribe("t", slow_until(gate, got))
         there = positions(endpoint, "t", range(8))
         await until(lambda: client._inbox.full)
         gate.set()
