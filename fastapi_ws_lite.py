@@ -3024,7 +3024,7 @@ class _Inbox:
 
     def unsubscribe(self, topics: str | Iterable[str], pattern: bool) -> None:
         names = _check_topics(topics)
-        for subscription in {s: None for name in names for s in self.topics.having(name, pattern)}:
+        for subscription in self.having((name, pattern) for name in names):
             self.remove(subscription, names)
 
     def remove(self, subscription: Subscription, topics: Sequence[str],
@@ -3088,6 +3088,10 @@ class _Inbox:
                 return
         self.queue.append(_Item(gap, (), 0, gap.since, era))
         self._start()
+
+    def having(self, keys: Iterable[_Key]) -> dict[Subscription, None]:
+        """The subscriptions with any of these, each once."""
+        return {s: None for key in keys for s in self.topics.having(*key)}
 
     def subscriptions(self) -> Iterator[Subscription]:
         tables = itertools.chain(self.topics.exact.values(), self.topics.patterns.values())
@@ -4486,7 +4490,7 @@ class PubSubClient(RpcClient):
         self._known |= {key for key in keys if self._inbox.topics.having(*key)}
         self._resuming.clear()
         left -= keys
-        there = {s: None for key in keys for s in self._inbox.topics.having(*key)}
+        there = self._inbox.having(keys)
         if type(result) is not dict or type(position := result.get("position")) is not str:
             if any(s._since is not None for s in there):
                 self._lose(None, None, "reconnect")
@@ -4597,7 +4601,7 @@ class PubSubClient(RpcClient):
 
     def _postpone(self, keys: set[_Key]) -> None:
         self._later |= keys
-        for subscription in {s: None for key in keys for s in self._inbox.topics.having(*key)}:
+        for subscription in self._inbox.having(keys):
             if subscription in self._inbox.unconfirmed:
                 self._inbox.unconfirmed[subscription] = math.inf
 
@@ -4644,10 +4648,10 @@ class PubSubClient(RpcClient):
             if len(keys) == 1:
                 self._refuse(keys, error)
                 return
-            for key in self._resuming & keys:  # what the second half is sent again may be late
-                for subscription in self._inbox.topics.having(*key):
-                    subscription._since = subscription._since or since
-                    self._inbox.unconfirmed[subscription] = math.inf
+            # what the second half is sent again may be late
+            for subscription in self._inbox.having(self._resuming & keys):
+                subscription._since = subscription._since or since
+                self._inbox.unconfirmed[subscription] = math.inf
             half = set(itertools.islice(keys, len(keys) // 2))
             self._ask(channel, method, half, since, whole, left)
             self._ask(channel, method, keys - half, since, whole, left)
