@@ -141,7 +141,8 @@ async def serving(app: Any, *, port: int = 0, ws: WSProtocolType = "auto",
         for listener in server.servers:
             listener.close()
         for connection in list(server.server_state.connections):
-            connection.shutdown()
+            if not connection.transport.is_closing():  # which uvicorn does not look at: it raises
+                connection.shutdown()
         await until(lambda: not server.server_state.tasks)
 
 
