@@ -7034,6 +7034,28 @@ async def test_subscribe_answered_without_a_position_denies_a_wish() -> None:
         assert subscription._since is None
 
 
+async def test_subscribe_since_that_is_late_is_repeated_though_a_later_one_is_granted(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the same topic, from another place: that is no answer to it."""
+    monkeypatch.setattr(lib, "ASK_AGAIN_SECONDS", 0.01)
+    endpoint, asked = RpcEndpoint(), list[str]()
+
+    @endpoint.method
+    async def subscribe(topics: list[str], patterns: list[str], since: str, subscriber_id: str,
+                        max_size: int) -> dict[str, Any]:
+        asked.append(since)
+        if since == "3-a" and asked.count(since) <= 2:
+            await asyncio.sleep(60)
+        return {"position": since, "recovered": True}
+
+    async with PubSubClient(transport=Inside(endpoint), default_response_timeout=0.2) as client:
+        both = [client.subscribe("t", print, since=since) for since in ("3-a", "4-a")]
+        for subscription in both:
+            await asyncio.wait_for(awaiting(subscription), 5)
+        assert (asked.count("3-a"), asked.count("4-a")) == (3, 1)
+        assert [subscription._since for subscription in both] == [None, None]
+
+
 async def test_subscribe_refused_with_odd_data_is_refused() -> None:
     """What is no list of topics names none: it is all."""
     endpoint = RpcEndpoint()
@@ -7255,6 +7277,19 @@ async def test_subscription_of_a_lagging_connection_gets_nothing_older() -> None
     assert (everything.count('"topic":"a"'), everything.count('"topic":"b"')) == (20, 1)
     await channel.close()
     await running
+
+
+async def test_channel_whose_writer_is_cancelled_ends() -> None:
+    """By whoever cancels tasks of others: what it had to send would wait for ever."""
+    link = Link()
+    async with serve_link(link, RpcEndpoint(Calculator())) as channel:
+        link.gate.clear()
+        channel.notify("x", [])
+        await until(lambda: channel._writer is not None)
+        writer: Any = channel._writer
+        writer.cancel()
+        assert (await asyncio.wait_for(channel.wait_closed(), 5)).code == 1011
+        link.gate.set()
 
 
 async def test_channel_close_with_a_stuck_writer_ends_in_time(
