@@ -3761,7 +3761,11 @@ class PubSubEndpoint(RpcEndpoint):
                        sync: bool = True, notifier_id: str | None = None) -> bool:
         await self._check(channel, "publish", _check_topics(topics))
         own = channel.id if channel._feed is None else channel._feed.subscriber_id
-        await self.notifier.publish(topics, data, notifier_id=notifier_id or own)
+        try:
+            published = self.notifier.publish(topics, data, notifier_id=notifier_id or own)
+        except ValueError as error:  # 1e999 was read as infinite
+            raise InvalidParams("the data is not JSON: a number may be infinite") from error
+        await published
         return True
 
     async def _pong(self) -> str:
@@ -3867,7 +3871,8 @@ class NetworkTransport:
     """The default: a connection of the websockets library.
 
     Takes the options of ``websockets.connect``, like ``ssl``, ``proxy``, ``unix`` and ``path``,
-    ``ping_interval`` and ``ping_timeout`` (20 s each). Compression is off unless asked for.
+    ``open_timeout`` (10 s), ``ping_interval`` and ``ping_timeout`` (20 s each). Compression is off
+    unless asked for.
     """
 
     def __init__(self, **options: Any) -> None:

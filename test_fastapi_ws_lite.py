@@ -4734,6 +4734,16 @@ async def test_client_connect_timeout_raises(quick: None) -> None:
     assert running_tasks() <= before
 
 
+async def test_client_handshake_that_does_not_end_is_given_up(quick: None) -> None:
+    """And another one is tried; what is waited for it is an option of the websockets library."""
+    with black_hole() as url:
+        client = PubSubClient(url, transport=NetworkTransport(open_timeout=0.05))
+        client.start()
+        await until(lambda: client._failures > 2)
+        assert isinstance(client.last_error, TimeoutError)
+        await close_soon(client)
+
+
 async def test_client_cancelled_while_connecting_leaves_nothing() -> None:
     """Cancelling ``async with`` closes the client."""
     with black_hole() as url:
@@ -13364,7 +13374,9 @@ REAL_FRAMES = [json.dumps(m) for m in (
     ask(4, "publish", {"topics": "t", "data": 1}), ask(5, "unsubscribe", [["t"]]),
     failed(1, -32603, "no", data=[1]), old("7", "echo", {"value": 1}), old_done("1", 1, "int"),
     tell("notify", {"topic": "t", "position": "3-a", "data": 1}), tell("gap", {
-        "position": "3-a", "reason": "size"}), tell("position", {"position": "9-a"}))]
+        "position": "3-a", "reason": "size"}), tell("position", {"position": "9-a"}),
+    ask(8, "ticks", [3], stream=2), tell("$/credit", {"id": 8, "n": 1}),
+    tell("$/stream", {"id": 1, "items": [1]}), ask(9, "show", [[1]]))]
 
 
 def mutated(dice: random.Random) -> bytes:
@@ -13416,6 +13428,135 @@ async def test_fuzz_of_real_frames_ends_nothing(side: str, dialect: Any) -> None
         assert (len(channel._calls), channel._running) == (0, {})
     if side == "client":
         await owner.close()
+
+
+GUIDED_FUZZ = """
+import asyncio, json, logging, random, sys
+import atheris
+
+with atheris.instrument_imports(include=["fastapi_ws_lite"]):
+    import fastapi_ws_lite as lib
+
+
+class Methods(lib.RpcMethodsBase):
+    async def add(self, a: int, b: int) -> int:
+        return a + b
+
+    async def show(self, value: object = None) -> str:
+        await asyncio.sleep(0)
+        return repr(value)
+
+    async def ticks(self, n: int) -> lib.AsyncIterator[int]:
+        for i in range(min(n, 1000)):
+            yield i
+
+
+class End:
+    def __init__(self, dialect):
+        self.subprotocol = lib.SUBPROTOCOL if dialect is lib._WS_LITE else None
+        self.frames, self.answered = asyncio.Queue(), asyncio.Event()
+
+    async def send(self, text):
+        if '"the end"' in text and ('"pong"' in text or "-32003" in text):
+            self.answered.set()
+
+    async def recv(self):
+        return await self.frames.get()
+
+    async def close(self, code, reason):
+        pass
+
+
+class Errors(logging.Handler):
+    def emit(self, record):
+        seen.append(self.format(record))
+
+
+async def begin(kind):
+    dialect = (lib._WS_LITE, None, lib._JSONRPC, lib._OLD_WIRE)[kind // 2]
+    side = lib.PubSubClient(methods=Methods()) if kind % 2 else lib.PubSubEndpoint(Methods())
+    if not kind % 2:
+        side._attach()
+    channel = lib.RpcChannel(End(dialect), side, dialect, {})
+    return channel, side, asyncio.create_task(channel._run(lambda: asyncio.sleep(0)))
+
+
+async def end(channel, side, running):
+    await channel.close()
+    await running
+    assert not channel._calls and not channel._running
+    if isinstance(side, lib.PubSubClient):
+        await side.close()
+
+
+async def receive(kind, frames):
+    channel = channels.get(kind) or channels.setdefault(kind, await begin(kind))
+    socket = channel[0]._socket
+    for frame in [*frames, *ENDS]:
+        socket.frames.put_nowait(frame)
+    await asyncio.wait_for(socket.answered.wait(), 10)
+    socket.answered.clear()
+    assert channel[0]._closed is None and not seen, seen
+
+
+def one(data):
+    global count
+    count += 1
+    loop.run_until_complete(receive(data[0] % 8 if data else 0, data[1:].split(b"\\n")))
+    if count % 500 == 0:
+        for kind in list(channels):
+            loop.run_until_complete(end(*channels.pop(kind)))
+
+
+def changed(value):
+    # With one part of it replaced.
+    if not (value and isinstance(value, (dict, list)) and random.random() < 0.9):
+        return random.choice(VALUES)
+    key = random.choice(list(value) if isinstance(value, dict) else range(len(value)))
+    value[key] = changed(value[key])
+    return value
+
+
+def mutate(data, longest, seed):
+    random.seed(seed)
+    frames = data[1:].split(b"\\n")
+    number = random.randrange(len(frames))
+    try:
+        if random.random() < 0.25:
+            raise ValueError
+        frames[number] = json.dumps(changed(json.loads(frames[number]))).encode()
+    except ValueError:
+        return atheris.Mutate(data, longest)
+    return (data[:1] + b"\\n".join(frames))[:longest]
+
+
+VALUES = [None, True, -1, 0, 1, 1.5, 1e308, 10 ** 30, "", "a", "9-a", "x" * 50, [], {}, [[]],
+          ["t"], {"id": 1}, {"topics": ["t"]}]
+ENDS = ['{"request":{"method":"_ping_","arguments":{},"call_id":"the end"},"response":null}',
+        '{"jsonrpc":"2.0","method":"_ping_","id":"the end"}']
+loop, channels, seen, count = asyncio.new_event_loop(), {}, [], 0
+loop.set_exception_handler(lambda loop, what: seen.append(what))
+logging.getLogger().addHandler(Errors(logging.ERROR))
+atheris.Setup(sys.argv, one, custom_mutator=mutate)
+atheris.Fuzz()
+"""
+
+
+def test_fuzz_guided_by_coverage_ends_nothing(tmp_path: Path) -> None:
+    """The decoders and the channels under them, where atheris is installed."""
+    pytest.importorskip("atheris", reason="atheris is not installed", exc_type=ImportError)
+    seeds = tmp_path / "seeds"
+    seeds.mkdir()
+    for n, frame in enumerate(REAL_FRAMES):
+        for kind in range(8):
+            (seeds / f"{n}-{kind}").write_bytes(bytes([kind]) + frame.encode())
+    runs = 1_000_000 if LONG else 20_000
+    done = subprocess.run(
+        [sys.executable, "-c", GUIDED_FUZZ, f"-runs={runs}", "-seed=1", "-timeout=20",
+         "-max_len=512", f"-artifact_prefix={tmp_path}/", str(seeds)],
+        cwd=HERE, capture_output=True, text=True, timeout=3600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert re.search(rf"Done {runs} ", done.stderr), done.stderr[-4000:]
 
 
 @pytest.mark.parametrize(("params", "code"), [
@@ -13473,6 +13614,79 @@ async def test_hostile_pattern_costs_no_more_than_its_length() -> None:
             endpoint.publish("a" * 1024, 1)
         await asyncio.sleep(0)
         assert time.process_time() - began < 1
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", '{"a": [1e999]}'])
+async def test_hostile_number_that_is_read_as_infinite_is_not_published(
+        number: str, caplog: pytest.LogCaptureFixture) -> None:
+    """It is JSON, but cannot be said again in it. The peer is told; no log is filled with it."""
+    endpoint = PubSubEndpoint()
+    async with plain(endpoint) as peer:
+        answer = await peer.ask(json.dumps(ask(1, "publish", {"topics": "t", "data": 0})).replace(
+            ": 0}", f": {number}}}"))
+        assert answer == failed(1, -32602, "the data is not JSON: a number may be infinite")
+        assert endpoint.stats()["events_published"] == 0
+    assert not caplog.records
+
+
+UPGRADE = (b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+           b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n")
+
+
+@each_library
+async def test_hostile_slow_handshakes_hold_nothing_of_ours(ws: WSProtocolType) -> None:
+    """Until they are over; who then sends half a frame holds one connection. Others are served."""
+    endpoint, before, codes = PubSubEndpoint(Calculator()), running_tasks(), {
+        value.__code__ for value in vars(RpcChannel).values() if inspect.isfunction(value)}
+    async with contextlib.AsyncExitStack() as stack:
+        url = await stack.enter_async_context(serving(root_app(endpoint), ws=ws))
+        peers = []
+        for n in range(150):  # nothing, half of a request, and all of it with a frame's first byte
+            reader, writer = await asyncio.open_connection("127.0.0.1", port_of(url))
+            peers.append(writer)
+            stack.callback(writer.transport.abort)
+            writer.write((b"", UPGRADE[:-2], UPGRADE)[n % 3])
+            if n % 3 == 2:
+                await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+                writer.write(b"\x81")
+        assert len(endpoint.channels) == 50
+        ours = [t for t in running_tasks() - before if t.get_coro().cr_code in codes]
+        assert len(ours) == 50  # one each, which reads
+        async with asyncio.timeout(5), PubSubClient(url) as client:
+            assert (await client.call("add", [1, 2])).result == 3
+        for writer in peers:
+            writer.transport.abort()
+        await until(lambda: not endpoint.channels)
+        await until(lambda: running_tasks() <= before)
+
+
+async def test_hostile_storm_of_reconnects_loses_nothing(quick: None) -> None:
+    """A hundred whose connections are reset at once, again and again, while events come."""
+    async def publish() -> None:
+        while len(published) < 300:
+            published.append(len(published))
+            endpoint.publish("t", published[-1])
+            await asyncio.sleep(0.002)
+
+    endpoint, published, gaps = PubSubEndpoint(Calculator()), list[int](), list[Gap]()
+    got = [list[int]() for _ in range(100)]
+    async with contextlib.AsyncExitStack() as stack:
+        url = await stack.enter_async_context(serving(root_app(endpoint)))
+        proxy = await stack.enter_async_context(relaying(url))
+        for each in got:
+            client = await stack.enter_async_context(PubSubClient(
+                f"ws://127.0.0.1:{proxy.port}", on_gap=gaps.append))
+            await client.subscribe("t", each.append)
+        publishing = asyncio.create_task(publish())
+        for at in (50, 100, 125, 150):
+            await until(lambda at=at: len(published) >= at)  # type: ignore[misc]
+            proxy.reset()
+        await publishing
+        await until(lambda: all(each and each[-1] == published[-1] for each in got), 30)
+        assert all(each == published for each in got) and gaps == []
+    await until(lambda: not endpoint.channels)
+    stats = endpoint.stats()
+    assert (stats["topics"], stats["subscriptions"], stats["lagging"]) == (0, 0, 0)
 
 
 async def test_hostile_storm_of_refused_peers_leaves_nothing() -> None:
