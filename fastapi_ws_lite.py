@@ -4335,7 +4335,7 @@ class PubSubClient(RpcClient):
         self._greeted: RpcChannel | None = None
         self._told: dict[_Key, int] = {}  # what the server was asked for, and by which question
         self._known: set[_Key] = set()  # what some server has agreed to: it is resumed
-        self._resuming: set[_Key] = set()  # which on this connection has not happened yet
+        self._resumed = True  # on this connection; else what comes is not looked at
         self._asking: dict[int, asyncio.Task[None]] = {}  # the questions that are not answered
         self._questions = 0
         self._later: set[_Key] = set()  # what to tell when there is less to be answered
@@ -4409,7 +4409,7 @@ class PubSubClient(RpcClient):
         fields = params if type(params) is dict else {}
         old = fields.get("subscription")
         topic = old.get("topic") if type(old) is dict else fields.get("topic")
-        if type(topic) is str and not self._resuming:
+        if type(topic) is str and self._resumed:
             position = fields.get("position")
             place = _offset(position) if type(position) is str else -1
             event = Event(topic, fields.get("data"), position if place >= 0 else None)
@@ -4419,14 +4419,14 @@ class PubSubClient(RpcClient):
 
     def _on_position(self, channel: RpcChannel, params: Any) -> None:
         position = params.get("position") if type(params) is dict else None
-        if type(position) is str and not (self._inbox.full or self._resuming):
+        if type(position) is str and self._resumed and not self._inbox.full:
             self._received, self._top = position, max(self._top, _offset(position))
 
     def _on_gap_told(self, channel: RpcChannel, params: Any) -> None:
         fields = params if type(params) is dict else {}
         position, reason = fields.get("position"), fields.get("reason")
-        if type(position) is str and type(reason) is str and not (
-                self._inbox.full or self._resuming):
+        takes = self._resumed and not self._inbox.full
+        if takes and type(position) is str and type(reason) is str:
             self._lose(self._received, position, reason)
             if reason == "log":
                 self._restart_at(position)
@@ -4493,7 +4493,7 @@ class PubSubClient(RpcClient):
             return
         fresh = self._received is None or not self._known  # there is no place to go on from
         self._known |= {key for key in keys if self._inbox.topics.having(*key)}
-        self._resuming.clear()
+        self._resumed = True
         left -= keys
         there = self._inbox.having(keys)
         if type(result) is not dict or type(position := result.get("position")) is not str:
@@ -4553,11 +4553,10 @@ class PubSubClient(RpcClient):
         exact, patterns = self._inbox.topics.exact, self._inbox.topics.patterns
         keys = {(name, False) for name in exact} | {(name, True) for name in patterns}
         self._known &= keys
-        self._resuming = self._known.copy()
-        if channel._speaks is _OLD_WIRE or self._received is None:
-            if self._known:
-                self._lose(None, None, "reconnect")
-            self._resuming.clear()
+        lost = channel._speaks is _OLD_WIRE or self._received is None
+        self._resumed = lost or not self._known
+        if lost and self._known:
+            self._lose(None, None, "reconnect")
         self._tell(keys)
         for subscription in self._inbox.unconfirmed:
             self._inbox.unconfirmed[subscription] = math.inf if self._later else self._questions
@@ -4577,14 +4576,14 @@ class PubSubClient(RpcClient):
         """Ask the server for those of the keys that it does not know of, and to end the others."""
         ended = {key for key in keys if not self._inbox.topics.having(*key)}
         self._known -= ended
-        self._resuming -= ended
+        self._resumed = self._resumed or not self._known
         channel = self.channel
         if channel is None or self._greeted is not channel:
             return
-        if self._resuming:
-            again = (keys & self._resuming) - self._told.keys()
+        if not self._resumed:
+            again = (keys & self._known) - self._told.keys()
             self._ask(channel, "subscribe", again, self._received)
-        if self._resuming or len(self._asking) >= REQUESTS_AT_ONCE:
+        if not self._resumed or len(self._asking) >= REQUESTS_AT_ONCE:
             self._postpone(keys)
             return
         wanted = {key for key in keys if self._inbox.topics.having(*key)}
@@ -4654,7 +4653,7 @@ class PubSubClient(RpcClient):
                 self._refuse(keys, error)
                 return
             # what the second half is sent again may be late
-            for subscription in self._inbox.having(self._resuming & keys):
+            for subscription in self._inbox.having(() if self._resumed else keys):
                 subscription._since = subscription._since or since
                 self._inbox.unconfirmed[subscription] = math.inf
             half = set(itertools.islice(keys, len(keys) // 2))

@@ -7062,7 +7062,8 @@ async def test_subscribe_since_that_is_late_is_repeated_though_a_later_one_is_gr
         both = [client.subscribe("t", print, since=since) for since in ("3-a", "4-a")]
         for subscription in both:
             await asyncio.wait_for(awaiting(subscription), 5)
-        assert (asked.count("3-a"), asked.count("4-a")) == (3, 1)
+        assert asked.count("3-a") > 2  # each of its questions was late at its own time
+        assert asked.count("4-a") == 1
         assert [subscription._since for subscription in both] == [None, None]
 
 
