@@ -13752,6 +13752,7 @@ async def test_half_of_many_stalled_costs_the_others_nothing(
             link.cut()
             link.gate.set()
         await asyncio.gather(*running, *drains)
+    print(f"\nhalf of {2 * half} stalled: {costs[1] / costs[0]:.2f} of the cost without them")
     assert costs[1] < 1.6 * costs[0]
 
 
