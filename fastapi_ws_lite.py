@@ -63,14 +63,15 @@ from collections.abc import Coroutine, Generator, Iterable, Iterator, Mapping, S
 from contextlib import AsyncExitStack
 from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final, Generic, Literal, NamedTuple, Protocol, Self, TypeAlias
-from typing import TypedDict, TypeVar, Unpack, cast
+from typing import Annotated, Any, ClassVar, Final, Generic, Literal, NamedTuple, Protocol, Self
+from typing import TypeAlias, TypedDict, TypeVar, Unpack, cast
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import anyio.to_thread
 from fastapi import APIRouter, FastAPI, Request, Response, WebSocket
 from fastapi.params import Depends
-from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+from pydantic import ConfigDict, PydanticUserError, StringConstraints, TypeAdapter
+from pydantic import ValidationError
 from pydantic.errors import PydanticInvalidForJsonSchema, PydanticUndefinedAnnotation
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import ArgsKwargs, CoreConfig, PydanticOmit, SchemaValidator, from_json
@@ -131,8 +132,11 @@ QUEUE_EVENTS: Final = 10_000  # that wait for callbacks, or to be published by o
 QUEUE_BYTES: Final = 16 * 2**20
 EVENT_FRAME_BYTES: Final = 256  # what is around topic and data is less, in either dialect
 OLD_WIRE_EXTRA_BYTES: Final = 64  # an event is larger in that dialect, by less
-MAX_TOPIC_CHARACTERS: Final = 1024
+MAX_TOPIC_CHARACTERS: Final = 1024  # also of a position, and of a subscriber's id
+MAX_TOPICS: Final = 1000  # that a peer publishes to at once
 MAX_PATTERN_STARS: Final = 16  # each is one more pass over the topic
+MAX_PATTERN_CHARACTERS: Final = 128  # with a ? or [: a part is tried everywhere, not searched for
+MAX_PROBLEMS: Final = 100  # that are told of one request's parameters
 MAX_SUBSCRIPTIONS: Final = 10_000  # per connection
 MAX_PATTERNS: Final = 100  # per connection; each costs time at every publish, as topics do not
 
@@ -285,7 +289,10 @@ def _encode(value: object) -> str:
     """JSON text, of models and dataclasses too. Raises ValueError for what JSON cannot say."""
     raw = to_json(value, bytes_mode="base64")
     if len(raw) > 2 and (b"NaN" in raw or b"Infinity" in raw):  # harmless in a string: so parse
-        from_json(raw, allow_inf_nan=False)
+        try:
+            from_json(raw, allow_inf_nan=False)
+        except ValueError as error:
+            raise ValueError(f"JSON has no NaN and no infinity: {error}") from error
     return raw.decode()
 
 
@@ -641,6 +648,8 @@ class _Method:
 
 def _problems(error: ValidationError, value: Any) -> list[dict[str, Any]]:
     """What is wrong with which part; without its value, or the name of a class of ours."""
+    if (count := error.error_count()) > MAX_PROBLEMS:  # each would cost 1 KiB
+        return [{"loc": [], "type": "too_many", "msg": f"{count} parts are not valid"}]
     problems = []
     for e in error.errors(include_url=False, include_input=False):
         named = {"class", "class_name"} & e.get("ctx", {}).keys()
@@ -650,7 +659,8 @@ def _problems(error: ValidationError, value: Any) -> list[dict[str, Any]]:
 
 
 def _summary(problems: list[dict[str, Any]]) -> str:
-    return "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in problems[:3])
+    told = ((".".join(map(str, p["loc"])), p["msg"]) for p in problems[:3])
+    return "; ".join(": ".join(filter(None, parts)) for parts in told)
 
 
 def _path(loc: tuple[int | str, ...], value: Any, kind: str) -> list[int | str]:
@@ -962,14 +972,37 @@ def _check_topics(topics: str | Iterable[str], *, pattern: bool = False) -> tupl
             raise InvalidParams(f"a topic is Unicode text: {error}") from error
         if pattern and name.count("*") > MAX_PATTERN_STARS:
             raise InvalidParams(f"a pattern has at most {MAX_PATTERN_STARS} stars: {name!r:.50}")
+        if pattern and len(name) > MAX_PATTERN_CHARACTERS and _NOT_LITERAL.search(name):
+            raise InvalidParams(f"a pattern with ? or [ has at most {MAX_PATTERN_CHARACTERS} "
+                                f"characters: {name!r:.50}")
     return names
 
 
 class _Pattern(dict[_Sink, None]):
-    """Sinks, and what they want as fnmatch.fnmatchcase has it; linear, as its groups are atomic."""
+    """Sinks, and what they want as fnmatch.fnmatchcase has it; without backtracking."""
 
     def __init__(self, pattern: str) -> None:
-        self.matches = re.compile(fnmatch.translate(pattern)).match
+        self.matches: Callable[[str], object] = functools.partial(_are_in, pattern.split("*"))
+        if _NOT_LITERAL.search(pattern):
+            self.matches = re.compile(fnmatch.translate(pattern)).match  # its groups are atomic
+
+
+_NOT_LITERAL: Final = re.compile(r"[?[]")
+
+
+def _are_in(parts: Sequence[str], topic: str) -> bool:
+    """Whether the parts, with any text between them, are the topic."""
+    first, last = parts[0], parts[-1]
+    if len(parts) == 1:
+        return topic == first
+    if not (topic.startswith(first) and topic.endswith(last)):
+        return False
+    at, end = len(first), len(topic) - len(last)
+    for part in parts[1:-1]:
+        if (found := topic.find(part, at, end)) < 0:
+            return False
+        at = found + len(part)
+    return at <= end
 
 
 class _Topics(Generic[_Sink]):
@@ -1876,6 +1909,8 @@ class RpcChannel(_Caller):
             self._fail(request, Cancelled())
         except BaseException as error:  # SystemExit too: a method must not end the server
             told = error if isinstance(error, RpcError) else None
+            if type(error) is RequestTimeout:  # of another connection, whose troubles are not told
+                told = RequestTimeout()
             if told is None or isinstance(error, ChannelClosed):
                 gone = isinstance(error, ChannelClosed) and self._closed is not None
                 logger.log(logging.DEBUG if gone else logging.ERROR, "%s failed", request.method,
@@ -2590,6 +2625,7 @@ class _Shared:
                  lose: Callable[[str, str, bool], None]) -> None:
         self._backbone, self._commit, self._lose = backbone, commit, lose
         self._queue: deque[_Envelope] = deque()
+        self._waiting = 0  # bytes in it, about: marks, and what a drop leaves, are not counted
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stirred: list[asyncio.Future[None]] = []  # those who wait for the queue,
         self._moved: list[asyncio.Future[None]] = []  # and for the reader
@@ -2622,11 +2658,14 @@ class _Shared:
         return {"connected": self._connected, "queued": len(self._queue),
                 "behind": max(0, self._sent - self._own), "last_error": self._error}
 
-    def check(self, size: int, origin: str | None) -> None:
-        """Raises MessageTooLarge for more than the backbone takes."""
+    def check(self, size: int, origin: str | None, count: int) -> None:
+        """Raises MessageTooLarge for more than the backbone takes, Overloaded for what waits."""
         size += ENVELOPE_BYTES + (_size(_quoted(origin)) if origin else 0)
         if size > (limit := getattr(self._backbone, "max_size", math.inf)):
             raise MessageTooLarge(f"{size} bytes, the limit of the backbone is {limit}")
+        waiting = self._waiting + size * count
+        if waiting > OUTBOX_BYTES and (self._queue or count > 1):
+            raise Overloaded(f"{waiting} bytes wait to be published")
 
     def put(self, topics: Sequence[str], data: str,
             origin: str | None) -> list["asyncio.Future[None]"]:
@@ -2635,6 +2674,7 @@ class _Shared:
         new = [_Envelope(_pack(f"{self._writer}:{next(self._events)}", topic, origin, data),
                          loop.create_future()) for topic in topics]
         self._queue.extend(new)
+        self._waiting += sum(len(envelope.payload) for envelope in new)
         _wake(self._stirred)
         return [envelope.done for envelope in new]
 
@@ -2668,7 +2708,7 @@ class _Shared:
         await asyncio.wait(self._tasks, timeout=CLOSE_SECONDS)
         while self._queue:
             _fail(self._queue.popleft(), ChannelClosed(1001, "the endpoint was closed"))
-        self._connected = False
+        self._connected, self._waiting = False, 0
 
     async def _for_ever(self, work: Callable[[], Awaitable[None]]) -> None:
         _current.set(None)
@@ -2712,6 +2752,7 @@ class _Shared:
                     raise
                 for envelope in batch:
                     self._queue.remove(envelope)  # the first one, unless a mark has come before it
+                    self._waiting -= len(envelope.payload) if self._queue else self._waiting
                     envelope.done.set_result(None)
                 self._count(batch[-1])
         finally:
@@ -2743,6 +2784,7 @@ class _Shared:
         place, id = self._queue.index(envelope), _unpack(envelope.payload)[0]
         nobody = asyncio.get_running_loop().create_future()
         self._queue[place] = _Envelope(_pack(id, None, None, ""), nobody)
+        self._waiting -= len(envelope.payload)
         _fail(envelope, error)
 
     async def _read(self) -> None:
@@ -2830,7 +2872,7 @@ def _pack(id: str, topic: str | None, origin: str | None, data: str) -> bytes:
 def _unpack(payload: bytes) -> tuple[str, str | None, str | None, str]:
     """Id, topic, origin and data of an entry; without an id, it is not one of ours."""
     head, _, data = payload.partition(b"\n")
-    with contextlib.suppress(ValueError, TypeError):
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
         id, topic, origin = from_json(head)
         sign = found[1] if (found := _ID.fullmatch(id)) else ""
         if topic is None and sign:
@@ -3168,6 +3210,8 @@ class EventNotifier:
             backbone = _backbone_of(backbone, channel, max(history, HISTORY_EVENTS))
         self._shared = (
             None if backbone is None else _Shared(backbone, self._commit, self._lose))
+        if min(history, history_bytes) < 0:
+            raise ValueError(f"history is 0 or more, not {history} of {history_bytes} bytes")
         if on_slow not in ("gap", "close"):
             raise ValueError(f"on_slow is 'gap' or 'close', not {on_slow!r}")
         self._encode, self._decode = _coders(codec)
@@ -3208,8 +3252,9 @@ class EventNotifier:
                 notifier_id: str | None = None) -> Awaitable[None]:
         """Publish an event to each topic; from any thread, and with ``await`` or without.
 
-        ``notifier_id`` is the id of a subscriber that does not get it. When it was awaited, the
-        event is in the log, that of the backbone if there is one. Raises ValueError for data that
+        ``notifier_id`` is the id of a subscriber that does not get it. When it was awaited on the
+        loop that is served, the event is in the log, that of the backbone if there is one; other
+        threads do not wait. Raises ValueError for data that
         is not JSON, MessageTooLarge, InvalidParams for a topic, and Overloaded while 10,000 events
         of other threads, or for a backbone, wait; then nothing was published.
         """
@@ -3225,7 +3270,7 @@ class EventNotifier:
         if (self._shared or not here) and waiting >= QUEUE_EVENTS:
             raise Overloaded(f"{waiting} events wait to be published")
         if self._shared:
-            self._shared.check(size, notifier_id)
+            self._shared.check(size, notifier_id, len(names))
         if here:
             self._attach()
             return self._append(names, text, notifier_id)
@@ -3403,6 +3448,8 @@ class _Feed:
                     reached, self.sent.get((name, mine is self.patterns), 0))
                 for mine in (self.topics, self.patterns) for name in mine}
             self.next, self.lagging = floor, True
+            self._channel._go_live(None)
+            self._channel._side._stir(self._channel)  # whatever becomes of the answer
         self.told = min(self.told, floor - 1)
         for mine, names in ((self.topics, topics), (self.patterns, patterns)):
             for name in names:
@@ -3427,7 +3474,7 @@ class _Feed:
         index, topic, known = entry.index, entry.topic, self._notifier._feeds.patterns
         return bool(entry.hole and len(self)) if topic is None else (
             self._from(topic, False) <= index or self._from(ALL_TOPICS, False) <= index
-            or any(self._from(name, True) <= index and known[name].matches(topic) is not None
+            or any(self._from(name, True) <= index and known[name].matches(topic)
                    for name in self.patterns))
 
     def _from(self, name: str, pattern: bool) -> float:
@@ -3510,6 +3557,10 @@ class _Feed:
 _Authorize: TypeAlias = Callable[[RpcChannel, str, tuple[str, ...]], Any]
 
 
+_Names: TypeAlias = list[str] | str
+_Id: TypeAlias = Annotated[str, StringConstraints(max_length=MAX_TOPIC_CHARACTERS)]
+
+
 class _EndpointOptions(_Options, total=False):
     allowed_origins: Iterable[str] | None
 
@@ -3535,6 +3586,8 @@ class RpcEndpoint(_Side):
                  **options: Unpack[_Options]) -> None:
         super().__init__(methods, **options)
         self.channels: dict[str, RpcChannel] = {}
+        if isinstance(allowed_origins, str):
+            raise TypeError(f"allowed_origins are several: [{allowed_origins!r}]")
         self._origins = None if allowed_origins is None else frozenset(allowed_origins)
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -3717,10 +3770,15 @@ class PubSubEndpoint(RpcEndpoint):
             logger.info("%s of %s is refused: %s", action, topics, error)
             return False
 
-    async def _subscribe(self, channel: RpcChannel, topics: list[str] | str | None = None,
-                         patterns: list[str] | str | None = None, since: str | None = None,
-                         subscriber_id: str | None = None, max_size: int | None = None) -> Any:
+    def _check_hooks(self, channel: RpcChannel) -> None:
+        if len(channel._tasks) > self._max_requests:
+            raise Overloaded("too many hooks of this connection are running")
+
+    async def _subscribe(self, channel: RpcChannel, topics: _Names | None = None,
+                         patterns: _Names | None = None, since: str | None = None,
+                         subscriber_id: _Id | None = None, max_size: int | None = None) -> Any:
         names, globs = _check_topics(topics or ()), _check_topics(patterns or (), pattern=True)
+        self._check_hooks(channel)
         if channel._feed is None:
             channel._feed = _Feed(channel, self.notifier)
         feed = channel._feed
@@ -3747,9 +3805,10 @@ class PubSubEndpoint(RpcEndpoint):
             position = since if recovered else self.notifier._log.position
             return channel._speaks is _OLD_WIRE or {"position": position, "recovered": recovered}
 
-    async def _unsubscribe(self, channel: RpcChannel, topics: list[str] | str | None = None,
-                           patterns: list[str] | str | None = None) -> bool:
+    async def _unsubscribe(self, channel: RpcChannel, topics: _Names | None = None,
+                           patterns: _Names | None = None) -> bool:
         names, globs = _check_topics(topics or ()), _check_topics(patterns or ())
+        self._check_hooks(channel)
         if channel._feed is not None:
             async with channel._feed.lock:
                 channel._feed.remove(names, globs)
@@ -3757,9 +3816,11 @@ class PubSubEndpoint(RpcEndpoint):
                 channel._spawn(_run_hooks_logged(self._on_unsubscribe, channel, names + globs))
         return True
 
-    async def _publish(self, channel: RpcChannel, topics: list[str] | str, data: Any = None,
-                       sync: bool = True, notifier_id: str | None = None) -> bool:
-        await self._check(channel, "publish", _check_topics(topics))
+    async def _publish(self, channel: RpcChannel, topics: _Names, data: Any = None,
+                       sync: bool = True, notifier_id: _Id | None = None) -> bool:
+        if len(names := _check_topics(topics)) > MAX_TOPICS:
+            raise InvalidParams(f"one publishes to at most {MAX_TOPICS} topics, not {len(names)}")
+        await self._check(channel, "publish", names)
         own = channel.id if channel._feed is None else channel._feed.subscriber_id
         try:
             published = self.notifier.publish(topics, data, notifier_id=notifier_id or own)
@@ -4366,7 +4427,8 @@ class PubSubClient(RpcClient):
         """
         if self.channel is not None and self.channel._outbox_size > OUTBOX_BYTES:
             raise Overloaded("too much waits to be sent to this peer")
-        subscription = self._inbox.subscribe(topics, callback, pattern, since or self._since)
+        since = self._since if since is None else since
+        subscription = self._inbox.subscribe(topics, callback, pattern, since)
         if self._greeted is self.channel and subscription._since is None and any(
                 (topic, pattern) in self._known for topic in subscription.topics):
             subscription._place = self._top  # what is sent again of those is not for this one
@@ -4797,7 +4859,11 @@ class Remote:
     @property
     def position(self) -> str | None:
         """As `PubSubClient.position`: give it as ``since`` to a later `connect`."""
-        return self._client.position
+        try:
+            position: str | None = self._wait(lambda: self._client.position)
+        except (ChannelClosed, RuntimeError):  # it is over, or this is the loop's own thread
+            position = self._client.position
+        return position
 
     def events(self, topics: str | Iterable[str], *, pattern: bool = False) -> Iterator[Event]:
         """Subscribe, confirmed by the server, and iterate; leaving the loop unsubscribes."""

@@ -13581,8 +13581,8 @@ async def test_hostile_position_is_one_that_is_not_there(since: str) -> None:
     """It is not recovered, and the client is told so; what a client receives is no less odd."""
     endpoint, gaps = PubSubEndpoint(), list[Gap]()
     async with PubSubClient(transport=Inside(endpoint), on_gap=gaps.append) as client:
-        await client.subscribe("t", print, since=since or None)
-        await until(lambda: len(gaps) == bool(since))
+        await client.subscribe("t", print, since=since)
+        await until(lambda: len(gaps) == 1)
         for position in (since, 7, None, [since]):
             only(endpoint).notify("position", {"position": position})
             only(endpoint).notify("gap", {"position": position, "reason": position})
@@ -13628,6 +13628,147 @@ async def test_hostile_number_that_is_read_as_infinite_is_not_published(
         assert answer == failed(1, -32602, "the data is not JSON: a number may be infinite")
         assert endpoint.stats()["events_published"] == 0
     assert not caplog.records
+
+
+async def test_hostile_parameters_cost_no_more_than_their_frame() -> None:
+    """Of 100,000 that are not valid, none is described: that had taken 1 KiB for each."""
+    endpoint = PubSubEndpoint()
+    async with plain(endpoint) as peer:
+        began = time.process_time()
+        answer = await peer.ask(ask(1, "subscribe", {"topics": [1] * 100_000}))
+        assert time.process_time() - began < 1
+    assert answer == failed(1, -32602, "Invalid params: 100001 parts are not valid", data=[
+        {"loc": [], "type": "too_many", "msg": "100001 parts are not valid"}])
+
+
+@pytest.mark.parametrize(("method", "params"), [
+    ("publish", {"topics": "t", "notifier_id": "x" * 1025}),
+    ("publish", {"topics": [f"{n}" for n in range(1001)]}),
+    ("subscribe", {"topics": "t", "subscriber_id": "x" * 1025}),
+    ("subscribe", {"patterns": "*" + "?" * 128})])
+async def test_hostile_names_are_bounded(method: str, params: Any) -> None:
+    """What is kept of a peer after it is gone, or costs time at each publish."""
+    endpoint = PubSubEndpoint()
+    async with plain(endpoint) as peer:
+        assert (await peer.ask(ask(1, method, params)))["error"]["code"] == -32602
+    assert endpoint.stats()["events_published"] == endpoint.stats()["topics"] == 0
+
+
+async def test_hostile_hooks_that_wait_are_bounded() -> None:
+    """Those of subscribe and unsubscribe, as requests are."""
+    async def wait(channel: RpcChannel, topics: Sequence[str]) -> None:
+        await asyncio.sleep(60)
+
+    endpoint = PubSubEndpoint(on_subscribe=wait, on_unsubscribe=wait, max_concurrent_requests=5)
+    async with plain(endpoint) as peer:
+        codes = [(await peer.ask(ask(n, method, {"topics": "t"}))).get("error", {}).get("code")
+                 for n, method in enumerate(["subscribe", "unsubscribe"] * 5)]
+        assert len(only(endpoint)._tasks) < 10
+    assert codes[:4] == [None] * 4 and codes[-2:] == [-32002] * 2
+
+
+async def test_hostile_pattern_of_long_parts_is_searched_for() -> None:
+    """Nothing is tried at each place of a topic: 100 of them, 100 topics."""
+    endpoint = PubSubEndpoint()
+    async with plain(endpoint) as peer:
+        await subscribed(peer, patterns=[f"*{'a' * 500}b{n}*" for n in range(100)])
+        began = time.process_time()
+        await peer.ask(ask(1, "publish", {"topics": [f"{'a' * 1000}{n}" for n in range(100)]}))
+        assert time.process_time() - began < 0.5
+
+
+async def test_hostile_publish_to_many_topics_waits_for_no_broker(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each topic is a copy, and what waits for a backbone is bounded in bytes too."""
+    monkeypatch.setattr(lib, "OUTBOX_BYTES", 10_000)
+    log, big = MemoryLog(), "x" * 8000
+    endpoint = PubSubEndpoint(backbone=log)
+    async with plain(endpoint) as peer:
+        log.away = True
+        answer = await peer.ask(ask(1, "publish", {"topics": ["a", "b"], "data": big}))
+        assert answer["error"]["code"] == -32002
+        endpoint.publish("a", big)
+        with pytest.raises(Overloaded):
+            endpoint.publish("a", big)
+        log.away = False
+        await until(lambda: not endpoint.stats()["backbone"]["queued"])
+        await endpoint.publish("a", big)
+    await endpoint.close()
+
+
+@pytest.mark.parametrize("alone", [True, False])
+async def test_hostile_subscribe_whose_answer_is_not_put_stalls_nobody(alone: bool) -> None:
+    """As a notification, or beside a slow call of a batch: what it goes back for is sent."""
+    async def may(channel: RpcChannel, action: str, topics: tuple[str, ...]) -> bool:
+        await asyncio.sleep(0.01)
+        return True
+
+    endpoint = PubSubEndpoint(Calculator(), authorize=may)
+    first = positions(endpoint, "t", range(3))[0]
+    params = {"topics": ["t"], "since": first}
+    async with serving(root_app(endpoint)) as url, raw(url) as peer:
+        await peer.send(tell("subscribe", params) if alone else
+                        [ask(1, "subscribe", params), ask(2, "wait")])
+        assert [(await peer.recv())["params"]["data"] for _ in range(2)] == [1, 2]
+        endpoint.publish("t", 3)
+        assert (await peer.recv())["params"]["data"] == 3
+
+
+async def test_error_of_another_connection_is_not_told() -> None:
+    """A method that calls a server which is not there times out, and says no more."""
+    endpoint, other = RpcEndpoint(), RpcClient("ws://127.0.0.1:9/internal")
+
+    @endpoint.method
+    async def ask_other() -> Any:
+        return (await other.call("x", timeout=0.05)).result
+
+    other.start()
+    async with plain(endpoint) as peer:
+        assert await peer.ask(ask(1, "ask_other")) == failed(1, -32000, "Request timed out")
+    await other.close()
+
+
+async def test_log_entry_of_another_that_is_nested_deeply_is_skipped() -> None:
+    """Else every server would read it again, for ever."""
+    log, got = MemoryLog(), list[Any]()
+    endpoint = PubSubEndpoint(backbone=log)
+    endpoint._attach()
+    endpoint.subscribe("t", got.append)
+    await endpoint.publish("t", 1)
+    await log.append(lib._pack("0123456789ab:0", "t", None, "[" * 5000 + "]" * 5000))
+    await endpoint.publish("t", 2)
+    await until(lambda: got == [1, 2])
+    await endpoint.close()
+
+
+def test_remote_position_is_asked_for_where_it_changes() -> None:
+    """On the loop of the connection; also when it is over, and from a callback on that loop."""
+    endpoint, seen, there = PubSubEndpoint(), list[str | None](), list[Any]()
+
+    class Asking(RpcMethodsBase):
+        async def look(self) -> None:
+            seen.append(there[0].position)
+
+    @endpoint.method
+    async def begin(channel: RpcChannel) -> None:
+        await channel.other.look()
+
+    with connect("ws://test/", Asking(), transport=Inside(endpoint)) as remote:
+        there.append(remote)
+        remote.subscribe("t", print)
+        assert remote.position is not None
+        remote.begin()
+    assert seen == [remote.position] != [None]
+
+
+@pytest.mark.parametrize(("make", "error", "text"), [
+    (lambda: RpcEndpoint(allowed_origins="https://a"), TypeError, r"\['https://a'\]"),
+    (lambda: PubSubEndpoint(history=-1), ValueError, "history is 0 or more, not -1"),
+    (lambda: PubSubEndpoint().publish("t", math.nan), ValueError, "JSON has no NaN")])
+def test_wrong_arguments_are_named(make: Any, error: Any, text: str) -> None:
+    """Where they are given, and not later."""
+    with pytest.raises(error, match=text):
+        make()
 
 
 UPGRADE = (b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
