@@ -512,8 +512,10 @@ def _dialect_of(message: Any) -> _Dialect | None:
 class _Batch:
     """The answers to a JSON-RPC batch, sent as one array when the last one is there."""
 
-    def __init__(self, send: Callable[[str], None], max_size: int) -> None:
+    def __init__(self, send: Callable[[str], None], max_size: int,
+                 grow: Callable[[int], int]) -> None:
         self._send, self._max_size = send, max_size
+        self._grow = grow  # returns what all batches of the connection hold now
         self._ids: list[Any] = []
         self._answers: dict[int, str] = {}
         self._total, self._most = 1, 2 * max_size  # bytes, with what is between and around them
@@ -524,12 +526,16 @@ class _Batch:
         return functools.partial(self._fill, len(self._ids) - 1)
 
     def _fill(self, place: int, text: str) -> None:
-        self._answers[place] = text
+        if self._grow(0) > OUTBOX_BYTES:
+            text = _JSONRPC.error(self._ids[place], Overloaded("too much waits in batches"))
+        self._answers[place], before = text, self._total
         self._total += _size(text) + 1
         whole = len(self._answers) == len(self._ids)
         if whole or self._total > self._most:
             self._shrink()
+        self._grow(self._total - before)
         if whole:
+            self._grow(1 - self._total)
             text = f"[{','.join(self._answers[place] for place in sorted(self._answers))}]"
             self._send(text if self._total <= self._max_size
                        else _JSONRPC.error(None, MessageTooLarge()))
@@ -1534,10 +1540,10 @@ class RpcChannel(_Caller):
     """One connection, on either side. Not thread-safe: for use on its event loop."""
 
     __slots__ = tuple("""
-        __weakref__ _answers_size _below _calls _close_timer _closed _closing _dialect _direct
-        _end_waiters _failure _feed _held _ids _loop _outbox _outbox_size _peer_takes _performs
-        _reader _receiving _room _running _send_deadline _share _side _socket _spared _speaks
-        _streams _tasks _timer _timer_at _unread _unsent _writer context id""".split())
+        __weakref__ _answers_size _batched _below _calls _close_timer _closed _closing _dialect
+        _direct _end_waiters _failure _feed _held _ids _loop _outbox _outbox_size _peer_takes
+        _performs _reader _receiving _room _running _send_deadline _share _side _socket _spared
+        _speaks _streams _tasks _timer _timer_at _unread _unsent _writer context id""".split())
 
     def __init__(self, socket: Socket, side: _Side, dialect: _Dialect | None,
                  context: dict[str, Any]) -> None:
@@ -1549,7 +1555,7 @@ class RpcChannel(_Caller):
         self._held: list[tuple[int | None, str, str | None, float | None, int]] = []
         self._loop = asyncio.get_running_loop()
         self._outbox: list[tuple[str, int, bool]] = []  # text, its bytes, is it an answer
-        self._outbox_size = self._answers_size = 0
+        self._outbox_size = self._answers_size = self._batched = 0
         self._writer: asyncio.Task[None] | None = None
         self._room: list[asyncio.Future[None]] = []
         self._calls, self._ids = _Calls(), itertools.count(1)
@@ -1833,7 +1839,7 @@ class RpcChannel(_Caller):
         else:
             items = tuple(item for each in message for item in dialect.read(each))
             if dialect is not _WS_LITE:
-                batch = _Batch(self._put_answer, self._peer_takes)
+                batch = _Batch(self._put_answer, self._peer_takes, self._batches_grow)
                 for item in items:
                     if isinstance(item, _Request) and item.open:
                         item.batch = batch.expect(item.id)
@@ -2041,6 +2047,10 @@ class RpcChannel(_Caller):
         self._outbox.append((text, size, answer))
         self._outbox_size += size
         self._answers_size += size * answer
+
+    def _batches_grow(self, size: int) -> int:
+        self._batched += size
+        return self._batched
 
     def _put_answer(self, text: str) -> None:
         self._put(text, answer=True)

@@ -589,13 +589,29 @@ async def test_jsonrpc_batch_of_large_answers_drops_the_largest() -> None:
 async def test_jsonrpc_batch_holds_no_more_than_two_of_the_largest_messages() -> None:
     """Large answers give way while the others are awaited, not when all of them are held."""
     sent = list[str]()
-    batch = lib._Batch(sent.append, 4000)
+    batch = lib._Batch(sent.append, 4000, lambda size: 0)
     fills = [batch.expect(id) for id in range(20)]
     for fill in fills:
         fill("1" * 1200)
         assert sum(map(len, batch._answers.values())) <= 8000
     assert len(json.loads(sent[0])) == 20
     assert 2400 < len(sent[0]) <= 4000
+
+
+async def test_jsonrpc_batches_that_are_not_whole_hold_no_more_than_the_limit(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers that wait for one that takes long are errors, once they are too much together."""
+    monkeypatch.setattr(lib, "OUTBOX_BYTES", 10_000)
+    endpoint = RpcEndpoint(worker := Worker())
+    async with plain(endpoint) as peer:
+        for first in range(0, 30, 10):
+            await peer.send([ask(first, "hold"), ask(first + 1, "text", [6000])])
+        await until(lambda: len(worker.seen) == 3)
+        worker.go.set()
+        got = [answer for _ in range(3) for answer in await peer.recv()]
+        codes = {a["id"]: a.get("error", {}).get("code") for a in got}
+        assert [codes[id] for id in (1, 11, 21)] == [None, None, -32002]
+        assert only(endpoint)._batched == 0
 
 
 async def test_jsonrpc_batch_with_answers_only_is_not_answered() -> None:
