@@ -3459,7 +3459,6 @@ class _Feed:
                 for mine in (self.topics, self.patterns) for name in mine}
             self.next, self.lagging = floor, True
             self._channel._go_live(None)
-            self._channel._side._stir(self._channel)  # whatever becomes of the answer
         self.told = min(self.told, floor - 1)
         for mine, names in ((self.topics, topics), (self.patterns, patterns)):
             for name in names:
@@ -3810,6 +3809,9 @@ class PubSubEndpoint(RpcEndpoint):
             if max_size is not None:
                 feed.takes = channel._peer_takes = min(channel._peer_takes, max_size)
             recovered = feed.subscribe(names, globs, since)
+            request = _current.get()
+            if request is not None and (request.batch is not None or not request.open):
+                self._stir(channel)  # for what it has to send again: there is no answer yet
             if self._on_subscribe:
                 channel._spawn(_run_hooks_logged(self._on_subscribe, channel, names + globs))
             position = since if recovered else self.notifier._log.position
