@@ -132,7 +132,7 @@ QUEUE_EVENTS: Final = 10_000  # that wait for callbacks, or to be published by o
 QUEUE_BYTES: Final = 16 * 2**20
 EVENT_FRAME_BYTES: Final = 256  # what is around topic and data is less, in either dialect
 OLD_WIRE_EXTRA_BYTES: Final = 64  # an event is larger in that dialect, by less
-MAX_TOPIC_CHARACTERS: Final = 1024  # also of a position, and of a subscriber's id
+MAX_TOPIC_CHARACTERS: Final = 1024  # also of the id of a subscriber
 MAX_TOPICS: Final = 1000  # that a peer publishes to at once
 MAX_PATTERN_STARS: Final = 16  # each is one more pass over the topic
 MAX_PATTERN_CHARACTERS: Final = 128  # with a ? or [: a part is tried everywhere, not searched for
@@ -988,9 +988,11 @@ class _Pattern(dict[_Sink, None]):
     """Sinks, and what they want as fnmatch.fnmatchcase has it; without backtracking."""
 
     def __init__(self, pattern: str) -> None:
-        self.matches: Callable[[str], object] = functools.partial(_are_in, pattern.split("*"))
+        self.matches: Callable[[str], object]
         if _NOT_LITERAL.search(pattern):
             self.matches = re.compile(fnmatch.translate(pattern)).match  # its groups are atomic
+        else:
+            self.matches = functools.partial(_are_in, pattern.split("*"))
 
 
 _NOT_LITERAL: Final = re.compile(r"[?[]")
@@ -2635,7 +2637,7 @@ class _Shared:
                  lose: Callable[[str, str, bool], None]) -> None:
         self._backbone, self._commit, self._lose = backbone, commit, lose
         self._queue: deque[_Envelope] = deque()
-        self._waiting = 0  # bytes in it, about: marks, and what a drop leaves, are not counted
+        self._waiting = 0  # bytes in it
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stirred: list[asyncio.Future[None]] = []  # those who wait for the queue,
         self._moved: list[asyncio.Future[None]] = []  # and for the reader
@@ -2693,6 +2695,7 @@ class _Shared:
         self._mark = f"{self._writer}!{next(self._marks)}"
         self._marked = asyncio.get_running_loop().create_future()
         self._queue.appendleft(_Envelope(_pack(self._mark, None, None, ""), self._marked))
+        self._waiting += len(self._queue[0].payload)
         _wake(self._stirred)
 
     async def ready(self, since: str | None, here: Callable[[str], object]) -> None:
@@ -2762,7 +2765,7 @@ class _Shared:
                     raise
                 for envelope in batch:
                     self._queue.remove(envelope)  # the first one, unless a mark has come before it
-                    self._waiting -= len(envelope.payload) if self._queue else self._waiting
+                    self._waiting -= len(envelope.payload)
                     envelope.done.set_result(None)
                 self._count(batch[-1])
         finally:
@@ -2794,7 +2797,7 @@ class _Shared:
         place, id = self._queue.index(envelope), _unpack(envelope.payload)[0]
         nobody = asyncio.get_running_loop().create_future()
         self._queue[place] = _Envelope(_pack(id, None, None, ""), nobody)
-        self._waiting -= len(envelope.payload)
+        self._waiting += len(self._queue[place].payload) - len(envelope.payload)
         _fail(envelope, error)
 
     async def _read(self) -> None:

@@ -12084,8 +12084,9 @@ async def test_resume_that_was_given_up_moves_no_place(quick: None) -> None:
         assert gaps == [Gap(there[-1], f"2-{successor.notifier._log._id}", "history")]
 
 
-async def test_resume_does_not_wait_for_what_was_granted_too_late(quick: None) -> None:
-    """A topic that nobody wants any more is not asked for."""
+@contextlib.asynccontextmanager
+async def granted_too_late() -> AsyncIterator[tuple[PubSubEndpoint, PubSubClient]]:
+    """A client whose subscription to "t" was cancelled before the server granted it."""
     async def may(channel: RpcChannel, action: str, topics: tuple[str, ...]) -> bool:
         asked.append(topics)
         await gate.wait()
@@ -12099,6 +12100,12 @@ async def test_resume_does_not_wait_for_what_was_granted_too_late(quick: None) -
         subscription.cancel()
         gate.set()
         await until(lambda: not client._asking)
+        yield endpoint, client
+
+
+async def test_resume_does_not_wait_for_what_was_granted_too_late(quick: None) -> None:
+    """A topic that nobody wants any more is not asked for."""
+    async with granted_too_late() as (endpoint, client):
         await drop(endpoint, client)
         await asyncio.wait_for(awaiting(client.subscribe("u", print)), 5)
 
@@ -12292,19 +12299,8 @@ async def test_subscription_after_a_wish_for_its_topic_is_new(topics: str | list
 
 async def test_subscription_after_one_that_was_granted_too_late_is_new() -> None:
     """It gets nothing from before it."""
-    async def may(channel: RpcChannel, action: str, topics: tuple[str, ...]) -> bool:
-        asked.append(topics)
-        await gate.wait()
-        return True
-
-    gate, asked, got = asyncio.Event(), list[tuple[str, ...]](), list[Any]()
-    endpoint = PubSubEndpoint(authorize=may)
-    async with PubSubClient(transport=Inside(endpoint)) as client:
-        subscription = client.subscribe("t", print)
-        await until(lambda: asked)
-        subscription.cancel()
-        gate.set()
-        await until(lambda: not client._asking)
+    got = list[Any]()
+    async with granted_too_late() as (endpoint, client):
         positions(endpoint, "t", ["old"])
         await client.subscribe("t", got.append)
         endpoint.publish("t", "new")
@@ -13718,6 +13714,8 @@ async def test_hostile_publish_to_many_topics_waits_for_no_broker(
             endpoint.publish("a", big)
         log.away = False
         await until(lambda: not endpoint.stats()["backbone"]["queued"])
+        shared: Any = endpoint.notifier._shared
+        assert shared._waiting == 0
         await endpoint.publish("a", big)
     await endpoint.close()
 
