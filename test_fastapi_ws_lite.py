@@ -13738,6 +13738,37 @@ async def test_hostile_subscribe_whose_answer_is_not_put_stalls_nobody(alone: bo
         assert (await peer.recv())["params"]["data"] == 3
 
 
+async def test_hostile_subscribe_that_goes_back_is_not_overtaken() -> None:
+    """By what is published right after it, so much that it is sent at once."""
+    async def may(channel: RpcChannel, action: str, topics: tuple[str, ...]) -> bool:
+        waits.append(topics)
+        await go.wait()
+        return True
+
+    async def publish() -> None:
+        await go.wait()
+        endpoint.publish("t", "x" * 100_000)
+
+    go, waits = asyncio.Event(), list[Any]()
+    endpoint = PubSubEndpoint(authorize=may)
+    first = positions(endpoint, "t", range(3))[0]
+    async with (serving(root_app(endpoint), ws="websockets-sansio") as url,
+                raw(url, subprotocols=[lib.SUBPROTOCOL], compression=None) as peer):
+        go.set()
+        await subscribed(peer, topics=["t"])
+        go.clear()
+        await peer.send(tell("subscribe", {"topics": ["t"], "since": first}))
+        await until(lambda: len(waits) == 2)
+        publishing = asyncio.create_task(publish())
+        await asyncio.sleep(0)
+        go.set()
+        await publishing
+        got = list[Any]()
+        while len(got) < 3:
+            got += [m["params"]["data"] for m in flat([await peer.recv()])]
+    assert [got[0], got[1], len(got[2])] == [1, 2, 100_000]
+
+
 async def test_error_of_another_connection_is_not_told() -> None:
     """A method that calls a server which is not there times out, and says no more."""
     endpoint, other = RpcEndpoint(), RpcClient("ws://127.0.0.1:9/internal")
