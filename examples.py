@@ -4,73 +4,53 @@
 # ///
 """What fastapi_ws_lite does, one scenario a function.
 
-    python examples.py              lists the scenarios and runs them all, but the last three
-    python examples.py NAME...      runs those
+    python examples.py              lists the scenarios
+    python examples.py NAME...      runs those; "all" runs the quick ones
 
-Each is complete, and fails if what it shows does not happen. ``demo`` is the whole of it: a server
-and two clients, each in a process of its own. ``bench`` measures, for a minute and a half, or with
-``--quick`` for a few seconds; ``backbones`` what brokers cost. ``dashboard`` serves a page, until
-Ctrl-C. The others run app and client in one process, joined by ASGITransport; against a server,
-leave ``transport`` out.
+Each is complete, and fails if what it shows does not happen. ``demo`` is a server and two clients,
+each in a process of its own. ``fleet`` is two servers and three agents. ``bench`` measures; with
+``--quick`` for a few seconds. ``dashboard`` serves a page until Ctrl-C. The others run app and client
+in one process, joined by ASGITransport; leave ``transport`` out to connect to a real server.
 """
 
 import asyncio
 import contextlib
-import gc
-import importlib.util
+import importlib
 import inspect
 import json
 import logging
-import math
-import mmap
 import os
 import random
-import re
+import resource
 import socket
-import struct
+import sqlite3
+import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from array import array
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+import urllib.request
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from datetime import date
-from functools import partial
-from statistics import median
-from typing import Annotated, Any, NamedTuple, Protocol, TypeAlias
+from typing import Annotated, Any, Protocol
 
 import uvicorn
-from fastapi import Depends, FastAPI, Header, WebSocket, WebSocketDisconnect, WebSocketException
-from fastapi.responses import HTMLResponse
+from fastapi import Cookie, Depends, FastAPI, Header, Response, WebSocket, WebSocketException
+from fastapi.responses import HTMLResponse, PlainTextResponse
 from pydantic import BaseModel, Field
 
 from fastapi_ws_lite import (
-    ALL_TOPICS,
-    ASGITransport,
-    ChannelClosed,
-    Event,
-    EventNotifier,
-    Forbidden,
-    InvalidParams,
-    MethodNotFound,
-    PubSubClient,
-    PubSubEndpoint,
-    Refused,
-    RequestTimeout,
-    RpcChannel,
-    RpcClient,
-    RpcEndpoint,
-    RpcError,
-    RpcMethodsBase,
-    connect,
+    ALL_TOPICS, ASGITransport, ChannelClosed, Event, EventNotifier, Fleet, Forbidden, InvalidParams,
+    MessageTooLarge, MethodNotFound, Overloaded, PubSubClient, PubSubEndpoint, Refused,
+    RequestTimeout, RpcChannel, RpcClient, RpcEndpoint, RpcError, RpcMethodsBase, RpcRequest,
+    connect, register_browser_client,
 )
 
 # ------------------------------------------------------------------ demo: a server and two clients
 
 
-class Fleet(RpcMethodsBase):
+class Control(RpcMethodsBase):
     """What the control server offers to its agents."""
 
     async def add(self, a: int, b: int) -> int:
@@ -104,7 +84,7 @@ async def serving(app: Any, **options: Any) -> AsyncIterator[asyncio.Server]:
 async def serve() -> None:
     """The server's process: prints its address, and serves until its input ends."""
     app = FastAPI()
-    endpoint = PubSubEndpoint(Fleet())
+    endpoint = PubSubEndpoint(Control())
     endpoint.register_route(app, "/ws")
 
     @app.post("/policy/{name}")
@@ -163,6 +143,90 @@ def demo() -> None:
     print("demo: all of it happened")
 
 
+# ------------------------------------------------------------------- fleet: two servers, three agents
+
+
+def redis_is_there() -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", 6379), 1):
+        return True
+    return False
+
+
+async def fleet_server() -> None:
+    """A server's process: agents connect to it, and it calls any agent of the fleet by its name."""
+    app = FastAPI()
+    endpoint = PubSubEndpoint(backbone="redis://localhost" if redis_is_there() else None,
+                              channel="fastapi_ws_lite_examples")
+    fleet = Fleet(endpoint)
+    endpoint.register_route(app, "/admin")
+
+    @app.websocket("/agents/{name}")
+    async def agents(websocket: WebSocket, name: str) -> None:
+        await endpoint.main_loop(websocket, identity=name)
+
+    @endpoint.method
+    async def online() -> list[str]:
+        return sorted(fleet.online())
+
+    @endpoint.method
+    async def call(name: str, method: str) -> Any:
+        try:
+            return (await fleet.call(name, method, timeout=5)).result
+        except ChannelClosed as error:
+            return f"error: {error}"
+
+    @endpoint.method
+    async def gather(method: str) -> dict[str, Any]:
+        answers = await fleet.call_all(method, timeout=5)
+        return {name: getattr(answer, "result", str(answer)) for name, answer in answers.items()}
+
+    async with serving(app) as server:
+        print(server.sockets[0].getsockname()[1], flush=True)
+        await asyncio.to_thread(sys.stdin.read)
+        await endpoint.close()
+
+
+class NamedAgent(RpcMethodsBase):
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    async def version(self) -> str:
+        return f"{self.name} runs 1.0"
+
+
+async def fleet() -> None:
+    """Two servers on Redis (or one, without it) and three agents; one server is killed."""
+    processes = [subprocess.Popen([sys.executable, __file__, "--fleet-server"], text=True,
+                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+                 for _ in range(2 if redis_is_there() else 1)]
+    urls = [f"ws://127.0.0.1:{(await asyncio.to_thread(p.stdout.readline)).strip()}"  # type: ignore[union-attr]
+            for p in processes]
+    try:
+        async with contextlib.AsyncExitStack() as open_ones:
+            for name, url in (("ann", urls[0]), ("bob", urls[0]), ("cid", urls[-1])):
+                await open_ones.enter_async_context(
+                    PubSubClient(f"{url}/agents/{name}", NamedAgent(name)))
+            last = await open_ones.enter_async_context(RpcClient(f"{urls[-1]}/admin"))
+            while len(online := (await last.other.online()).result) < 3:
+                await asyncio.sleep(0.05)
+            say(f"online, as the last of {len(urls)} servers knows: {', '.join(online)}")
+            said = (await last.other.call("ann", "version")).result
+            say(f"ann, who is connected to the first one: {said}")
+            everybody = (await last.other.gather("version")).result
+            say(f"everybody: {everybody}")
+            assert said == "ann runs 1.0" and len(everybody) == 3
+            if len(processes) > 1:
+                processes[0].kill()
+                while len(online := (await last.other.online()).result) > 1:
+                    await asyncio.sleep(0.2)
+                say(f"the first server was killed; online: {', '.join(online)}")
+                say("ann: " + (await last.other.call("ann", "version")).result)
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
 # -------------------------------------------------------------------------------------- calling
 
 
@@ -212,35 +276,6 @@ async def both_ways() -> None:
             assert (await channel.other.ask(question="eh?")).result == "what?"
 
 
-class Order(BaseModel):
-    item: str
-    amount: int = Field(gt=0)
-    due: date
-
-
-async def validation() -> None:
-    """Arguments are validated from the type hints, models among them."""
-    app = FastAPI()
-    endpoint = RpcEndpoint()
-    endpoint.register_route(app, "/rpc")
-
-    @endpoint.method
-    async def place(order: Order, gift: bool = False) -> Order:
-        assert isinstance(order.due, date) and not gift
-        return order
-
-    async with RpcClient("ws://test/rpc", transport=ASGITransport(app)) as client:
-        order = Order(item="tea", amount=2, due=date(2030, 1, 1))
-        assert (await client.other.place(order=order)).result["due"] == "2030-01-01"
-        try:
-            await client.other.place(order={"item": "tea", "amount": 0, "due": "soon"})
-        except InvalidParams as error:
-            assert [".".join(problem["loc"]) for problem in error.data] == [
-                "order.amount", "order.due"]
-        else:
-            raise AssertionError("it was accepted")
-
-
 async def errors() -> None:
     """What a method raises, and what its caller sees."""
     app = FastAPI()
@@ -268,6 +303,12 @@ async def errors() -> None:
         assert (await client.other.add(a=1, b=2)).result == 3  # the connection has not noticed
 
 
+class Order(BaseModel):
+    item: str
+    amount: int = Field(gt=0)
+    due: date
+
+
 class Shop(Protocol):
     """What a client knows of the methods of ``Till``, if it does not have the class."""
 
@@ -283,20 +324,21 @@ class Till(RpcMethodsBase):
 
 
 async def typed() -> None:
-    """Calls with the types of a class: checked by mypy before, by pydantic after."""
+    """Arguments are validated by their type hints; a proxy has the types of a class."""
     app = FastAPI()
     RpcEndpoint(Till()).register_route(app, "/rpc")
     orders = [Order(item="tea", amount=2, due=date(2030, 1, 2)),
               Order(item="jam", amount=1, due=date(2030, 1, 1))]
-
     async with RpcClient("ws://test/rpc", transport=ASGITransport(app)) as client:
+        assert (await client.other.next_due(orders=orders)).result["due"] == "2030-01-01"
         till = client.proxy(Till, timeout=5)
-        assert await till.next_due(orders) == orders[1]    # an Order, and not its JSON
+        assert await till.next_due(orders) == orders[1]   # an Order, and not its JSON
         assert await client.proxy(Shop).total(orders=orders) == 4.5
         try:
-            await till.total(orders, 3)  # type: ignore[call-arg]  # and mypy says so
-        except TypeError:
-            pass
+            await client.other.total(orders=[{"item": "tea", "amount": 0, "due": "soon"}])
+        except InvalidParams as error:
+            assert [problem["loc"] for problem in error.data] == [
+                ["orders", 0, "amount"], ["orders", 0, "due"]]
 
 
 # -------------------------------------------------------------------------------------- streams
@@ -328,7 +370,7 @@ async def streams() -> None:
     RpcEndpoint(machine).register_route(app, "/rpc")
 
     async with RpcClient("ws://test/rpc", Machine(), transport=ASGITransport(app)) as client:
-        assert [percent async for percent in client.other.work(steps=4)] == [25, 50, 75, 100]
+        assert [percent async for percent in client.stream("work", {"steps": 4})] == [25, 50, 75, 100]
         async for percent in client.proxy(Machine).work(1_000_000):
             if percent == 0:
                 break                                     # which stops the work
@@ -387,15 +429,15 @@ async def authorisation() -> None:
             raise WebSocketException(1008, "who are you?")
         return token.removeprefix("secret-of-")
 
-    def may(channel: RpcChannel, action: str, topics: tuple[str, ...]) -> bool:
-        return all(topic.startswith(channel.context["user"]) for topic in topics)
+    def may(channel: RpcChannel, action: str, names: tuple[str, ...]) -> bool:
+        return all(name.startswith(f"{channel.identity}/") for name in names)
 
     app = FastAPI()
     endpoint = PubSubEndpoint(authorize=may)
 
     @app.websocket("/events")
     async def events(websocket: WebSocket, user: Annotated[str, Depends(user)]) -> None:
-        await endpoint.main_loop(websocket, user=user)    # keyword arguments: channel.context
+        await endpoint.main_loop(websocket, identity=user)
 
     def client(token: str) -> PubSubClient:
         return PubSubClient("ws://test/events", headers={"token": token},
@@ -406,7 +448,7 @@ async def authorisation() -> None:
         try:
             await ann.subscribe("bob/inbox", print)
         except Forbidden as error:
-            assert error.data == {"topics": ["bob/inbox"]}
+            assert error.data["topics"] == ["bob/inbox"]
     try:
         async with client("wrong"):
             raise AssertionError("it was let in")
@@ -434,48 +476,276 @@ async def reconnecting() -> None:
             await asyncio.sleep(0.001)
 
 
-class FileLog:
-    """A backbone of one's own, as Backbone describes it: a file, for all processes of a machine."""
+async def last_messages() -> None:
+    """The last messages come first when one joins, and are not repeated at a reconnect."""
+    app = FastAPI()
+    endpoint = PubSubEndpoint()
+    endpoint.register_route(app, "/ws")
+    async with PubSubClient("ws://test/ws", transport=ASGITransport(app)) as client:
+        for number in range(5):
+            await endpoint.publish("room/1", number)
+        messages = client.subscribe("room/1", last=3)
+        assert [(await messages.next(timeout=5)).data for _ in range(3)] == [2, 3, 4]
+        assert endpoint.subscribers("room/1") == list(endpoint.channels.values())
 
-    def __init__(self, path: str) -> None:
-        self.path = path
 
-    async def append(self, payload: bytes) -> None:
-        with open(self.path, "ab") as file:
-            fcntl: Any = importlib.import_module("fcntl")
-            fcntl.flock(file, fcntl.LOCK_EX)  # of several writers, one at a time
-            file.write(b"%d %b\n" % (len(payload), payload))
+async def snapshot_plus_changes() -> None:
+    """A method returns the state and its position; the client subscribes to what came after."""
+    app, prices = FastAPI(), {"tea": 3}
+    endpoint = PubSubEndpoint()
+    endpoint.register_route(app, "/ws")
 
-    async def read(self, start: int | None) -> AsyncIterator[tuple[int, bytes]]:
-        open(self.path, "ab").close()
-        with open(self.path, "rb") as file:
-            if start is not None and start >= os.path.getsize(self.path):
-                raise LookupError(f"nothing is at {start}")
-            file.seek(start or 0)  # its place in the file is the offset of an entry
-            while True:
-                offset, line = file.tell(), file.readline()
-                while line[-1:] == b"\n" and len(line.partition(b" ")[2]) <= int(line.split()[0]):
-                    line += file.readline()  # the payload has lines of its own
-                if line.endswith(b"\n"):
-                    yield offset, line.partition(b" ")[2][:-1]
-                else:
-                    file.seek(offset)  # the end, or an entry that is not all there
-                    await asyncio.sleep(0.01)
+    def change(item: str, price: int) -> None:            # no await between the two
+        prices[item] = price
+        endpoint.publish("prices", {"item": item, "price": price})
+
+    @endpoint.method
+    async def snapshot() -> dict[str, Any]:
+        return {"prices": dict(prices), "position": endpoint.position}
+
+    async with PubSubClient("ws://test/ws", transport=ASGITransport(app)) as client:
+        state = (await client.other.snapshot()).result
+        change("jam", 5)                                  # neither lost nor doubled
+        changes = client.subscribe("prices", since=state["position"])
+        assert (await changes.next(timeout=5)).data == {"item": "jam", "price": 5}
+
+
+# -------------------------------------------------------------------------------------- recipes
+
+
+async def login_with_a_cookie() -> None:
+    """A page logs in over HTTP; its cookie says who it is on the WebSocket."""
+    app, sessions = FastAPI(), dict[str, str]()
+    endpoint = PubSubEndpoint(authorize=lambda channel, action, names: action != "publish")
+    register_browser_client(app, "/ws-lite.js")
+
+    @app.post("/login")
+    async def login(name: str, response: Response) -> None:
+        response.set_cookie("session", f"secret of {name}", httponly=True, samesite="strict")
+        sessions[f"secret of {name}"] = name
+
+    async def user(session: Annotated[str, Cookie()] = "") -> str:
+        if session not in sessions:
+            raise WebSocketException(1008, "log in first")
+        return sessions[session]
+
+    @app.websocket("/ws")                                 # in the page: connect("/ws")
+    async def ws(websocket: WebSocket, user: Annotated[str, Depends(user)]) -> None:
+        await endpoint.main_loop(websocket, identity=user)
+
+    @endpoint.method
+    async def whoami(name: Annotated[str, Depends(user)]) -> str:
+        return name                                       # Depends works in methods, too
+
+    sessions["secret"] = "ann"                            # as login does
+    async with PubSubClient("ws://test/ws", headers={"cookie": "session=secret"},
+                            transport=ASGITransport(app)) as client:
+        assert (await client.other.whoami()).result == "ann"
+
+
+async def a_token_that_expires() -> None:
+    """The server closes with 4401, and the client comes back with a fresh token: nothing is lost."""
+    app, tokens = FastAPI(), iter(range(100))
+    endpoint = PubSubEndpoint()
+
+    @app.websocket("/ws")
+    async def ws(websocket: WebSocket, token: Annotated[int, Header()]) -> None:
+        await endpoint.main_loop(websocket, token=token)
+
+    async with PubSubClient("ws://test/ws", headers=lambda: {"token": str(next(tokens))},
+                            transport=ASGITransport(app)) as client:
+        news = await client.subscribe("news")
+        (channel,) = endpoint.channels.values()
+        await channel.close(4401, "the token has expired")
+        await endpoint.publish("news", "while it was away")
+        assert (await news.next(timeout=10)).data == "while it was away"
+        assert [c.context["token"] for c in endpoint.channels.values()] == [1]
+
+
+async def kicking_a_user() -> None:
+    """1008 is for good: the client does not come back."""
+    app = FastAPI()
+    endpoint = PubSubEndpoint()
+    endpoint.register_route(app, "/ws")
+    async with PubSubClient("ws://test/ws", transport=ASGITransport(app)) as client:
+        for channel in list(endpoint.channels.values()):
+            await channel.close(1008, "you are banned")
+        try:
+            await client.wait_until_done()
+        except Refused as error:
+            assert (error.code, error.reason) == (1008, "you are banned")
+
+
+async def rate_limit() -> None:
+    """Middleware sees every call, and may refuse it."""
+    async def limit(request: RpcRequest, call_next: Callable[[RpcRequest], Awaitable[Any]]) -> Any:
+        budget = request.channel.context.setdefault("budget", [5.0, time.monotonic()])
+        now = time.monotonic()
+        budget[:] = min(5.0, budget[0] + 2 * (now - budget[1])), now     # two calls a second
+        if budget[0] < 1:
+            raise Overloaded("two calls a second are enough")
+        budget[0] -= 1
+        return await call_next(request)
+
+    app = FastAPI()
+    RpcEndpoint(Calculator(), middleware=[limit]).register_route(app, "/ws")
+    async with RpcClient("ws://test/ws", transport=ASGITransport(app)) as client:
+        calls = [client.other.add(a=1, b=2) for _ in range(10)]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        assert sum(isinstance(answer, Overloaded) for answer in answers) >= 5
+
+
+async def tracing() -> None:
+    """OpenTelemetry: a span for each call, in the trace of the caller on the other side."""
+    from opentelemetry import propagate, trace
+
+    seen = []
+
+    async def span(request: RpcRequest, call_next: Callable[[RpcRequest], Awaitable[Any]]) -> Any:
+        tracer, context = trace.get_tracer("rpc"), propagate.extract(request.meta)
+        with tracer.start_as_current_span(request.method, context=context) as span:
+            seen.append(span.get_span_context().trace_id)
+            return await call_next(request)
+
+    app = FastAPI()
+    RpcEndpoint(Calculator(), middleware=[span]).register_route(app, "/ws")
+    parent = trace.SpanContext(7, 8, is_remote=False, trace_flags=trace.TraceFlags(1))
+    async with RpcClient("ws://test/ws", transport=ASGITransport(app)) as client:
+        with trace.use_span(trace.NonRecordingSpan(parent)):
+            meta: dict[str, str] = {}
+            propagate.inject(meta)
+            await client.call("add", {"a": 1, "b": 2}, meta=meta)
+    assert 7 in seen
+
+
+async def a_database_session_per_call() -> None:
+    """A dependency with yield, as in a route: a commit that fails is the caller's error."""
+    database = sqlite3.connect(":memory:", check_same_thread=False)
+    database.execute("CREATE TABLE orders (item TEXT UNIQUE DEFERRABLE)")
+
+    def session() -> Iterator[sqlite3.Connection]:
+        with database:                                    # commits, or rolls back
+            yield database
+
+    class Orders(RpcMethodsBase):
+        async def save(self, item: str,
+                       db: Annotated[sqlite3.Connection, Depends(session)]) -> int:
+            return db.execute("INSERT INTO orders VALUES (?)", [item]).lastrowid or 0
+
+    app = FastAPI()
+    RpcEndpoint(Orders()).register_route(app, "/ws")
+    async with RpcClient("ws://test/ws", transport=ASGITransport(app)) as client:
+        assert (await client.other.save(item="tea")).result == 1
+        try:
+            await client.other.save(item="tea")
+        except RpcError as error:
+            assert "error_id" in error.data               # which stands in the server's log
+    assert database.execute("SELECT count(*) FROM orders").fetchone() == (1,)
+    database.close()
+
+
+async def prometheus() -> None:
+    """The gauges and counters of an endpoint in Prometheus' text format."""
+    app = FastAPI()
+    endpoint = PubSubEndpoint()
+    endpoint.register_route(app, "/ws")
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    def metrics() -> str:
+        numbers = {k: v for k, v in endpoint.stats().items() if isinstance(v, int)}
+        return "".join(f"ws_{name} {value}\n" for name, value in numbers.items())
+
+    await endpoint.publish("news", 1)
+    assert "ws_events_published 1\n" in metrics()
+
+
+async def server_sent_events() -> None:
+    """For those who cannot use WebSockets; Last-Event-ID is the position."""
+    from fastapi.sse import EventSourceResponse, ServerSentEvent
+
+    app = FastAPI()
+    endpoint = PubSubEndpoint()
+    endpoint.register_route(app, "/ws")
+
+    @app.get("/news", response_class=EventSourceResponse)
+    async def news(last_event_id: Annotated[str | None, Header()] = None,
+                   ) -> AsyncIterator[ServerSentEvent]:
+        async with PubSubClient("ws://inside/ws", transport=ASGITransport(app)) as client:
+            async for event in client.subscribe("news", since=last_event_id):
+                yield ServerSentEvent(data=event.data, id=event.position)
+
+    async with serving(app) as server:
+        began = endpoint.position
+        await endpoint.publish("news", "hello")
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/news"
+        request = urllib.request.Request(url, headers={"Last-Event-ID": began})
+        with await asyncio.to_thread(urllib.request.urlopen, request, timeout=10) as answer:
+            lines = [await asyncio.to_thread(answer.readline) for _ in range(2)]
+        assert b'data: "hello"\n' in lines, lines
+
+
+class NatsLog:
+    """A backbone of one's own: a NATS JetStream stream. PubSubEndpoint(backbone=NatsLog(...))."""
+
+    max_size = 2**20 - 2**10                              # NATS' max_payload, less the subject
+
+    def __init__(self, url: str, name: str) -> None:
+        self.url, self.name, self.client, self.place = url, name, None, -1
+        self.nats: Any = importlib.import_module("nats")
+
+    async def stream(self) -> Any:
+        nats = self.nats
+        if self.client is None or not self.client.is_connected:
+            await self.close()
+            self.client = await nats.connect(self.url, allow_reconnect=False, connect_timeout=5)
+            try:
+                await self.client.jetstream().stream_info(self.name)
+            except nats.js.errors.NotFoundError:
+                await self.client.jetstream().add_stream(
+                    name=self.name, subjects=[self.name], max_msgs=4096)
+        return self.client.jetstream()
+
+    async def ends(self) -> tuple[int, int]:
+        state = (await (await self.stream()).stream_info(self.name)).state
+        return state.first_seq if state.messages else state.last_seq + 1, state.last_seq + 1
+
+    async def append(self, entry: bytes) -> None:
+        try:
+            await (await self.stream()).publish(self.name, entry)
+        except self.nats.errors.MaxPayloadError as error:
+            raise MessageTooLarge(str(error)) from error
+
+    async def read(self, start: int) -> Sequence[tuple[int, bytes]]:
+        stream, api = await self.stream(), self.nats.js.api
+        if self.place != start:
+            self.entries = await stream.pull_subscribe(
+                self.name, stream=self.name, config=api.ConsumerConfig(
+                    deliver_policy=api.DeliverPolicy.BY_START_SEQUENCE, opt_start_seq=start,
+                    ack_policy=api.AckPolicy.NONE, inactive_threshold=10))
+        self.place, found = -1, []
+        with contextlib.suppress(self.nats.errors.TimeoutError):
+            found = await self.entries.fetch(256, timeout=2)
+        page = [(message.metadata.sequence.stream, message.data) for message in found]
+        self.place = page[-1][0] + 1 if page else start
+        return page
+
+    async def close(self) -> None:
+        if self.client is not None:
+            await self.client.close()
+        self.client, self.place = None, -1
 
 
 async def a_backbone_of_ones_own() -> None:
-    """Two servers share one log, here a file: each hears what the other publishes."""
-    with tempfile.TemporaryDirectory() as folder:
-        servers = [PubSubEndpoint(backbone=FileLog(f"{folder}/log")) for _ in range(2)]
+    """Two servers share one log on NATS, if it is there: each hears what the other publishes."""
+    with contextlib.suppress(OSError, ImportError), socket.create_connection(("127.0.0.1", 4222), 1):
+        servers = [PubSubEndpoint(backbone=NatsLog("nats://localhost", "fastapi_ws_lite_examples"))
+                   for _ in range(2)]
         app = FastAPI()
         servers[0].register_route(app, "/ws")
         async with PubSubClient("ws://test/ws", transport=ASGITransport(app)) as client:
             news = await client.subscribe("news")
-            await servers[1].publish("news", "from the other server\n")
-            async for event in news:
-                assert event.data == "from the other server\n"
-                break
-        assert servers[0].stats()["backbone"]["connected"]
+            await servers[1].publish("news", "from the other server")
+            assert (await news.next(timeout=10)).data == "from the other server"
         for endpoint in servers:
             await endpoint.close()
 
@@ -484,947 +754,105 @@ async def a_backbone_of_ones_own() -> None:
 
 
 def without_a_loop() -> None:
-    """A script, or a thread: calls return the bare result, and events are iterated with `for`."""
+    """A notebook, a script or a thread: calls return the bare result, events come one by one."""
     app = FastAPI()
     PubSubEndpoint(Calculator()).register_route(app, "/ws")
 
-    with connect("ws://test/ws", transport=ASGITransport(app)) as remote:
-        assert remote.add(a=1, b=2) == 3
-        assert remote.call("add", [1, 2], timeout=5) == 3
-        events = remote.events("news")                    # from here on, nothing is missed
-        remote.publish("news", {"n": 1}, include_self=True)
-        for event in events:
-            assert (event.topic, event.data) == ("news", {"n": 1})
-            break                                         # which unsubscribes
+    remote = connect("ws://test/ws", transport=ASGITransport(app))     # usable in the next cell
+    assert remote.add(a=1, b=2) == 3
+    assert remote.proxy(Calculator).factor(6) == [1, 2, 3, 6]
+    events = remote.events("news")                        # from here on, nothing is missed
+    remote.publish("news", {"n": 1}, include_self=True)
+    assert events.next(timeout=5).data == {"n": 1}
+    events.close()
+    remote.close()
 
 
-# ---------------------------------------------------- bench: what README.md says, measured again
-#
-# Each server is a process of its own, on the first core; this one is the load, on the second. Those
-# compared take turns, as what else a machine does only ever slows: the best rate counts, and of a
-# p99 the median. The load makes its frames beforehand, and counts answers by a mark that each has
-# once, so that it is the server that limits.
-
-Action: TypeAlias = Callable[..., Awaitable[Any]]
-
-
-class Served(NamedTuple):
-    """A server that is compared: how to publish to its topic "t", and to call its last client."""
-
-    app: Any  # or the server itself
-    publish: Action
-    call: Action
-
-
-compact = json.JSONEncoder(separators=(",", ":")).encode
-
-
-def event_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """What makes an event loop: uvloop, where it is installed."""
-    found = importlib.util.find_spec("uvloop")
-    return importlib.import_module("uvloop").new_event_loop if found else None
-
-
-class Echo(Calculator):
-    async def echo(self, data: Any) -> Any:
-        return data
-
-
-async def not_measured() -> None: ...
-
-
-def this_library() -> Served:
-    app, channels = FastAPI(), deque[RpcChannel](maxlen=1)
-    endpoint = PubSubEndpoint(Echo(), on_connect=channels.append)
-    endpoint.register_route(app, "/ws")
-    return Served(app, lambda data: endpoint.publish("t", data),
-                  lambda: channels[-1].other.add(a=1, b=2))
-
-
-def bare() -> Served:
-    """What FastAPI has: an echo, and a loop that sends to all."""
-    app, subscribers = FastAPI(), dict[WebSocket, None]()
-
-    @app.websocket("/{what}")
-    async def ws(websocket: WebSocket, what: str) -> None:
-        await websocket.accept()
-        if what == "events":
-            subscribers[websocket] = None
-        try:
-            while True:
-                await websocket.send_text(await websocket.receive_text())
-        except WebSocketDisconnect:
-            subscribers.pop(websocket, None)
-
-    async def publish(data: Any) -> None:
-        text = compact(data)
-        for websocket in list(subscribers):
-            await websocket.send_text(text)
-
-    return Served(app, publish, not_measured)
-
-
-def predecessors() -> Served:
-    """fastapi-websocket-rpc and -pubsub."""
-    rpc = importlib.import_module("fastapi_websocket_rpc")
-    events = importlib.import_module("fastapi_websocket_pubsub").PubSubEndpoint()
-    app, channels = FastAPI(), deque[Any](maxlen=1)
-
-    async def on_connect(channel: Any) -> None:
-        channels.append(channel)
-
-    methods = type("Methods", (rpc.RpcMethodsBase,), {"add": Echo.add, "echo": Echo.echo})()
-    rpc.WebsocketRPCEndpoint(methods, on_connect=[on_connect]).register_route(app, "/ws")
-    events.register_route(app, "/events")
-    return Served(app, lambda data: events.publish(["t"], data),
-                  lambda: channels[-1].other.add(a=1, b=2))
-
-
-def python_socketio() -> Served:
-    socketio = importlib.import_module("socketio")
-    server = socketio.AsyncServer(async_mode="asgi", ping_interval=600, max_http_buffer_size=2**24)
-    clients = deque[str](maxlen=1)
-
-    async def connect(client: str, *_: Any) -> None:
-        clients.append(client)
-
-    async def add(client: str, data: Any) -> Any:
-        return data["a"] + data["b"]
-
-    async def subscribe(client: str, data: Any) -> None:
-        await server.enter_room(client, "t")
-
-    for name, handler in (("connect", connect), ("add", add), ("echo", Echo.echo),
-                          ("subscribe", subscribe)):
-        server.on(name, handler)  # whose first argument is the client
-    return Served(socketio.ASGIApp(server), lambda data: server.emit("event", data, room="t"),
-                  lambda: server.call("add", {"a": 1, "b": 2}, to=clients[-1]))
-
-
-def broadcast() -> Served:
-    """The server of the websockets library, and its way to send to all."""
-    library = importlib.import_module("websockets.asyncio.server")
-    connections: set[Any] = set()
-
-    async def ws(connection: Any) -> None:
-        connections.add(connection)
-        try:
-            async for message in connection:
-                await connection.send(message)
-        finally:
-            connections.discard(connection)
-
-    async def publish(data: Any) -> None:
-        library.broadcast(connections, compact(data))
-
-    return Served(library.serve(ws, "127.0.0.1", 0, ping_interval=None), publish, not_measured)
-
-
-SERVERS: dict[str, Callable[[], Served]] = {
-    function.__name__: function
-    for function in (this_library, bare, predecessors, python_socketio, broadcast)
-}
-
-
-def prepare(core: int) -> None:
-    """Keep this process on one core of two, and let it open thousands of connections."""
-    system: Any = os
-    if hasattr(os, "sched_setaffinity") and len(cores := sorted(system.sched_getaffinity(0))) > 1:
-        system.sched_setaffinity(0, {cores[core]})
-    if importlib.util.find_spec("resource"):
-        resource = importlib.import_module("resource")
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    logging.disable()
-
-
-async def publish_for(publish: Action, seconds: float, burst: int, pause: float) -> list[float]:
-    """Publish in bursts: when that began, how many it were, and the processor time of each."""
-    began, cpu, count = time.monotonic_ns(), time.process_time(), 0
-    while time.monotonic_ns() - began < seconds * 1e9:
-        for _ in range(burst):
-            await publish({"t": time.monotonic_ns(), "text": "x" * 64})
-        count += burst
-        await asyncio.sleep(pause)
-    return [began, count, (time.process_time() - cpu) / count]
-
-
-async def call_for(call: Action, seconds: float) -> list[float]:
-    """Call with 64 in flight: how many calls it were in a second."""
-    began, count = time.perf_counter(), 0
-
-    async def one_after_another() -> None:
-        nonlocal count
-        while time.perf_counter() - began < seconds:
-            await call()
-            count += 1
-
-    await asyncio.gather(*(one_after_another() for _ in range(64)))
-    return [count / (time.perf_counter() - began)]
-
-
-def resident() -> list[float]:
-    """The memory of this process in KiB, where that can be read."""
-    gc.collect()
-    with contextlib.suppress(OSError), open("/proc/self/statm") as statm:
-        return [int(statm.read().split()[1]) * mmap.PAGESIZE / 1024]
-    return [math.nan]
+# ------------------------------------------------------------------------------------------ bench
+# BENCH
 
 
 async def bench_server(name: str) -> None:
-    """A server's process: prints its port, and does what its input says until that ends."""
-    prepare(core=0)
-    app, publish, call = SERVERS[name]()
-    async with app if name == "broadcast" else serving(app, ws_ping_interval=None) as server:
-        print(server.sockets[0].getsockname()[1], flush=True)
-        while line := await asyncio.to_thread(sys.stdin.readline):
-            command, *numbers = json.loads(line)
-            result = (await publish_for(publish, *numbers) if command == "publish" else
-                      await call_for(call, *numbers) if command == "call" else resident())
-            print(json.dumps(result), flush=True)
-        os._exit(0)  # with thousands of connections, which nobody misses
+    """A server's process for ``bench``."""
 
 
-class Wire(NamedTuple):
-    """How to speak to a server."""
+def bench(quick: bool = False) -> None:
+    """Processor time per call and per delivery, beside rates."""
 
-    server: str
-    request: str            # of a method and its params
-    mark: bytes             # each answer has it once
-    id: bytes               # a pattern: the id of what the server asks
-    answer: str             # to that id
-    path: str = "/ws"
-    events: str = "/ws"     # the path to subscribe at
-    hello: str = ""
-    subprotocol: str = ""
-    together: bool = False  # what is sent in one turn is one array
-
-    def frames(self, texts: list[str]) -> bytes:
-        """A client's frames; masked with zeros, which the server has to undo all the same."""
-        if self.together and len(texts) > 1:
-            texts = [f"[{','.join(texts)}]"]
-        return b"".join(b"\x81" + (
-            struct.pack("!B", 128 + len(text)) if len(text) < 126 else
-            struct.pack("!BH", 254, len(text)) if len(text) < 2**16 else
-            struct.pack("!BQ", 255, len(text))) + bytes(4) + text.encode() for text in texts)
-
-
-PLAIN = Wire("this_library", '{"jsonrpc":"2.0","method":"%s","params":%s,"id":1}', b'"id":',
-             rb'"id":(\d+)\D', '{"jsonrpc":"2.0","result":3,"id":%s}')
-APART = PLAIN._replace(subprotocol="ws-lite.1")
-LITE = APART._replace(together=True)
-CROWDED = LITE._replace(server="crowded")
-BARE = PLAIN._replace(server="bare", events="/events")
-OLD = Wire("predecessors", '{"request":{"method":"%s","arguments":%s,"call_id":"1"}}',
-           b'"call_id":', rb'"call_id":"(\w+)"',
-           '{"response":{"result":3,"result_type":"int","call_id":"%s"}}', events="/events")
-SOCKETIO_PATH = "/socket.io/?EIO=4&transport=websocket"
-SOCKETIO = Wire("python_socketio", '421["%s",%s]', b"431[", rb"42(\d+)\[", "43%s[3]",
-                SOCKETIO_PATH, SOCKETIO_PATH, hello="40")
-BROADCAST = BARE._replace(server="broadcast")
-
-
-def counter(mark: bytes, seen: Callable[[int], None]) -> Callable[[bytes], None]:
-    """Count the marks in what arrives, also those that arrive in two pieces."""
-    tail = b""
-
-    def count(data: bytes) -> None:
-        nonlocal tail
-        data = tail + data
-        tail = data[1 - len(mark):]
-        if number := data.count(mark):
-            seen(number)
-
-    return count
-
-
-def finder(pattern: bytes, seen: Callable[[list[str]], None]) -> Callable[[bytes], None]:
-    """Find what the group of a pattern matches, likewise."""
-    tail = b""
-
-    def find(data: bytes) -> None:
-        nonlocal tail
-        tail += data
-        if found := list(re.finditer(pattern, tail)):
-            tail = tail[found[-1].end():]
-            seen([match[1].decode() for match in found])
-
-    return find
-
-
-class Peer(asyncio.Protocol):
-    """A client that hardly does anything."""
-
-    transport: Any
-    handlers: Sequence[Callable[[bytes], None]] = ()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = transport
-
-    def data_received(self, data: bytes) -> None:
-        for handler in self.handlers:
-            handler(data)
-
-    async def ask(self, data: bytes, mark: bytes) -> None:
-        """Send, and wait for what has the mark."""
-        answered = asyncio.Event()
-        self.handlers = [counter(mark, lambda _: answered.set())]
-        self.transport.write(data)
-        await answered.wait()
-
-    def answers(self, wire: Wire) -> Callable[[bytes], None]:
-        """A handler that answers what the server asks."""
-        return finder(wire.id, lambda ids: self.transport.write(
-            wire.frames([wire.answer % id for id in ids])))
-
-
-class Tally:
-    """Counts what arrives, and knows when the last did."""
-
-    count = last = 0
-
-    def add(self, number: int) -> None:
-        self.count += number
-        self.last = time.monotonic_ns()
-
-    async def rate(self, total: float, began: float) -> float:
-        """How many it were in a second, when all have arrived."""
-        async with asyncio.timeout(60):
-            while self.count < total:
-                await asyncio.sleep(0.001)
-        return total / (self.last - began) * 1e9
-
-
-def p99(nanoseconds: Sequence[int]) -> float:
-    """In microseconds."""
-    return sorted(nanoseconds)[len(nanoseconds) * 99 // 100] / 1e3
-
-
-class Scale(NamedTuple):
-    """How much of it."""
-
-    turns: int = 3
-    seconds: float = 0.2   # for each figure in each turn
-    pause: float = 0.25    # between events that are to be delivered without haste
-    few: int = 100         # subscribers
-    many: int = 1000
-    topics: int = 10_000   # of each of ten connections
-
-
-SCALES = {"": Scale(), "--quick": Scale(1, 0.1, few=50, many=300),
-          "--smoke": Scale(1, 0.02, 0.02, 5, 10, 100)}
-COLUMNS = {"bare": "bare FastAPI", "predecessors": "fastapi-websocket-rpc, -pubsub",
-           "python_socketio": "python-socketio", "broadcast": "websockets.broadcast"}
-MODULES = {"this_library": "fastapi_ws_lite", "python_socketio": "socketio",
-           "predecessors": "fastapi_websocket_rpc, fastapi_websocket_pubsub"}
-HANDSHAKE = ("GET {} HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-             "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n{}\r\n")
-ENVIRONMENT = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}  # or imports would compile each time
-IMPORT = """import sys, time, fastapi
-count, began = len(sys.modules), time.perf_counter()
-import {}
-print((time.perf_counter() - began) * 1e3, len(sys.modules) - count)"""
-ADD = '{"a":1,"b":2}'
-MEGABYTE = compact({"data": [*({"name": f"user {number}", "score": 1.25, "tags": ["a", "b"]}
-                               for number in range(20_000)), "end"]})
-
-
-class Bench:
-    """The servers, how they are measured, and the table."""
-
-    def __init__(self, scale: Scale) -> None:
-        self.scale = scale
-        self.processes: dict[str, asyncio.subprocess.Process] = {}
-        self.ports: dict[str, int] = {}
-
-    async def start(self, name: str, function: str) -> None:
-        self.processes[name] = process = await asyncio.create_subprocess_exec(
-            sys.executable, "-W", "ignore", __file__, "--bench-server", function, env=ENVIRONMENT,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        assert process.stdout
-        self.ports[name] = int(await process.stdout.readline())
-
-    async def tell(self, wire: Wire, *command: Any) -> list[float]:
-        """Have a server do something: the numbers that it prints."""
-        process = self.processes[wire.server]
-        assert process.stdin and process.stdout
-        process.stdin.write(json.dumps(command).encode() + b"\n")
-        return list(json.loads(await process.stdout.readline()))
-
-    @contextlib.asynccontextmanager
-    async def peers(self, wire: Wire, count: int, topics: Sequence[str] = (),
-                    ) -> AsyncIterator[list[Peer]]:
-        """Connections to a server, which subscribe to topics if there are any."""
-        protocol = f"Sec-WebSocket-Protocol: {wire.subprotocol}\r\n" if wire.subprotocol else ""
-        handshake = HANDSHAKE.format(wire.events if topics else wire.path, protocol).encode()
-        subscribe = wire.frames([wire.request % ("subscribe", json.dumps({"topics": topics}))])
-        peers: list[Peer] = []
-        for _ in range(count):
-            _, peer = await asyncio.get_running_loop().create_connection(
-                Peer, "127.0.0.1", self.ports[wire.server])
-            peers.append(peer)
-            await peer.ask(handshake, b"\r\n\r\n")
-            if wire.hello:
-                await peer.ask(wire.frames([wire.hello]), b'40{"')
-            if topics:
-                await peer.ask(subscribe, wire.mark)
-        yield peers
-        for peer in peers:
-            peer.transport.abort()
-        await asyncio.sleep(0.02 + count * 3e-4)  # in which the server sees it
-
-    async def calls(self, wire: Wire, connections: int = 1, in_flight: int = 1, method: str = "add",
-                    params: str = ADD, mark: bytes = b"") -> list[float]:
-        """Calls in a second, and the p99 in microseconds of each turn's."""
-        request = wire.request % (method, params)
-        frames = [wire.frames([request] * number) for number in range(in_flight + 1)]
-        tally, times = Tally(), array("q")
-
-        def loaded(peer: Peer) -> Callable[[bytes], None]:
-            asked = time.monotonic_ns()
-
-            def seen(number: int) -> None:
-                nonlocal asked
-                tally.add(number)
-                times.append(tally.last - asked)
-                asked = tally.last
-                peer.transport.write(frames[number])
-
-            return counter(mark or wire.mark, seen)
-
-        async with self.peers(wire, connections) as peers:
-            for peer in peers:
-                peer.handlers = [loaded(peer)]
-                peer.transport.write(frames[in_flight])
-            await asyncio.sleep(self.scale.seconds / 4)  # to warm up
-            began, before, warm = time.monotonic_ns(), tally.count, len(times)
-            while (now := time.monotonic_ns()) < began + self.scale.seconds * 1e9 or (
-                    tally.count < before + 5):
-                await asyncio.sleep(self.scale.seconds / 10)
-            return [(tally.count - before) / (now - began) * 1e9, p99(times[warm:])]
-
-    async def called(self, wire: Wire) -> list[float]:
-        """Calls in a second of a server to its client."""
-        async with self.peers(wire, 1) as [peer]:
-            add = wire.request % ("add", ADD)  # the server answers in the dialect that it hears
-            await peer.ask(wire.frames([add]), wire.mark)
-            peer.handlers = [peer.answers(wire)]
-            return await self.tell(wire, "call", self.scale.seconds)
-
-    async def publish(self, wire: Wire, peers: list[Peer], burst: int = 1,
-                      pause: float = 0) -> list[float]:
-        """Deliveries in a second; and where there are pauses, their p99 in microseconds."""
-        tally, times = Tally(), array("q", [0])
-
-        def sent(moments: list[str]) -> None:
-            tally.add(len(moments))
-            times.extend(tally.last - int(moment) for moment in moments)
-
-        for peer in peers:
-            count = finder(rb'"t":(\d+)\D', sent) if pause else counter(b'"t":', tally.add)
-            peer.handlers = [count, peer.answers(wire)] if wire is OLD else [count]
-        seconds = self.scale.seconds * (5 if pause else 1)
-        began, number, _ = await self.tell(wire, "publish", seconds, burst, pause)
-        return [await tally.rate(number * len(peers), began), p99(times)]
-
-    async def fan_out(self, wire: Wire, burst: int = 1) -> list[float]:
-        async with self.peers(wire, self.scale.few, ["t"]) as peers:
-            return await self.publish(wire, peers, burst)
-
-    async def crowd(self, wire: Wire) -> list[float]:
-        """Deliveries in a second, p99 of a few in microseconds, and KiB for each subscriber."""
-        async with self.peers(wire, 10):
-            [before] = await self.tell(wire, "resident")
-            async with self.peers(wire, self.scale.many, ["t"]) as peers:
-                [after] = await self.tell(wire, "resident")
-                [rate, _] = await self.publish(wire, peers)
-                [_, delay] = await self.publish(wire, peers, pause=self.scale.pause)
-        return [rate, delay, (after - before) / self.scale.many]
-
-    async def clients(self, wire: Wire) -> list[float]:
-        """Calls in a second of a whole client, and deliveries to twenty of them."""
-        address, tally = f"ws://127.0.0.1:{self.ports[wire.server]}", Tally()
-
-        async def heard(data: Any, topic: str) -> None:
-            tally.add(1)
-
-        async with contextlib.AsyncExitStack() as stack:
-            if wire is OLD:
-                rpc = importlib.import_module("fastapi_websocket_rpc")
-                caller = rpc.WebSocketRpcClient(address + wire.path, rpc.RpcMethodsBase())
-            else:
-                caller = RpcClient(address + wire.path)
-            await stack.enter_async_context(caller)
-            [calls] = await call_for(lambda: caller.other.add(a=1, b=2), self.scale.seconds)
-            for _ in range(20):
-                if wire is OLD:
-                    pubsub = importlib.import_module("fastapi_websocket_pubsub")
-                    theirs = pubsub.PubSubClient(["t"], callback=heard)
-                    theirs.start_client(address + wire.events)
-                    await theirs.wait_until_ready()
-                    stack.push_async_callback(theirs.disconnect)
-                else:
-                    client = await stack.enter_async_context(PubSubClient(address + wire.events))
-                    await client.subscribe("t", heard)
-            began, number, _ = await self.tell(wire, "publish", self.scale.seconds, 1, 0)
-            return [calls, await tally.rate(number * 20, began)]
-
-    async def imports(self, wire: Wire) -> list[float]:
-        """Milliseconds to import it after FastAPI, and how many modules come with it."""
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-W", "ignore", "-c", IMPORT.format(MODULES[wire.server]),
-            cwd=os.path.dirname(os.path.abspath(__file__)), env=ENVIRONMENT, stdout=subprocess.PIPE)
-        return [float(word) for word in (await process.communicate())[0].split()]
-
-    async def cost(self, wire: Wire) -> list[float]:
-        """Microseconds of processor time to publish an event."""
-        return [(await self.tell(wire, "publish", self.scale.seconds, 1, 0))[2] * 1e6]
-
-    async def compare(self, measure: Action, ours: dict[str, Wire], others: Sequence[Wire],
-                      *figures: tuple[str, str, Callable[[list[float]], float]]) -> None:
-        """Measure by turns; a row for each figure (title, unit, which turn counts) of ours."""
-        wires = [wire for wire in (*ours.values(), *others) if wire.server in self.ports]
-        turns = [{wire: await measure(wire) for wire in wires} for _ in range(self.scale.turns)]
-        for number, (title, unit, best) in enumerate(figures):
-            value = {wire: best([turn[wire][number] for turn in turns]) for wire in wires}
-            for name, own in ours.items():
-                ratio = {wire.server: f"{value[own] / value[wire]:.2f}" for wire in wires
-                         if value[wire]}
-                shown = f"{value[own]:{',.0f' if value[own] >= 100 else '.3g'}} {unit}"
-                row(title + name, shown, *(ratio.get(key, "") for key in COLUMNS))
-
-    async def run(self) -> None:
-        """Start the servers, and print the table as it is measured."""
-        scale, servers = self.scale, {name: name for name in SERVERS} | {"crowded": "this_library"}
-        for name in SERVERS:
-            if missing := [m for m in MODULES.get(name, "").split(", ")
-                           if m and not importlib.util.find_spec(m)]:
-                print(f"without {servers.pop(name)}: {missing[0]} is not installed", flush=True)
-        await asyncio.gather(*(self.start(*each) for each in servers.items()))
-        prepare(core=1)
-        row("measured", "this library", *COLUMNS.values())
-        row("---", *["---:"] * (1 + len(COLUMNS)))
-        lite, both = {"": LITE}, {"plain JSON-RPC": PLAIN, "ws-lite.1": LITE}
-        all_three = both | {"ws-lite.1, a frame for each": APART}
-        few, many = (f"{count:,} subscribers" for count in (scale.few, scale.many))
-        callable, all_others = (BARE, OLD, SOCKETIO), (BARE, OLD, SOCKETIO, BROADCAST)
-        await self.compare(self.crowd, lite, all_others,
-                           (f"events to {many}", "/s", max),
-                           (f"their p99, {1 / scale.pause:.0f} a second", "µs", median),
-                           ("memory of a subscriber", "KiB", max))
-        await self.compare(self.fan_out, lite, all_others, (f"events to {few}", "/s", max))
-        await self.compare(partial(self.fan_out, burst=16), both, all_others,
-                           (f"bursts of 16 events to {few}, ", "/s", max))
-        await self.compare(self.calls, both, callable, ("calls one by one, ", "/s", max),
-                           ("their p99, ", "µs", median))
-        await self.compare(partial(self.calls, in_flight=64), all_three, callable,
-                           ("64 calls in flight, ", "/s", max))
-        await self.compare(partial(self.calls, connections=50, in_flight=8), all_three, callable,
-                           ("8 in flight on each of 50 connections, ", "/s", max))
-        await self.compare(self.called, both, callable[1:],
-                           ("server calls its client, 64 in flight, ", "/s", max))
-        await self.compare(self.clients, lite, [OLD],
-                           ("a whole client, 64 calls in flight", "/s", max),
-                           ("events to 20 whole clients in a process", "/s", max))
-        large = partial(self.calls, method="echo", params=MEGABYTE, mark=b'"end"')
-        await self.compare(large, {"": PLAIN}, callable,
-                           (f"echo of {len(MEGABYTE) / 1e6:.1f} MB of JSON", "/s", max))
-        topics = [f"topic/{number}" for number in range(scale.topics)]
-        async with (self.peers(LITE, 1, ["t", *topics[:9]]), self.peers(CROWDED, 1, ["t"]),
-                    self.peers(CROWDED, 10, topics)):
-            crowd = f"{10 * len(topics):,} subscriptions on {len(topics):,} topics"
-            await self.compare(self.cost, {crowd: CROWDED, "10": LITE}, (),
-                               ("processor time of an event among ", "µs", min))
-        await self.compare(self.imports, lite, [OLD, SOCKETIO], ("import after FastAPI", "ms", min),
-                           ("modules imported", "", min))
-
-
-def row(*cells: str) -> None:
-    print(f"| {' | '.join(cells)} |", flush=True)
-
-
-def bench(how: str = "") -> None:
-    """What README.md says was measured, again; only when named. "bench --quick" is shorter."""
-    async def run() -> None:
-        measured = Bench(SCALES[how])
-        try:
-            await measured.run()
-        finally:
-            for process in measured.processes.values():
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
-                await process.wait()
-
-    with asyncio.Runner(loop_factory=event_loop()) as runner:
-        runner.run(run())
-
-
-# ------------------------------------------------- backbones: what scaling out costs, on brokers
-#
-# For each broker that listens: its driver as one would use it by hand, and two endpoints, by turns,
-# in one process; a client is connected to the second one by a WebSocket.
-
-Append: TypeAlias = Callable[[Sequence[bytes]], Awaitable[Any]]
-ByHand: TypeAlias = AsyncIterator[tuple[Append, AsyncIterator[Any]]]
-BATCH = 256
-
-
-async def redis_by_hand(url: str, name: str) -> ByHand:
-    import redis.asyncio
-
-    async def append(payloads: Sequence[bytes]) -> None:
-        pipeline = client.pipeline(transaction=False)
-        for payload in payloads:
-            pipeline.xadd(name, {"payload": payload}, maxlen=4096)
-        await pipeline.execute()
-
-    async def follow() -> AsyncIterator[Any]:
-        last: Any = "$"
-        while True:
-            found: Any = await client.xread({name: last}, block=1000)
-            for id, fields in found[0][1] if found else ():
-                yield fields[b"payload"]
-                last = id
-
-    async with redis.asyncio.Redis.from_url(url) as client:
-        yield append, follow()
-        await client.delete(name)
-
-
-async def postgres_by_hand(url: str, name: str) -> ByHand:
-    import asyncpg
-
-    woken = asyncio.Event()
-    writer, reader = await asyncpg.connect(url), await asyncpg.connect(url)
-    await writer.execute(f'CREATE TABLE "{name}" (id bigserial PRIMARY KEY, payload bytea)')
-    await reader.add_listener(name, lambda *_: woken.set())
-
-    async def append(payloads: Sequence[bytes]) -> None:
-        await writer.executemany(f'''WITH new AS (INSERT INTO "{name}" (payload) VALUES ($1))
-            SELECT pg_notify('{name}', '')''', [(payload,) for payload in payloads])
-
-    async def follow() -> AsyncIterator[Any]:
-        last = await reader.fetchval(f'SELECT coalesce(max(id), 0) FROM "{name}"')
-        while True:
-            await woken.wait()
-            woken.clear()
-            page = await reader.fetch(
-                f'SELECT id, payload FROM "{name}" WHERE id > $1 ORDER BY id', last)
-            for id, payload in page:
-                yield payload
-                last = id
-
-    yield append, follow()
-    await writer.execute(f'DROP TABLE "{name}"')
-    await writer.close()
-    await reader.close()
-
-
-async def rabbitmq_by_hand(url: str, name: str) -> ByHand:
-    import aio_pika
-
-    inbox: asyncio.Queue[Any] = asyncio.Queue()
-
-    async def append(payloads: Sequence[bytes]) -> None:
-        await asyncio.gather(*(channel.default_exchange.publish(aio_pika.Message(payload), name)
-                               for payload in payloads))
-
-    async def follow() -> AsyncIterator[Any]:
-        await queue.consume(inbox.put, arguments={"x-stream-offset": "next"})
-        while message := await inbox.get():
-            yield message.body
-            await message.ack()
-
-    async with await aio_pika.connect(url) as connection:
-        channel = await connection.channel()
-        await channel.set_qos(BATCH)
-        queue = await channel.declare_queue(name, durable=True,
-                                            arguments={"x-queue-type": "stream"})
-        yield append, follow()
-        await queue.delete()
-
-
-async def kafka_by_hand(url: str, name: str) -> ByHand:
-    import aiokafka
-    from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-
-    options = {"bootstrap_servers": url.removeprefix("kafka://")}
-    admin = AIOKafkaAdminClient(**options)
-    await admin.start()
-    await admin.create_topics([NewTopic(name, 1, 1)])
-    producer, consumer = aiokafka.AIOKafkaProducer(**options), aiokafka.AIOKafkaConsumer(**options)
-    await producer.start()
-    await consumer.start()
-    consumer.assign([partition := aiokafka.TopicPartition(name, 0)])
-
-    async def append(payloads: Sequence[bytes]) -> None:
-        await asyncio.gather(*[
-            await producer.send(name, payload, partition=0) for payload in payloads])
-
-    async def follow() -> AsyncIterator[Any]:
-        await consumer.seek_to_end(partition)
-        while record := await consumer.getone():
-            yield record.value
-
-    yield append, follow()
-    await admin.delete_topics([name])
-    for client in (consumer.stop, producer.stop, admin.close):
-        await client()
-
-
-async def nats_by_hand(url: str, name: str) -> ByHand:
-    import nats
-
-    async def append(payloads: Sequence[bytes]) -> None:
-        await asyncio.gather(*[await stream.publish_async(name, p) for p in payloads])
-
-    async def follow() -> AsyncIterator[Any]:
-        entries = await stream.subscribe(name, ordered_consumer=True)
-        while True:
-            with contextlib.suppress(TimeoutError):
-                yield (await entries.next_msg()).data
-
-    async with await nats.connect(url) as client:
-        stream = client.jetstream()
-        await stream.add_stream(name=name, subjects=[name], max_msgs=4096)
-        yield append, follow()
-        await stream.delete_stream(name)
-
-
-BROKERS: dict[str, tuple[str, Callable[[str, str], ByHand]]] = {
-    "Redis": ("redis://127.0.0.1:6379", redis_by_hand),
-    "PostgreSQL": ("postgresql://postgres@127.0.0.1:5432/test", postgres_by_hand),
-    "RabbitMQ": ("amqp://guest:guest@127.0.0.1:5672/", rabbitmq_by_hand),
-    "Kafka": ("kafka://127.0.0.1:9092", kafka_by_hand),
-    "NATS": ("nats://127.0.0.1:4222", nats_by_hand),
-}
-
-
-async def rate(append: Callable[[], Awaitable[Any]], seconds: float) -> float:
-    """Events a second, in batches that are awaited."""
-    began, count = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds:
-        await append()
-        count += BATCH
-    return count / (time.perf_counter() - began)
-
-
-async def delays(send: Callable[[], Awaitable[Any]], entries: AsyncIterator[Any],
-                 count: int) -> list[float]:
-    """Milliseconds from before something is appended until it has been read, one by one."""
-    found = []
-    for _ in range(count):
-        reading = asyncio.ensure_future(anext(entries))
-        await asyncio.sleep(0.01)
-        began = time.perf_counter()
-        await send()
-        await reading
-        found.append((time.perf_counter() - began) * 1e3)
-        if sum(found) > 1000:  # a slow one
-            break
-    return found
-
-
-async def compare_backbone(title: str, url: str, by_hand: Any, turns: int, seconds: float,
-                           count: int) -> None:
-    name = f"bench_{os.getpid()}"
-    one, two = (PubSubEndpoint(backbone=url, channel=f"{name}_2") for _ in range(2))
-    app = FastAPI()
-    two.register_route(app, "/ws")
-    data, raw, ours = "x" * 100, list[float](), list[float]()
-    hand = contextlib.asynccontextmanager(by_hand)(url, name)
-    async with hand as (append, entries), serving(app) as server:
-        publish, payloads = one.publish, [b"x" * 150] * BATCH
-
-        async def publish_batch() -> None:
-            for receipt in [publish("other", data) for _ in payloads]:
-                await receipt
-
-        await publish("other", data)
-        rates: tuple[list[float], list[float]] = [], []
-        for _ in range(turns):
-            rates[0].append(await rate(lambda: append(payloads), seconds))
-            rates[1].append(await rate(publish_batch, seconds))
-        port = server.sockets[0].getsockname()[1]
-        async with PubSubClient(f"ws://127.0.0.1:{port}/ws") as client:
-            heard: Any = aiter(await client.subscribe("t"))
-            reading = asyncio.ensure_future(anext(entries))
-            await asyncio.sleep(0.2)
-            await append([b"last"])
-            while await reading != b"last":  # but those of before
-                reading = asyncio.ensure_future(anext(entries))
-            for _ in range(turns):
-                raw += await delays(lambda: append([b"x" * 150]), entries, count)
-                ours += await delays(lambda: publish("t", data), heard, count)
-            await heard.aclose()
-    for endpoint in (two, one):
-        await endpoint.close()
-    row(title, f"{max(rates[1]):,.0f} /s", f"{max(rates[1]) / max(rates[0]):.2f}",
-        f"{median(ours):.2f} ms", f"{median(ours) / median(raw):.2f}")
-
-
-async def backbones(how: str = "") -> None:
-    """What a backbone costs, for each broker that listens; only when named."""
-    turns, seconds, count = (1, 0.05, 3) if how == "--smoke" else (5, 0.4, 40)
-    row("broker", "events, awaited 256 at a time", "to its driver by hand", "from one server to a"
-        " client of the other, p50", "to its driver by hand")
-    row("---", *["---:"] * 4)
-    for title, (url, by_hand) in BROKERS.items():
-        url = os.environ.get(f"TEST_{url.partition(':')[0].upper()}_URL", url)
-        host, _, port = url.rpartition("@")[2].rpartition("//")[2].partition("/")[0].partition(":")
-        try:
-            (await asyncio.open_connection(host, int(port)))[1].close()
-        except OSError:
-            row(title, "nothing listens", "", "", "")
-        else:
-            await compare_backbone(title, url, by_hand, turns, seconds, count)
-
-
-# ----------------------------------------------------------------------- dashboard: in the browser
 
 PAGE = r"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>Dashboard</title>
-<link rel="icon" href="data:,">
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Dashboard</title><link rel="icon" href="data:,">
 <style>
   :root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif;
     --back: light-dark(#f4f5f8, #0e1116); --card: light-dark(#fff, #171b22);
-    --line: light-dark(#e3e6ec, #272d37); --text: light-dark(#1b2130, #e7eaf0);
-    --soft: light-dark(#667085, #8b95a7); --main: light-dark(#3b5bdb, #7c9aff);
-    --good: light-dark(#12915c, #3ecf8e); --bad: light-dark(#d9480f, #ff8f5a); }
+    --line: light-dark(#dfe3ea, #2b323e); --text: light-dark(#1b2130, #e7eaf0);
+    --soft: light-dark(#5d6779, #98a2b3); --main: light-dark(#3b5bdb, #7c9aff); }
   * { box-sizing: border-box; margin: 0; }
   body { background: var(--back); color: var(--text); padding: 2rem clamp(1rem, 4vw, 3rem); }
-  main, header { max-width: 68rem; margin: 0 auto; }
-  header { display: flex; align-items: center; gap: .9rem; margin-bottom: 1.4rem; }
-  h1 { font-size: 1.3rem; font-weight: 650; letter-spacing: -.015em; margin-right: auto; }
-  h2 { font-size: .8rem; font-weight: 600; color: var(--soft); margin-bottom: .6rem; }
-  main { display: grid; grid-template-columns: repeat(4, 1fr); gap: 1rem; }
+  main, header { max-width: 64rem; margin: 0 auto 1rem; display: flex; flex-wrap: wrap; gap: 1rem; }
+  header { align-items: center; } h1 { font-size: 1.3rem; margin-right: auto; }
   section { background: var(--card); border: 1px solid var(--line); border-radius: 14px;
-    padding: 1rem 1.2rem; min-width: 0; }
-  .tile h2 { margin-bottom: .2rem; } .wide { grid-column: span 4; } .half { grid-column: span 2; }
-  .number { font-size: 1.9rem; font-weight: 600; letter-spacing: -.03em; line-height: 1.2;
-    font-variant-numeric: tabular-nums; }
-  .number small { font-size: .9rem; font-weight: 500; color: var(--soft); letter-spacing: 0; }
-  .pill { display: flex; align-items: center; gap: .5rem; padding: .3rem .8rem; font-size: .85rem;
-    border: 1px solid var(--line); border-radius: 99px; background: var(--card); }
-  .pill::before { content: ""; width: .55rem; height: .55rem; border-radius: 50%;
-    background: var(--bad); transition: background .3s; }
-  .ready .pill::before { background: var(--good); }
-  .number, svg, progress { transition: opacity .4s; }
-  body:not(.ready) :is(.number, svg) { opacity: .35; }
-  svg { display: block; width: 100%; height: 11rem; overflow: visible; }
-  svg path { fill: none; stroke: var(--main); stroke-width: 2; stroke-linejoin: round;
-    vector-effect: non-scaling-stroke; }
-  svg .area { fill: var(--main); stroke: none; opacity: .1; }
-  svg .grid { stroke: var(--line); stroke-width: 1; }
-  .head { display: flex; justify-content: space-between; align-items: baseline; }
+    padding: 1rem 1.2rem; flex: 1 1 13rem; min-width: 0; } .wide { flex-basis: 24rem; }
+  h2, .soft { font-size: .85rem; font-weight: 500; color: var(--soft); }
+  .number { font-size: 1.9rem; font-weight: 600; font-variant-numeric: tabular-nums; }
+  .pill { padding: .3rem .8rem; border: 1px solid var(--line); border-radius: 99px; }
+  .pill::before { content: "\25cf  "; color: #d9480f; } .ready .pill::before { color: #12915c; }
+  body:not(.ready) .number { opacity: .35; }
   button, input { font: inherit; color: inherit; border-radius: 9px; padding: .42rem .9rem;
     border: 1px solid var(--line); background: transparent; min-width: 0; }
-  button { cursor: pointer; font-weight: 550; font-size: .92rem; flex: none; }
-  button:hover { border-color: var(--main); }
+  button { cursor: pointer; } button:disabled { opacity: .5; cursor: default; }
   button.main { background: var(--main); border-color: var(--main); color: var(--card); }
-  button:disabled { opacity: .5; cursor: default; }
   :focus-visible { outline: 2px solid var(--main); outline-offset: 2px; }
-  .row { display: flex; gap: .6rem; align-items: center; margin-top: .8rem; }
-  progress { appearance: none; width: 100%; height: .5rem; border: 0; display: block;
-    margin: .6rem 0 1.1rem; }
-  progress::-webkit-progress-bar { background: var(--line); border-radius: 99px; }
-  progress::-webkit-progress-value { background: var(--main); border-radius: 99px;
-    transition: inline-size .12s; }
-  progress::-moz-progress-bar { background: var(--main); border-radius: 99px; }
-  .soft { color: var(--soft); font-size: .88rem; } #step { margin-left: auto; }
-  p.soft { margin-top: 1rem; } #text { flex: 1; }
-  #log { height: 9.5rem; overflow-y: auto; scrollbar-width: thin; display: flex;
-    flex-direction: column; gap: .25rem; }
-  #log > :first-child { margin-top: auto; }
-  #log b { font-weight: 600; color: hsl(var(--hue) 55% 50%); margin-right: .5rem; }
-  #log i { color: var(--soft); font-style: normal; font-size: .85rem; text-align: center; }
-  #log p { overflow-wrap: anywhere; }
-  @media (max-width: 46rem) { .half { grid-column: span 4 } .tile { grid-column: span 2 } }
+  .row { display: flex; gap: .6rem; align-items: center; margin-top: .8rem; } #text { flex: 1; }
+  progress { width: 100%; accent-color: var(--main); margin: .6rem 0; }
+  #log { height: 9.5rem; overflow-y: auto; overflow-wrap: anywhere; }
+  #log b { color: hsl(var(--hue) 55% 50%); margin-right: .5rem; } #log i { color: var(--soft); }
 </style>
 <body>
-<header>
-  <h1>Dashboard</h1>
-  <span class="pill" role="status" id="state">connecting</span>
-  <button id="restart">Restart the server</button>
-</header>
+<header><h1>Dashboard</h1><span class="pill" role="status" id="state">connecting</span>
+  <button id="restart">Restart the server</button></header>
 <main>
-  <section class="tile"><h2>Pages connected</h2><p class="number" id="pages">-</p></section>
-  <section class="tile"><h2>Events delivered</h2><p class="number" id="events">-</p></section>
-  <section class="tile"><h2>Round trip</h2>
-    <p class="number"><span id="trip">-</span> <small>ms</small></p></section>
-  <section class="tile"><h2>Server up for</h2>
-    <p class="number"><span id="up">-</span> <small>s</small></p></section>
-  <section class="wide">
-    <div class="head"><h2>Load, in the last 40 seconds</h2>
-      <p class="number"><span id="load">-</span> <small>%</small></p></div>
-    <svg viewBox="0 0 199 100" preserveAspectRatio="none" role="img" aria-label="load">
-      <path class="grid" d="M0 0H199M0 50H199M0 100H199"/>
-      <path class="area" id="area"/><path id="curve"/></svg>
-  </section>
-  <section class="half">
-    <h2>A call that streams how far it is</h2>
-    <p class="number"><span id="done">0</span> <small>%</small></p>
+  <section><h2>Pages connected</h2><p class="number" id="pages">-</p></section>
+  <section><h2>Events delivered</h2><p class="number" id="events">-</p></section>
+  <section><h2>Round trip, ms</h2><p class="number" id="trip">-</p></section>
+  <section><h2>Server up for, s</h2><p class="number" id="up">-</p></section>
+  <section class="wide"><h2>A call that streams how far it is</h2>
+    <p class="number"><span id="done">0</span> %</p>
     <progress id="bar" value="0" max="80" aria-label="progress"></progress>
     <div class="row"><button class="main" id="build">Build</button>
       <button id="stop" disabled>Stop</button><span class="soft" id="step">not running</span></div>
-    <p class="soft">Leaving the loop over the stream ends the generator at the server, where
-      <span id="jobs">0</span> of them run.</p>
-  </section>
-  <section class="half">
-    <h2>Chat between tabs</h2>
-    <div id="log" aria-live="polite"><i>open this page in another tab, too</i></div>
+    <p class="soft row">Leaving the loop ends the generator at the server; running: <b id="jobs">0</b>
+    </p></section>
+  <section class="wide"><h2>Chat between tabs</h2>
+    <div id="log" aria-live="polite"><p><i>open this page in another tab, too</i></p></div>
     <form class="row" id="chat"><input id="name" size="8" aria-label="your name">
       <input id="text" placeholder="say something" aria-label="message" autocomplete="off">
-      <button>Send</button></form>
-  </section>
+      <button>Send</button></form></section>
 </main>
 <script type="module">
 import { connect } from "/ws-lite.js";
-
 const $ = (id) => document.getElementById(id);
 const show = (texts) => Object.keys(texts).forEach((id) => { $(id).textContent = texts[id]; });
-const loads = Array(200).fill(null); // five a second; null while nothing is known
-let load = null, was, leave = false;
-
+let was, leave = false;
 const onGap = () => note("some of it may be missing here");
-const ws = connect("/ws", { maxDelay: 2, onState, onGap });
+const ws = connect("/ws", { retry: [0.1, 2], onState, onGap });
 
 function onState(state) {
   document.body.classList.toggle("ready", state === "ready");
   show({ state: { ready: "live", waiting: "the server is away" }[state] ?? state });
   if (state === "ready" && was) note("the server is back");
   if (state === "waiting" && was === "ready") note("the server went away");
-  if (state !== "ready") load = null;
   if (state !== "connecting") was = state;
 }
-
-ws.subscribe("numbers", ({ load: now, ...others }) => {
-  load = now;
-  show({ load: now.toFixed(1) });
-  for (const id in others) show({ [id]: others[id].toLocaleString() });
+ws.subscribe("numbers", (numbers) => {
+  for (const id in numbers) show({ [id]: numbers[id].toLocaleString() });
 });
-setInterval(() => {
-  loads.push(load);
-  loads.shift();
-  const runs = [[]]; // of neighbours that are known
-  loads.forEach((y, x) => (y === null ? runs.push([]) : runs.at(-1).push(`${x} ${100 - y}`)));
-  const lines = runs.filter((run) => run.length > 1).map((run) => "M" + run.join("L"));
-  $("curve").setAttribute("d", lines.join(""));
-  $("area").setAttribute("d", lines.map((line) => {
-    const [from, to] = [line.slice(1).split(" ")[0], line.split("L").at(-1).split(" ")[0]];
-    return `${line}L${to} 100L${from} 100Z`;
-  }).join(""));
-}, 200);
 setInterval(async () => {
-  if (ws.state !== "ready") return;
   const began = performance.now();
-  await ws.call("_ping_").catch(() => {});
+  if (ws.state === "ready") await ws.call("_ping_").catch(() => {});
   show({ trip: (performance.now() - began).toFixed(1) });
 }, 1000);
-
 $("build").onclick = async () => {
   [$("build").disabled, $("stop").disabled, $("bar").value, leave] = [true, false, 0, false];
   try {
@@ -1439,21 +867,19 @@ $("build").onclick = async () => {
 };
 $("stop").onclick = () => { leave = true; };
 $("restart").onclick = () => ws.notify("restart");
-
 function add(...nodes) {
-  const line = document.createElement(nodes.length > 1 ? "p" : "i");
+  const line = document.createElement("p");
   line.append(...nodes);
   $("log").append(line);
-  while ($("log").childElementCount > 200) $("log").firstElementChild.remove();
   $("log").scrollTop = $("log").scrollHeight;
 }
-const note = (text) => add(`${new Date().toLocaleTimeString()} · ${text}`);
-ws.subscribe("chat", ({ name, text }) => {
-  const from = Object.assign(document.createElement("b"), { textContent: name });
-  const hue = [...name].reduce((sum, char) => (sum * 31 + char.codePointAt(0)) % 360, 7);
-  from.style.setProperty("--hue", hue);
+const made = (tag, textContent) => Object.assign(document.createElement(tag), { textContent });
+const note = (text) => add(made("i", `${new Date().toLocaleTimeString()} - ${text}`));
+ws.subscribe("chat", ({ name, text }) => { // with what the others have said before
+  const from = made("b", name);
+  from.style.setProperty("--hue", [...name].reduce((n, c) => (n * 31 + c.codePointAt(0)) % 360, 7));
   add(from, text);
-});
+}, { last: 20 });
 $("name").value = localStorage.name ??= "guest " + Math.ceil(Math.random() * 99);
 $("name").onchange = () => { localStorage.name = $("name").value; };
 $("chat").onsubmit = (event) => {
@@ -1491,7 +917,8 @@ async def dashboard_server(listener: socket.socket) -> bool:
     """Serve until someone wants to restart it, or to end it; returns whether to restart."""
     app, work = FastAPI(), Dashboard()
     endpoint = PubSubEndpoint(work)
-    endpoint.register_route(app, "/ws", browser_client="/ws-lite.js")
+    endpoint.register_route(app, "/ws")
+    register_browser_client(app, "/ws-lite.js")
 
     @app.get("/", response_class=HTMLResponse)
     async def page() -> str:
@@ -1499,12 +926,11 @@ async def dashboard_server(listener: socket.socket) -> bool:
 
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
     task = asyncio.create_task(server.serve([listener]))
-    load, began = 50.0, time.monotonic()
+    began = time.monotonic()
     while not task.done() and not work.restarting:
-        load = min(100, max(0, load + random.uniform(-6, 6) + (50 - load) / 25))
         stats = endpoint.stats()
         endpoint.publish("numbers", {
-            "load": load, "pages": stats["channels"], "events": stats["events_delivered"],
+            "pages": stats["channels"], "events": stats["events_delivered"],
             "jobs": work.jobs, "up": int(time.monotonic() - began)})
         await asyncio.wait([task], timeout=0.2)
     await endpoint.close()
@@ -1527,14 +953,15 @@ def dashboard(port: int = 0) -> None:
             time.sleep(2)  # long enough to see that it is away
 
 
-SCENARIOS: dict[str, Callable[[], Any]] = {
+QUICK: dict[str, Callable[[], Any]] = {
     function.__name__: function
-    for function in (demo, calls, both_ways, validation, errors, typed, streams, events,
-                     events_in_process, authorisation, reconnecting, a_backbone_of_ones_own,
-                     without_a_loop)
+    for function in (
+        demo, calls, both_ways, errors, typed, streams, events, events_in_process,
+        authorisation, reconnecting, last_messages, snapshot_plus_changes, login_with_a_cookie,
+        a_token_that_expires, kicking_a_user, rate_limit, tracing, a_database_session_per_call,
+        prometheus, server_sent_events, a_backbone_of_ones_own, without_a_loop)
 }
-ALL = SCENARIOS | {"bench": bench, "backbones": backbones,  # which run when they are named
-                   "dashboard": dashboard}
+ALL = QUICK | {"fleet": fleet, "bench": bench, "dashboard": dashboard}
 
 
 def run(name: str) -> None:
@@ -1550,25 +977,24 @@ def main(arguments: list[str]) -> int:
     match arguments:
         case ["--serve"]:
             asyncio.run(serve())
+        case ["--fleet-server"]:
+            asyncio.run(fleet_server())
         case ["--agent", url, name, other]:
             asyncio.run(agent(url, name, other))
         case ["--bench-server", name]:
-            with asyncio.Runner(loop_factory=event_loop()) as runner:
-                runner.run(bench_server(name))
-        case ["bench", how] if how in SCALES:
-            bench(how)
+            asyncio.run(bench_server(name))
+        case ["bench", "--quick"]:
+            bench(quick=True)
         case ["dashboard", port] if port.isdigit():
             dashboard(int(port))
-        case ["backbones", how] if how in SCALES:
-            asyncio.run(backbones(how))
-        case _ if unknown := [name for name in arguments if name not in ALL]:
+        case []:
+            for name, function in ALL.items():
+                print(f"{name:28} {(function.__doc__ or '').splitlines()[0]}")
+        case _ if unknown := [name for name in arguments if name not in {*ALL, "all"}]:
             print(f"unknown: {', '.join(unknown)}; there are: {', '.join(ALL)}")
             return 2
         case _:
-            if not arguments:
-                for name, function in ALL.items():
-                    print(f"{name:18} {function.__doc__}")
-            for name in arguments or SCENARIOS:
+            for name in QUICK if "all" in arguments else arguments:
                 run(name)
     return 0
 

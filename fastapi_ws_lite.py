@@ -1,44 +1,61 @@
-# SPDX-License-Identifier: MIT
-"""Two-way calls and live events on a FastAPI app, over one WebSocket, in one file.
+# fastapi_ws_lite 0.2.0 - two-way calls and live events on a FastAPI app, in one file.
+# SPDX-License-Identifier: MIT. Copyright (c) 2026 the fastapi-ws-lite authors.
+# This notice must stay in every copy. https://pypi.org/project/fastapi-ws-lite
+# isort: skip_file
+# ruff: noqa: BLE001
+# The two lines above: a copier's lines may have another length; and each broad except stands at the
+# edge to other people's code, with its reason.
+"""Bidirectional RPC and Pub/Sub over one WebSocket, for FastAPI, in a single module.
 
-    class Calculator(RpcMethodsBase):                 # its public methods can be called by clients
+    class Calculator(RpcMethodsBase):                 # every public method can be called by clients
         async def add(self, a: int, b: int) -> int:
             return a + b
 
     app = FastAPI()
-    endpoint = PubSubEndpoint(Calculator())           # or RpcEndpoint, where no events are wanted
+    endpoint = PubSubEndpoint(Calculator())           # RpcEndpoint, where no events are wanted
     endpoint.register_route(app, "/ws")
+    endpoint.publish(["news"], data={"any": "JSON"})  # in any code of the server
 
     async with PubSubClient("ws://localhost:8000/ws") as client:
         response = await client.other.add(a=1, b=2)   # response.result == 3
-        await client.subscribe("news", print)         # awaited: confirmed by the server
-        endpoint.publish(["news"], data={"any": "JSON"})              # in the server's code
+        await client.subscribe("news", print)         # awaited: the server has confirmed it
 
-    with connect("ws://localhost:8000/ws") as remote: # without an event loop
-        remote.add(a=1, b=2) == 3
+The sections of this file; each uses only what stands above it:
+    constants            limits, in the unit that their names say
+    errors               RpcError and its subclasses, with their JSON-RPC codes
+    messages             JSON text, requests and responses, and the wire: JSON-RPC 2.0
+    methods              which functions a peer may call; arguments, results, dependencies
+    pending calls and streams  the calls of this side that wait for an answer
+    topics and log       events, positions, the bounded log, who subscribes to what
+    channel              one connection: RpcChannel, with its outbox and its request runner
+    events in process    EventNotifier, cursors of connections, the dispatcher of callbacks
+    endpoints            RpcEndpoint and PubSubEndpoint, the server's side
+    transports           how a client opens a connection: network, ASGI, an open session
+    clients              RpcClient and PubSubClient, which reconnect by themselves
+Each of these can be deleted, as "python fastapi_ws_lite.py vendor" does; no other section uses it:
+    the wire of fastapi_websocket_rpc  lets the clients of that library connect to our endpoints
+    OpenRPC              rpc.discover and register_openrpc: what methods a server has
+    backbones            one log behind many servers: Redis, PostgreSQL, RabbitMQ, Kafka
+    fleet                call a client of any server by its name; know who is online
+    without an event loop  connect(), for notebooks, scripts and threads
+    browser client       register_browser_client: an ES module for web pages
+    command line         python -m fastapi_ws_lite: serve, call, subscribe, vendor, ...
 
-The wire is UTF-8 JSON, in one of two dialects: JSON-RPC 2.0 (https://www.jsonrpc.org/specification)
-with additions that a plain peer can ignore, or the wire of fastapi_websocket_rpc. The subprotocol
-ws-lite.1 selects the first and lets messages travel together in one frame; without it, the server
-takes the dialect of the first message that it understands.
+Guaranteed: every request is answered exactly once, with a result or a coded error. No method and
+no message of a peer ends the connection. Events keep one order, and each subscription gets each of
+its events once, or is told a gap in its place. A slow peer costs no memory and delays nobody else.
+A client reconnects by itself and resumes where it was.
 
-Guaranteed: Every request is answered once, with a result or a coded error. Nothing that a method
-does or a peer sends, short of breaking the WebSocket protocol, ends the connection. Requests run
-concurrently. Events keep one order everywhere, and what a subscriber was due arrives once, or a gap
-is told where it is missing; a slow one costs no memory and delays nobody. A client reconnects by
-itself, and goes on where it was.
-
-Not promised: Whether a call ran when its connection dropped; calls are not repeated. That all
-events arrive: what is older than the history, or was in a server that is gone, is a gap.
-
-Errors: RpcError is the root, and what a method raises to speak to its caller. Below it are
-MethodNotFound, InvalidParams, InternalError, Forbidden, Overloaded, MessageTooLarge, Cancelled,
-RequestTimeout (also a TimeoutError) and ChannelClosed (also a ConnectionError), with Refused.
+Not promised: whether a call ran when its connection dropped, because calls are never repeated; and
+events that are older than the history, or that were on a server that is gone: these are gaps.
 """
 
 import abc
+import ast
 import asyncio
+import base64
 import contextlib
+import copy
 import fnmatch
 import functools
 import hashlib
@@ -61,132 +78,109 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable
 from collections.abc import Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
-from contextvars import Context, ContextVar, copy_context
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Final, Generic, Literal, NamedTuple, Protocol, Self
-from typing import TypeAlias, TypedDict, TypeVar, Unpack, cast
+from typing import ParamSpec, TypeAlias, TypeVar, cast
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+import anyio.from_thread
 import anyio.to_thread
-from fastapi import APIRouter, FastAPI, Request, Response, WebSocket
-from fastapi.params import Depends
-from pydantic import ConfigDict, PydanticUserError, StringConstraints, TypeAdapter
-from pydantic import ValidationError
-from pydantic.errors import PydanticInvalidForJsonSchema, PydanticUndefinedAnnotation
+from fastapi import APIRouter, BackgroundTasks, FastAPI, Request, Response, WebSocket
+from fastapi.dependencies.utils import get_dependant, solve_dependencies
+from fastapi.params import Depends, Param
+from fastapi.security import SecurityScopes
+from pydantic import AliasChoices, ConfigDict, EncodedBytes, NonNegativeInt, PydanticUserError
+from pydantic import StringConstraints, TypeAdapter, ValidationError
+from pydantic.errors import PydanticInvalidForJsonSchema
+from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema
-from pydantic_core import ArgsKwargs, CoreConfig, PydanticOmit, SchemaValidator, from_json
+from pydantic_core import ArgsKwargs, PydanticOmit, SchemaValidator, core_schema, from_json
 from pydantic_core import to_json
+from starlette.exceptions import HTTPException, WebSocketException
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message
 from starlette.websockets import WebSocketState
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
-    "ALL_TOPICS", "Backbone", "Codec", "Event", "EventNotifier", "Gap", "RpcChannel",
-    "RpcMethodsBase", "RpcResponse", "Subscription",
-    # the server, and the client with what carries it
-    "PubSubEndpoint", "RpcEndpoint",
-    "ASGITransport", "NetworkTransport", "PubSubClient", "RpcClient", "SessionTransport", "Socket",
-    "Transport",
-    # without an event loop
-    "Remote", "connect",
-    # errors
-    "Cancelled", "ChannelClosed", "Forbidden", "InternalError", "InvalidParams", "MessageTooLarge",
-    "MethodNotFound", "Overloaded", "Refused", "RequestTimeout", "RpcError",
+    "ALL_TOPICS", "ASGITransport", "Backbone", "Cancelled", "ChannelClosed", "Event",
+    "EventNotifier", "Forbidden", "Gap", "InternalError", "InvalidParams", "MessageTooLarge",
+    "MethodNotFound", "NetworkTransport", "Overloaded", "PubSubClient", "PubSubEndpoint", "Refused",
+    "RequestTimeout", "RpcChannel", "RpcClient", "RpcEndpoint", "RpcError", "RpcMethodsBase",
+    "RpcRequest", "RpcResponse", "SessionTransport", "Socket", "Subscription", "Transport",
 ]
 
 logger = logging.getLogger(__name__)
 
 # ------------------------------------------------------------------------------------- constants
+# The limits that a reader may want to change. Bytes are bytes of UTF-8. Each limit is there so that
+# no peer can make this process grow without bound or hold up its other connections.
 
 SUBPROTOCOL: Final = "ws-lite.1"
 ALL_TOPICS: Final = "__EventNotifier_ALL_TOPICS__"  # the same text as in fastapi_websocket_pubsub
+INTERNAL_PREFIX: Final = "$fastapi_ws_lite/"  # of topics that servers use among themselves
 
 DEFAULT_RESPONSE_TIMEOUT_SECONDS: Final = 60.0
-MAX_MESSAGE_BYTES: Final = 16 * 2**20  # what uvicorn accepts unless told otherwise (--ws-max-size)
-OLD_WIRE_CLIENT_BYTES: Final = 2**20  # those clients keep the default of the websockets library
-MAX_CONCURRENT_REQUESTS: Final = 1024  # per connection; each one is a task
-METHOD_THREADS: Final = 40  # for plain def methods; as many as FastAPI has for plain def routes
+MAX_MESSAGE_BYTES: Final = 16 * 2**20  # uvicorn accepts as much unless --ws-max-size says otherwise
+LEGACY_MESSAGE_BYTES: Final = 2**20  # old clients keep the default limit of the websockets library
+MAX_CONCURRENT_REQUESTS: Final = 1024  # per connection; each running request is a task
+METHOD_THREADS: Final = 40  # for plain def methods; FastAPI has as many for plain def routes
+MAX_ARRAY_MESSAGES: Final = 4096  # in a batch; what we send together in a frame is always less
+YIELD_MESSAGES: Final = 32  # of one connection that are handled before others have their turn
+STREAM_CREDIT: Final = 16  # items of a stream that may be under way
 
-ARRAY_ITEMS: Final = 4096  # of a batch; what we send in 64 KiB is less than that
-FRAME_BYTES: Final = 64 * 2**10  # of messages that travel together; more brings no more speed
-LIVE_BYTES: Final = 64 * 2**10  # with more than this unsent, a subscriber is fed from the log,
-FEED_EVENTS: Final = 512  # and no more of it is looked through before others run; and streams
-# wait, so that the answers to other calls are not behind a megabyte of them
-ANSWERS_BYTES: Final = 2**20  # with more of them unsent, reading from that peer pauses,
-PAUSE_BYTES_PER_SECOND: Final = 2**25  # the longer the more they are; not for ever, as the peer
-# may wait for us likewise: one that sends and never reads gets about 100 MiB before it is let go
-OUTBOX_BYTES: Final = 64 * 2**20  # with more than this unsent, calls raise Overloaded
-REQUESTS_AT_ONCE: Final = 256  # of a client's own publishes, and of its subscribes; others wait
-STREAM_CREDIT: Final = 16  # items of a stream that may come before more are asked for
-MOST_CREDIT: Final = 2**53  # any number that JSON carries: what waits is bounded otherwise
-HELD_MESSAGES: Final = 1000  # that wait for the peer to show which dialect it speaks
+FRAME_BYTES: Final = 64 * 2**10  # of small messages that share a frame; more brings no more speed
+LAGGING_BYTES: Final = 64 * 2**10  # unsent; above it a subscriber is fed from the log, streams wait
+PAUSE_BYTES: Final = 2**20  # unsent; above it we read more slowly from this peer,
+PAUSE_BYTES_PER_SECOND: Final = 32 * 2**20  # by a pause of backlog / this rate, so that it ends
+OUTBOX_BYTES: Final = 64 * 2**20  # unsent; above it calls raise, and answers become, Overloaded
 
 HISTORY_EVENTS: Final = 4096
 HISTORY_BYTES: Final = 16 * 2**20
-MARK_SECONDS: Final = 20.0  # after which quiet subscribers are told where the log is, or after
-MARK_FRACTION: Final = 4  # one part in so many of the history
-BURST_BYTES: Final = 2**18  # published by one task before others run, in awaited publishes;
-BURST_EVENT_BYTES: Final = 2**10  # added to the size of each, so that 256 are a burst, too
-QUEUE_EVENTS: Final = 10_000  # that wait for callbacks, or to be published by other threads
+REPLAY_EVENTS: Final = 1000  # in the answer to one subscribe with since or last
+REPLAY_BYTES: Final = 2**20
+CATCH_UP_EVENTS: Final = 256  # of the log that are looked at for a subscriber before others run
+POSITION_SECONDS: Final = 20.0  # after which quiet subscribers are told how far the log is
+QUEUE_EVENTS: Final = 10_000  # that wait for callbacks, for an iterator, or to be published
 QUEUE_BYTES: Final = 16 * 2**20
-EVENT_FRAME_BYTES: Final = 256  # what is around topic and data is less, in either dialect
-OLD_WIRE_EXTRA_BYTES: Final = 64  # an event is larger in that dialect, by less
-MAX_TOPIC_CHARACTERS: Final = 1024  # also of the id of a subscriber
-MAX_TOPICS: Final = 1000  # that a peer publishes to at once
-MAX_PATTERN_STARS: Final = 16  # each is one more pass over the topic
-MAX_PATTERN_CHARACTERS: Final = 128  # with a ? or [: a part is tried everywhere, not searched for
-MAX_PROBLEMS: Final = 100  # that are told of one request's parameters
+MAX_TOPIC_CHARACTERS: Final = 1024
+MAX_PATTERN_CHARACTERS: Final = 128  # the cost of a match grows with pattern times topic
+MAX_PUBLISH_TOPICS: Final = 1000  # in one publish of a client
 MAX_SUBSCRIPTIONS: Final = 10_000  # per connection
-MAX_PATTERNS: Final = 100  # per connection; each costs time at every publish, as topics do not
+MAX_PATTERNS: Final = 100  # per connection; each one costs a match for every new topic
 
-SEND_SECONDS: Final = 10.0  # a peer that takes nothing for so long is let go,
-SEND_BYTES_PER_SECOND: Final = 64 * 2**10  # with more time for a large message, unless we see
-LOOK_SECONDS: Final = 1.0  # what it takes, by a look so often
-CLOSE_SECONDS: Final = 2.0  # for a close to take place; then the connection is left as it is
-ASK_AGAIN_SECONDS: Final = 1.0  # at most, until a subscribe is repeated that was too much
-GRACE_SECONDS: Final = 1.0  # for what was cancelled to end; then it is left behind, and logged
+SEND_SECONDS: Final = 10.0  # a peer that takes nothing for so long is dropped,
+SEND_BYTES_PER_SECOND: Final = 64 * 2**10  # with extra time for large messages
+CLOSE_SECONDS: Final = 2.0  # for the closing handshake; then the connection is aborted
+GRACE_SECONDS: Final = 1.0  # for cancelled tasks to end; then they are left behind
 GREETING_SECONDS: Final = 10.0  # for the server's first answer on a new connection
-TICK_SECONDS: Final = 0.005  # deadlines closer together than this share one timer
-LONGEST_TIMEOUT_SECONDS: Final = 1e6  # what every event loop's timers can do
+RETRY_SECONDS: Final = (0.1, 10.0)  # the shortest and the longest back-off of a client
+READY_SECONDS: Final = 1.0  # a connection that was ready for so long resets the back-off
+RESTART_SPREAD_SECONDS: Final = 2.0  # over which clients come back after a server's restart
+MAX_TIMEOUT_SECONDS: Final = 1e6  # event loops have no much longer timers
 
-BACKOFF_FIRST_SECONDS: Final = 0.1
-BACKOFF_MAX_SECONDS: Final = 30.0
-READY_SECONDS: Final = 1.0  # a connection that was ready for so long resets the backoff
-RESTART_SPREAD_SECONDS: Final = 2.0  # so that a fleet does not come back all at once
 FINAL_STATUS: Final = frozenset({401, 403, 404})
-POLICY_VIOLATION: Final = 1008  # these codes: RFC 6455, 7.4.1, and IANA's registry
+POLICY_VIOLATION: Final = 1008  # close codes: RFC 6455, section 7.4.1, and IANA's registry
+MESSAGE_TOO_BIG: Final = 1009
+SERVER_ERROR: Final = 1011
 RESTART_CODES: Final = frozenset({1001, 1012})
 TOO_SLOW: Final = 1013
 
-BROKER_SECONDS: Final = 5.0  # for a connection with its handshake, and for an answer,
-BROKER_BYTES_PER_SECOND: Final = 2**20  # with more time for what is appended
-RELEASE_SECONDS: Final = 1.0  # that the end of a connection is waited for; it may take longer
-PAGE_BYTES: Final = 2**20  # about what is fetched at once; an entry may have more
-PAGE_ENTRIES: Final = 256
-POLL_SECONDS: Final = 1.0  # where a broker's notifications may not arrive
-BLOCK_SECONDS: Final = 2.0  # of a read that waits at the broker, or between its signs of life
-RETAINED_ENTRY_BYTES: Final = 2**14  # where a broker retains bytes and not entries, for each;
-RETAINED_BYTES: Final = 2**26  # at least, for some of the largest
-SILENCE_SECONDS: Final = 5.0  # of a broker, after which it is asked whether that is all
-REACH_SECONDS: Final = 5.0  # for another server's newest event to arrive here, too
-APPEND_EVENTS: Final = 256  # at once; more brings no more speed
-APPEND_BYTES: Final = 2**20
-PACK_BYTES: Final = 2**14  # of events that share an entry; reading one costs more than unpacking,
-PACK_EVENTS: Final = 2**10  # and are more than that in no case
-BROKER_BACKOFF_SECONDS: Final = 5.0
-ENVELOPE_BYTES: Final = 64  # around topic, origin and data, and more than that
-SEEN_EVENTS: Final = 2 * QUEUE_EVENTS  # whose ids are kept, for those that were stored twice
-WRITERS: Final = 1000  # whose sequences are watched for holes
-CHANNEL: Final = "fastapi_ws_lite"
-
 # ---------------------------------------------------------------------------------------- errors
+# Everything that this module raises on purpose is an RpcError. A subclass has a code of its own, by
+# which a peer's error becomes the same class here.
 
 
 class RpcError(Exception):
-    """The root of all errors here; raised in a method, it is what the caller sees.
+    """The root of all errors here. Raise it in a method to answer the caller with an error.
 
-    ``code`` is an integer, of your own or one of JSON-RPC's; ``data`` any JSON value, or None.
+    Args:
+        code: an integer of your own, or one of JSON-RPC's.
+        message: a short text for people.
+        data: any JSON value, or None.
     """
 
     code, message = -32603, "Internal error"  # of a subclass that does not call __init__
@@ -201,15 +195,15 @@ class RpcError(Exception):
 
 
 class _CodedError(RpcError):
-    CODES: Final[dict[int, "type[_CodedError]"]] = {}
+    CLASSES: Final[dict[int, "type[_CodedError]"]] = {}
 
     def __init_subclass__(cls, code: int = 0, text: str = "") -> None:
-        if code:  # not so for a subclass of a user's
-            cls.code, cls.message, cls.CODES[code] = code, text, cls
+        if code:  # a user's own subclass gives none and keeps that of its parent
+            cls.code, cls.message, cls.CLASSES[code] = code, text, cls
 
     def __init__(self, message: str | None = None, data: Any = None) -> None:
         super().__init__(self.code, self.message if message is None else message, data)
-        self.args = (self.message, data)  # what copy and pickle call the class with
+        self.args = (self.message, data)  # copy and pickle call the class with these
 
 
 class MethodNotFound(_CodedError, code=-32601, text="Method not found"):
@@ -217,11 +211,11 @@ class MethodNotFound(_CodedError, code=-32601, text="Method not found"):
 
 
 class InvalidParams(_CodedError, code=-32602, text="Invalid params"):
-    """The arguments do not fit the method; ``data`` lists what is wrong with which."""
+    """The arguments do not fit the method. ``data`` lists what is wrong, by argument."""
 
 
 class InternalError(_CodedError, code=-32603, text="Internal error"):
-    """The method failed; why is in the log of the side it ran on."""
+    """The method failed. ``data["error_id"]`` stands beside the traceback in the peer's log."""
 
 
 class RequestTimeout(_CodedError, TimeoutError, code=-32000, text="Request timed out"):
@@ -229,161 +223,133 @@ class RequestTimeout(_CodedError, TimeoutError, code=-32000, text="Request timed
 
 
 class Forbidden(_CodedError, code=-32001, text="Forbidden"):
-    """The caller may not do this; ``data`` names what was refused."""
+    """The caller may not do this. ``data`` names what was refused."""
 
 
 class Overloaded(_CodedError, code=-32002, text="Overloaded"):
-    """Too much at once; trying again later may succeed."""
+    """There is too much to do at the moment. Trying again later may succeed."""
 
 
 class MessageTooLarge(_CodedError, code=-32003, text="Message too large"):
-    """The message is larger than its receiver takes; nothing of it was sent."""
+    """The message is larger than its receiver accepts. Nothing of it was sent."""
 
 
 class Cancelled(_CodedError, code=-32800, text="Request cancelled"):
-    """The call was cancelled (this code is the Language Server Protocol's)."""
+    """The call was cancelled. This code is the Language Server Protocol's."""
 
 
 class ChannelClosed(RpcError, ConnectionError):
-    """The connection is gone; ``code`` and ``reason`` are those of its close (RFC 6455, 7.4)."""
+    """The connection is gone. ``code`` and ``reason`` are those of its close (RFC 6455, 7.4)."""
 
     def __init__(self, code: int = 1006, reason: str = "") -> None:
         super().__init__(code, f"the connection is closed: {code} {reason}".rstrip())
-        self.reason = reason
-        self.args = (code, reason)
+        self.reason, self.args = reason, (code, reason)
 
 
 class Refused(ChannelClosed):
-    """The server does not want this client: by an HTTP ``status``, or by a close code."""
+    """The server does not want this client. ``status`` is an HTTP status, or None after a close."""
 
     def __init__(self, status: int | None = None, code: int = 1006, reason: str = "") -> None:
         super().__init__(code, reason)
-        self.status = status
         how = f"HTTP status {status}" if status else f"close code {code}"
+        how += ", or there is no such route" if status == 403 else ""
         self.message = f"the server refused the connection: {how} {reason}".rstrip()
-        self.args = (status, code, reason)
+        self.status, self.args = status, (status, code, reason)
 
 
-_PARSE_ERROR: Final = RpcError(-32700, "Parse error")
-_INVALID_REQUEST: Final = RpcError(-32600, "Invalid Request")
-
-
-def _error_from_wire(error: Any) -> RpcError:
-    fields = error if type(error) is dict else {"message": f"the peer's error is {error!r:.99}"}
-    code, message, data = fields.get("code"), str(fields.get("message", "")), fields.get("data")
-    if type(code) is not int:
-        return InternalError(message, data)
-    known = _CodedError.CODES.get(code)
-    return known(message, data) if known else RpcError(code, message, data)
-
-
-# ------------------------------------------------------------------------- messages and dialects
-# A dialect translates: a decoded JSON value to messages, and the parts of a message, the variable
-# ones being JSON text already, to its text. It is a value; which one a connection speaks is chosen
-# once.
-
-_NO_ID: Final = object()  # of a notification, which is not answered; an id of null is
+# -------------------------------------------------------------------------------------- messages
+# A wire format parses decoded JSON into requests and responses, and formats them. Parameters and
+# results arrive here already encoded, so formatting is joining strings. A connection uses one
+# format throughout: JSON-RPC 2.0 (https://www.jsonrpc.org/specification), or the same with these
+# additions, which are sent only where the subprotocol ws-lite.1 was negotiated:
+#
+#   "timeout": 2.5       in a request: seconds that the caller still waits
+#   "meta": {...}        in a request: a small object beside the parameters, such as a trace id
+#   "stream": 16         in a request: answer as a stream, at first with so many items of credit
+#   $/stream  {"id", "items": [...]}   items of a stream, whose end is an ordinary response
+#   $/credit  {"id", "n"}              the consumer takes n items more
+#   $/cancelRequest  {"id"}            the caller gave up; the request is still answered, -32800
+#   [message, ...]       messages that travel together in a frame; in plain JSON-RPC it is a batch
 
 
 def _encode(value: object) -> str:
-    """JSON text, of models and dataclasses too. Raises ValueError for what JSON cannot say."""
-    raw = to_json(value, bytes_mode="base64")
-    if len(raw) > 2 and (b"NaN" in raw or b"Infinity" in raw):  # harmless in a string: so parse
+    """The JSON text of a value, which may contain models. Raises ValueError for what is not JSON.
+
+    ``bytes`` become standard base64 (RFC 4648, 4) as the value itself or as an argument, and
+    URL-safe base64 deeper inside. Readers here accept both.
+    """
+    if type(value) is bytes:
+        value = base64.b64encode(value).decode()
+    elif isinstance(value, dict) and bytes in map(type, value.values()):
+        value = {k: base64.b64encode(v).decode() if type(v) is bytes else v
+                 for k, v in value.items()}
+    return _check_json(to_json(value, bytes_mode="base64"))
+
+
+def _check_json(text: bytes) -> str:
+    """Raises ValueError for NaN and infinity, which pydantic writes although JSON has none."""
+    if b"NaN" in text or b"Infinity" in text:  # they may also stand in a string, which is harmless
         try:
-            from_json(raw, allow_inf_nan=False)
+            from_json(text, allow_inf_nan=False)
         except ValueError as error:
             raise ValueError(f"JSON has no NaN and no infinity: {error}") from error
-    return raw.decode()
+    return text.decode()
 
 
 def _decode(frame: str | bytes) -> Any:
-    """The value of a JSON text. Raises ValueError, or RecursionError."""
+    """The value of a JSON text. Raises ValueError or RecursionError."""
     try:
-        return from_json(frame, allow_inf_nan=False, cache_strings="keys")  # 1 MB: 1.3 x
+        return from_json(frame, allow_inf_nan=False, cache_strings="keys")
     except ValueError as error:
         if "recursion" not in str(error):
             raise
-        value = json.loads(frame)  # to_json writes 255 levels, from_json reads 200
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # is it JSON indeed?
+        value = json.loads(frame)  # to_json writes 255 levels, but from_json reads only 200
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # json.loads is too lenient
         return value
 
 
-class Codec(Protocol):
-    """What can take the place of pydantic_core: a module like orjson, or an object."""
-
-    def dumps(self, value: Any, /) -> bytes | str:
-        """The JSON text of a value. Raises TypeError for what it does not know, ValueError."""
-
-    def loads(self, text: Any, /) -> Any:
-        """The value of a JSON text, which may be str or bytes. Raises an Exception."""
-
-
-def _coders(codec: Codec | None) -> tuple[Callable[[object], str], Callable[[str | bytes], Any]]:
-    """How to encode and to decode; models, which another codec does not know, are encoded here."""
-    if codec is None:
-        return _encode, _decode
-
-    def encode(value: object) -> str:
-        try:
-            raw = codec.dumps(value)
-        except TypeError:
-            return _encode(value)
-        return raw if isinstance(raw, str) else raw.decode()
-
-    def decode(frame: str | bytes) -> Any:
-        try:
-            return codec.loads(frame)
-        except Exception as error:  # each library has its own
-            raise ValueError(str(error)) from error
-
-    return encode, decode
-
-
-def _size(text: str) -> int:
+def _utf8_len(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
 
 
 @functools.lru_cache(1024)
-def _quoted(name: str) -> str:
+def _json_string(name: str) -> str:
     return _encode(name)
 
 
 @dataclass(frozen=True, slots=True)
 class RpcResponse:
-    """What a call returns; ``result`` is a JSON value."""
+    """What a call returns. ``result`` is a JSON value."""
     result: Any
 
 
 _Outcome: TypeAlias = RpcResponse | RpcError
 
 
-class _Request:
-    """A request of the peer and, while it runs, its state."""
+@dataclass(slots=True, eq=False)
+class RpcRequest:
+    """A request of the peer, as middleware sees it.
 
-    __slots__ = ("batch", "channel", "credit", "deadline", "id", "method", "open", "params",
-                 "problem", "started", "task", "threaded", "timeout", "waiter")
-
-    def __init__(self, id: object, method: str = "", params: Any = None,
-                 timeout: float | None = None, problem: RpcError | None = None) -> None:
-        self.id, self.method, self.params, self.timeout = id, method, params, timeout
-        self.problem = problem  # of a message that is not a request, but is to be answered
-        self.open = id is not _NO_ID  # its answer is wanted, and not given yet
-        self.batch: Callable[[str], None] | None = None  # where it goes, if not out by itself
-        self.deadline: float | None = None  # in the loop's time; None again when it has ended
-        self.task: asyncio.Task[None] | None = None
-        self.started = self.threaded = False
-        self.channel: RpcChannel
-        self.credit = 0  # items that the peer still takes, if it asked for a stream
-        self.waiter: asyncio.Future[None] | None = None
-
-    def grant(self, n: Any) -> None:
-        if type(n) is int and n > 0:
-            self.credit = min(self.credit + n, MOST_CREDIT)
-            self.wake()
-
-    def wake(self) -> None:
-        if self.waiter is not None and not self.waiter.done():
-            self.waiter.set_result(None)
+    Attributes:
+        id: the request's id; None for a notification, which is not answered.
+        method: the name of the method.
+        params: the arguments as they were sent: a dict, a list or None.
+        meta: the JSON object that the caller sent along with ``call(..., meta=...)``, or {}.
+        channel: the connection that it came on.
+    """
+    id: Any
+    method: str
+    params: Any
+    _is_open: bool  # an answer is wanted, and was not given yet
+    _problem: RpcError | None = None  # of a message that is no request, but is to be answered
+    meta: dict[str, Any] = field(default_factory=dict)
+    _timeout: float | None = None  # seconds
+    _credit: int = 0  # items that the peer still takes, if it asked for a stream
+    _batch: "_Batch | None" = None  # where the answer goes, if not out by itself
+    _deadline: float | None = None  # in the loop's time, while the request runs
+    _timer: "asyncio.TimerHandle | None" = None
+    _has_ended: bool = False
+    channel: "RpcChannel" = field(init=False)
 
 
 class _Response(NamedTuple):
@@ -391,562 +357,576 @@ class _Response(NamedTuple):
     outcome: _Outcome
 
 
-_Message: TypeAlias = _Request | _Response
+_Message: TypeAlias = RpcRequest | _Response
 
 
-def _invalid(id: object = None) -> _Request:
-    return _Request(None if id is _NO_ID else id, problem=_INVALID_REQUEST)
+def _invalid(id: Any = None, code: int = -32600, text: str = "Invalid Request") -> RpcRequest:
+    """Stands for a message that is no request and no response, and is answered with an error."""
+    return RpcRequest(id, "", None, True, RpcError(code, text))
 
 
-def _error_object(error: RpcError) -> str:
-    data = {} if error.data is None else {"data": error.data}
-    return _encode({"code": error.code, "message": error.message, **data})
+class _WireFormat:
+    """JSON-RPC 2.0, with or without the additions of ws-lite.1; the base of other formats."""
 
+    has_positions = True  # whether the peer understands positions and gaps
+    is_limited = False  # whether the peer accepts only legacy_max_message_size
 
-class _JsonRpc:
-    def request(self, id: int | None, method: str, params: str | None,
-                timeout: float | None, credit: int = 0) -> str:
-        text = f'{{"jsonrpc":"2.0","method":{_quoted(method)}'
+    def __init__(self, *, is_ws_lite: bool = False) -> None:
+        self.is_ws_lite = is_ws_lite
+
+    def understands(self, message: Any) -> bool:
+        """Whether the first message of a connection is in this format."""
+        items = message if type(message) is list else [message]
+        return any(isinstance(m, _Response) or m._problem is None
+                   for item in items for m in self.parse(item))
+
+    def request(self, id: int | None, method: str, params: str | None, *, meta: str | None = None,
+                timeout: float | None = None, credit: int = 0) -> str:
+        text = f'{{"jsonrpc":"2.0","method":{_json_string(method)}'
         if params is not None:
             text += f',"params":{params}'
-        if timeout is not None:
-            text += f',"timeout":{timeout:.3f}'
-        if credit:
-            text += f',"stream":{credit}'
+        if self.is_ws_lite:
+            text += f',"timeout":{timeout:.3f}' if timeout is not None else ""
+            text += f',"meta":{meta}' if meta is not None else ""
+            text += f',"stream":{credit}' if credit else ""
         return text + ("}" if id is None else f',"id":{id}}}')
 
-    def result(self, id: Any, result: str, value: object) -> str:
+    def result(self, id: Any, result: str) -> str:
         text = id if type(id) is int else _encode(id)
         return f'{{"jsonrpc":"2.0","result":{result},"id":{text}}}'
 
     def error(self, id: Any, error: RpcError) -> str:
         return f'{{"jsonrpc":"2.0","error":{_error_object(error)},"id":{_encode(id)}}}'
 
-    def items(self, id: Any, items: Iterable[str]) -> str:
-        params = f'{{"id":{_encode(id)},"items":[{",".join(items)}]}}'
-        return self.request(None, "$/stream", params, None)
-
     def event(self, entry: "_Entry") -> str:
         return entry.text
 
-    def read(self, message: Any) -> tuple[_Message, ...]:
+    def parse(self, message: Any) -> Sequence[_Message]:
+        """The messages in a decoded JSON value that is no array."""
         if type(message) is not dict or message.get("jsonrpc") != "2.0":
             return (_invalid(),)
-        id = message.get("id", _NO_ID)
-        sound = (type(id) is int or type(id) is str or id is None or id is _NO_ID
-                 or (type(id) is float and math.isfinite(id)))
+        id = message.get("id")
+        if not (id is None or type(id) in (int, str) or (type(id) is float and math.isfinite(id))):
+            return (_invalid(),)
         if "method" in message:
-            method, params = message["method"], message.get("params")
-            timeout, credit = message.get("timeout"), message.get("stream")
-            if (sound and type(method) is str and (params is None or type(params) in (dict, list))
-                    and (timeout is None or type(timeout) in (int, float))
-                    and (credit is None or (type(credit) is int and credit > 0))):
-                request = _Request(id, method, params, timeout)
-                if credit is not None and request.open:
-                    request.grant(credit)
-                return (request,)
-        elif "error" in message or "result" in message:
-            own = id if type(id) in (int, float) else None  # not True, which equals 1
-            if message.get("error") is not None:
-                return (_Response(own, _error_from_wire(message["error"])),)
-            return (_Response(own, RpcResponse(message.get("result"))),)
-        return (_invalid(id if sound else None),)
+            return (self._parse_request(id, message) or _invalid(id),)
+        own = id if type(id) in (int, float) else None  # the ids of our requests are integers
+        if (error := message.get("error")) is not None:
+            return (_Response(own, self._parse_error(error)),)
+        if "result" in message:
+            return (_Response(own, RpcResponse(message["result"])),)
+        return (_invalid(id),)
+
+    def _parse_request(self, id: Any, message: dict[str, Any]) -> RpcRequest | None:
+        method, params = message["method"], message.get("params")
+        if type(method) is not str or not (params is None or type(params) in (dict, list)):
+            return None
+        request = RpcRequest(id, method, params, "id" in message)
+        if len(message) > 3 + request._is_open - (params is None):  # not only JSON-RPC's members
+            timeout, meta, credit = (message.get(name) for name in ("timeout", "meta", "stream"))
+            if (type(timeout) not in (int, float, type(None)) or type(meta) not in (dict, type(None))
+                    or not (credit is None or (type(credit) is int and credit > 0))):
+                return None
+            request._timeout, request.meta = timeout, meta or {}
+            request._credit = credit or 0 if request._is_open else 0
+        return request
+
+    def _parse_error(self, error: Any) -> RpcError:
+        """JSON-RPC leaves the codes -32000 to -32099 to each server, so our meaning of them holds
+        only where ws-lite.1 was negotiated.
+        """
+        fields = error if type(error) is dict else {"message": f"the peer's error is {error!r:.99}"}
+        code, message, data = fields.get("code"), str(fields.get("message", "")), fields.get("data")
+        if type(code) is not int:
+            return InternalError(message, data)
+        if code in _CodedError.CLASSES and (self.is_ws_lite or not -32099 <= code <= -32000):
+            return _CodedError.CLASSES[code](message, data)
+        return RpcError(code, message, data)
 
 
-class _OldWire:
-    """That of fastapi_websocket_rpc 0.1: only named arguments, no timeouts, cancelling, streams."""
-
-    def request(self, id: int | None, method: str, params: str | None,
-                timeout: float | None, credit: int = 0) -> str:
-        if credit:
-            raise RpcError(-32600, "the wire of fastapi_websocket_rpc has no streams")
-        if params is not None and params[0] != "{":
-            raise TypeError("the wire of fastapi_websocket_rpc takes arguments by name only")
-        call_id = "null" if id is None else f'"{id}"'
-        return (f'{{"request":{{"method":{_quoted(method)},"arguments":{params or "{}"},'
-                f'"call_id":{call_id}}},"response":null}}')
-
-    def result(self, id: Any, result: str, value: object) -> str:
-        kind = type(value).__name__ if type(value).__module__ == "builtins" else "object"
-        return (f'{{"request":null,"response":{{"result":{result},"result_type":{_quoted(kind)},'
-                f'"call_id":{_encode(id)}}}}}')
-
-    def error(self, id: Any, error: RpcError) -> str:
-        return (f'{{"request":null,"response":{{"result":null,"result_type":null,'
-                f'"call_id":{_encode(id)},"error":{_error_object(error)}}}}}')
-
-    def event(self, entry: "_Entry") -> str:
-        return entry.old_text
-
-    def read(self, message: Any) -> tuple[_Message, ...]:
-        found: list[_Message] = []
-        if type(message) is dict and type(request := message.get("request")) is dict:
-            id, method, params = (request.get(k) for k in ("call_id", "method", "arguments"))
-            id = id if type(id) is str else None
-            sound = type(method) is str and type(params or {}) is dict
-            found.append(_Request(id, str(method), params) if sound else _invalid(id))
-        if type(message) is dict and type(response := message.get("response")) is dict:
-            id, error, result = (response.get(k) for k in ("call_id", "error", "result"))
-            own = int(id) if type(id) is str and re.fullmatch("[0-9]{1,18}", id) else None
-            found.append(_Response(own, RpcResponse(result) if error is None
-                                   else _error_from_wire(error)))
-        return tuple(found) or (_invalid(),)
+def _error_object(error: RpcError) -> str:
+    data = {} if error.data is None else {"data": error.data}
+    try:
+        return _encode({"code": error.code, "message": error.message, **data})
+    except Exception:  # the error is a user's, whose attributes may raise anything
+        logger.exception("an error cannot be encoded")
+        return _error_object(InternalError())
 
 
-_Dialect: TypeAlias = _JsonRpc | _OldWire
-_JSONRPC: Final = _JsonRpc()
-_WS_LITE: Final = _JsonRpc()  # the same, but an array is no batch: its messages travel together
-_OLD_WIRE: Final = _OldWire()
+_JSONRPC: Final = _WireFormat()
+_WS_LITE: Final = _WireFormat(is_ws_lite=True)
+_WIRE_FORMATS: list[_WireFormat] = [_JSONRPC]  # those that are told apart by a first message
 
 
-def _dialect_of(message: Any) -> _Dialect | None:
-    """What a first message is written in; None where it is in neither."""
-    def understood(dialect: _Dialect, item: Any) -> bool:
-        return any(isinstance(m, _Response) or not m.problem for m in dialect.read(item))
+class _Batch(list[str]):
+    """The answers to a JSON-RPC batch, which leave as one array when none is missing."""
 
-    if type(message) is list:
-        return _JSONRPC if any(understood(_JSONRPC, item) for item in message) else None
-    return next((d for d in (_JSONRPC, _OLD_WIRE) if understood(d, message)), None)
+    missing, size = 0, 2  # answers that are still to come; bytes, with brackets and commas
 
-
-class _Batch:
-    """The answers to a JSON-RPC batch, sent as one array when the last one is there."""
-
-    def __init__(self, send: Callable[[str], None], max_size: int,
-                 grow: Callable[[int], int]) -> None:
-        self._send, self._max_size = send, max_size
-        self._grow = grow  # returns what all batches of the connection hold now
-        self._ids: list[Any] = []
-        self._answers: dict[int, str] = {}
-        self._total, self._most = 1, 2 * max_size  # bytes, with what is between and around them
-
-    def expect(self, id: Any) -> Callable[[str], None]:
-        """A place for one answer; all are taken before the first is filled."""
-        self._ids.append(id)
-        return functools.partial(self._fill, len(self._ids) - 1)
-
-    def _fill(self, place: int, text: str) -> None:
-        if self._grow(0) > OUTBOX_BYTES:
-            text = _JSONRPC.error(self._ids[place], Overloaded("too much waits in batches"))
-        self._answers[place], before = text, self._total
-        self._total += _size(text) + 1
-        whole = len(self._answers) == len(self._ids)
-        if whole or self._total > self._most:
-            self._shrink()
-        self._grow(self._total - before)
-        if whole:
-            self._grow(1 - self._total)
-            text = f"[{','.join(self._answers[place] for place in sorted(self._answers))}]"
-            self._send(text if self._total <= self._max_size
-                       else _JSONRPC.error(None, MessageTooLarge()))
-
-    def _shrink(self) -> None:
-        """Let the largest give way."""
-        for place in sorted(self._answers, key=lambda place: -len(self._answers[place])):
-            if self._total > self._max_size:
-                self._total -= _size(self._answers[place])
-                self._answers[place] = _JSONRPC.error(self._ids[place], MessageTooLarge())
-                self._total += _size(self._answers[place])
-        self._most = self._total + self._max_size
+    def add(self, answer: str) -> bool:
+        """Returns whether it was the last one."""
+        self.append(answer)
+        self.size += _utf8_len(answer) + 1
+        self.missing -= 1
+        return self.missing == 0
 
 
 # --------------------------------------------------------------------------------------- methods
-# A table of methods is made once, from a class or by decorators. A name off the wire is looked up
-# in it, and never reaches getattr.
+# A table of methods is made once, from a class or by decorators. A name from the wire is looked up
+# in that table and never reaches getattr. For each method the table holds what validates its
+# arguments, what serialises its result, and which of its parameters are not on the wire: those with
+# Depends or Security, which FastAPI solves for each call, and those typed RpcChannel or WebSocket.
+# Nothing in this section awaits.
 
 _T = TypeVar("_T")
-_current: ContextVar[_Request | None] = ContextVar("fastapi_ws_lite_request", default=None)
-_Function = TypeVar("_Function", bound=Callable[..., Any])
+_current_request: ContextVar[RpcRequest | None] = ContextVar("fastapi_ws_lite", default=None)
 
 
 class RpcMethodsBase:
-    """Derive from this: every public method of the class can be called by the peer.
+    """Derive from this class: the peer can call every public method of yours.
 
-    ``async def`` runs on the event loop, plain ``def`` in a worker thread; an async generator is a
-    stream, for the peer to iterate over. Arguments are validated from the type hints, by pydantic.
-    One instance serves all connections; what belongs to one of them goes into
-    ``self.channel.context``. The current task is a method's own only until it returns.
+    ``async def`` runs on the event loop and plain ``def`` in a worker thread, as in FastAPI. An
+    async generator is a stream. Arguments are validated by their type hints, and results are
+    validated, filtered and serialised by the return annotation, as FastAPI's response_model does.
+    A parameter with ``Depends`` or ``Security`` is solved by FastAPI for each call, and one typed
+    ``RpcChannel`` or ``WebSocket`` is filled in; the peer can send none of these.
+
+    One instance serves all connections. What belongs to one of them goes into
+    ``self.channel.context``.
     """
 
     @property
     def channel(self) -> "RpcChannel":
-        """The connection that is being served. Raises RuntimeError outside of a call."""
-        if (request := _current.get()) is None:
+        """The connection whose call is being served. Raises RuntimeError outside of a call."""
+        if (request := _current_request.get()) is None:
             raise RuntimeError("self.channel is known only in a method that a peer has called")
         return request.channel
 
 
-_CONFIG: Final = ConfigDict(val_json_bytes="base64", arbitrary_types_allowed=True)
-_CORE_CONFIG: Final = CoreConfig(val_json_bytes="base64")
+class _StandardBase64:
+    """Annotates ``bytes`` that are an argument or a result: standard base64 in JSON."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return core_schema.no_info_plain_validator_function(
+            self._read, serialization=core_schema.plain_serializer_function_ser_schema(
+                lambda value: base64.b64encode(value).decode(), when_used="json"))
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        return {"type": "string", "contentEncoding": "base64"}
+
+    @staticmethod
+    def _read(value: Any) -> bytes:
+        """Accepts the URL-safe alphabet and missing padding, too."""
+        if isinstance(value, bytes):
+            return value
+        if not isinstance(value, str):
+            raise ValueError("Input should be a base64 string")  # noqa: TRY004  # as pydantic asks
+        text = value.translate({45: "+", 95: "/"})
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
 
 
-def _adapter(kind: Any) -> tuple[TypeAdapter[Any], bool]:
-    """What validates, and whether it needs JSON text."""
-    adapter = TypeAdapter(kind, config=_CONFIG)
-    # only from JSON text are bytes base64, and dates in a strict model strings
-    return adapter, bool(re.search("'bytes'|'strict': True", repr(adapter.core_schema)))
+def _with_base64(hint: Any) -> Any:
+    """The type hint with _StandardBase64 on each ``bytes`` that is in no model."""
+    args, origin = typing.get_args(hint), typing.get_origin(hint)
+    if hint is bytes:
+        return Annotated[bytes, _StandardBase64()]
+    if any(isinstance(mark, EncodedBytes) for mark in args):
+        return hint
+    if origin is Annotated:
+        return Annotated[(_with_base64(args[0]), *args[1:])]
+    inner = tuple(map(_with_base64, args))
+    origin = typing.Union if origin is types.UnionType else origin
+    return hint if inner == args else origin[inner]
+
+
+# A class that cannot be validated is checked by isinstance; NaN is found by _check_json.
+_CONFIG: Final = ConfigDict(arbitrary_types_allowed=True, ser_json_inf_nan="constants")
+
+
+def _adapter(hint: Any) -> tuple[TypeAdapter[Any], bool]:
+    """What validates a type, and whether it must validate JSON text instead of decoded values.
+
+    Only from JSON text are bytes of a model read as that model's configuration says, and are dates
+    in a strict model strings.
+    """
+    try:
+        adapter = TypeAdapter(hint, config=_CONFIG)
+    except PydanticUserError:  # a model has a configuration of its own
+        adapter = TypeAdapter(hint)
+    needs_json = re.search("'type': 'bytes'|'strict': True", repr(adapter.core_schema))
+    return adapter, needs_json is not None
+
+
+def _type_arguments(cls: type) -> dict[Any, Any]:
+    """What the type variables of generic base classes stand for in a class."""
+    known: dict[Any, Any] = {}
+    for base in cls.__mro__:
+        for generic in vars(base).get("__orig_bases__", ()):
+            variables = getattr(typing.get_origin(generic), "__parameters__", ())
+            for variable, hint in zip(variables, typing.get_args(generic), strict=False):
+                known.setdefault(variable, known.get(hint, hint))
+    return known
+
+
+def _substituted(hint: Any, known: Mapping[Any, Any]) -> Any:
+    """A type hint with its type variables replaced."""
+    if isinstance(hint, TypeVar):
+        return known.get(hint, hint)
+    if known and (variables := getattr(hint, "__parameters__", ())) and not isinstance(hint, type):
+        return hint[tuple(known.get(variable, variable) for variable in variables)]
+    return hint
+
+
+_NOT_INJECTED: Final = (HTTPConnection, Response, BackgroundTasks, SecurityScopes)
+
+
+class _Signature:
+    """The parameters of a function: those on the wire, and those that are filled in here."""
+
+    def __init__(self, name: str, function: Callable[..., Any], known: Mapping[Any, Any]) -> None:
+        self._name, plain = name, function
+        while isinstance(plain, functools.partial):  # of a partialmethod
+            plain = plain.func
+        try:
+            hints = typing.get_type_hints(plain, include_extras=True)
+        except NameError as error:
+            raise TypeError(f"{name}: an annotation cannot be resolved: {error}") from error
+        self.hints = {n: _with_base64(_substituted(hint, known)) for n, hint in hints.items()}
+        shown = inspect.signature(function)
+        kinds = {p.name: self._kind(p) for p in shown.parameters.values()}
+        self.injected = {name: kind for name, kind in kinds.items() if kind is not None}
+        self.places = [(sys.maxsize if p.kind is p.KEYWORD_ONLY else place, p.name)
+                       for place, p in enumerate(shown.parameters.values())
+                       if p.name in self.injected]
+        self.dependencies = [p.replace(kind=p.KEYWORD_ONLY, annotation=self.hints.get(p.name, Any))
+                             for p in shown.parameters.values() if kinds[p.name] is Depends]
+        self.wire = shown.replace(
+            parameters=[p for p in shown.parameters.values() if kinds[p.name] is None])
+
+    def _kind(self, parameter: inspect.Parameter) -> type | None:
+        """What a parameter is filled in with: RpcChannel, WebSocket, Depends; None if by the peer.
+
+        Raises TypeError for what FastAPI would fill in, and we do not.
+        """
+        hint = self.hints.get(parameter.name, parameter.annotation)
+        marks = (*getattr(hint, "__metadata__", ()), parameter.default)
+        plain = hint.__origin__ if typing.get_origin(hint) is Annotated else hint
+        kinds = [k for k in (plain, *typing.get_args(plain)) if isinstance(k, type)]
+        if any(isinstance(mark, Depends) for mark in marks):
+            return Depends
+        if RpcChannel in kinds:
+            return RpcChannel
+        if any(issubclass(kind, WebSocket) for kind in kinds):
+            return WebSocket
+        if any(issubclass(kind, _NOT_INJECTED) for kind in kinds):
+            raise TypeError(f"{self._name}: {parameter.name} is a {inspect.formatannotation(plain)}"
+                            ", which a method does not get; it can have a WebSocket, an "
+                            "RpcChannel, or Depends")
+        if any(isinstance(mark, Param) for mark in marks):
+            raise TypeError(f"{self._name}: {parameter.name} is a header, cookie or query "
+                            "parameter: read it in a function and use Depends on that")
+        return None
 
 
 def _arguments_schema(schema: Any) -> Any:
-    """Of a function's schema, what validates its arguments without a call: 4 % more calls."""
+    """The part of a function's schema that validates its arguments and does not call it."""
     if schema["type"] == "definitions":
         return {**schema, "schema": _arguments_schema(schema["schema"])}
     return schema["arguments_schema"]
 
 
-class _Signature:
-    """The hints and parameters of a function; without the one that is given the channel."""
-
-    def __init__(self, name: str, function: Callable[..., Any]) -> None:
-        try:
-            self.hints = typing.get_type_hints(function, include_extras=True)
-        except NameError as error:
-            raise TypeError(f"{name}: an annotation cannot be resolved: {error}") from error
-        self.channel = next((name for name, hint in self.hints.items() if hint is RpcChannel
-                             or RpcChannel in typing.get_args(hint)), None)
-        shown = inspect.signature(function)
-        self.place = list(shown.parameters).index(self.channel) if self.channel else 0
-        self.shown = shown.replace(parameters=[p for p in shown.parameters.values()
-                                               if p.name != self.channel])
+def _result_hint(hint: Any, *, is_stream: bool) -> Any:
+    """What a method answers with: the return annotation, or the items of a stream."""
+    args, origin = typing.get_args(hint), typing.get_origin(hint)
+    if is_stream:
+        return args[0] if args else Any
+    return args[-1] if origin in (Awaitable, Coroutine) else hint
 
 
-class _Method:
-    """A function that a peer may call."""
+class _ExposedMethod:
+    """A function that a peer may call.
 
-    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+    Attributes:
+        is_stream: it is an async generator.
+        runs_in_thread: it is a plain function.
+        is_built_in: it is one of ours, so that ``authorize`` is not asked about "call".
+        parameters: those on the wire.
+        adapter: the TypeAdapter of a function with these parameters.
+        result_adapter: that of the result or of a stream's items, or None if nothing is known.
+        injected: the types of the parameters that are filled in, RpcChannel or WebSocket.
+        dependant: returns FastAPI's description of its dependencies, by the names of the path
+            parameters of a route; or None if it has none.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any], *, is_built_in: bool = False,
+                 on_server: bool = True, known: Mapping[Any, Any] = MappingProxyType({})) -> None:
         plain = inspect.unwrap(function)
         if inspect.isgeneratorfunction(plain):
             raise TypeError(f"{name} is a generator: make it an async one, or name it _{name}")
-        signature = _Signature(name, function)
-        self.function, self.streams = function, inspect.isasyncgenfunction(plain)
-        self.threaded = not self.streams and not inspect.iscoroutinefunction(plain)
-        # if it is known that it does not end without having to wait
-        self.waits = self.threaded or self.streams
-        self._channel, self._place = signature.channel, signature.place
+        self.name, self.function, self.is_built_in = name, function, is_built_in
+        self.is_stream = inspect.isasyncgenfunction(plain)
+        self.runs_in_thread = not self.is_stream and not inspect.iscoroutinefunction(plain)
+        signature = _Signature(name, function, known)
+        if not on_server and {Depends, WebSocket} & set(signature.injected.values()):
+            raise TypeError(f"{name}: a client's methods have no WebSocket and no Depends")
+        self.parameters = list(signature.wire.parameters.values())
+        self.injected = {n: k for n, k in signature.injected.items() if k is not Depends}
+        self._places = signature.places
+        self.adapter, self._needs_json = _adapter(self._with_signature(signature))
+        self._validator = SchemaValidator(_arguments_schema(self.adapter.core_schema))
+        self._set_result(signature.hints.get("return", Any))
+        self.dependant = self._dependant(signature.dependencies)
 
+    @staticmethod
+    def _with_signature(signature: _Signature) -> Callable[..., Any]:
         def arguments(*args: Any, **kwargs: Any) -> None: ...
 
-        vars(arguments)["__signature__"] = signature.shown
-        arguments.__annotations__ = signature.hints
-        self.parameters = list(signature.shown.parameters.values())
-        self.returns = signature.hints.get("return", Any)
-        self.adapter, self._from_json = _adapter(arguments)  # which has the function's signature
-        self._validator = SchemaValidator(_arguments_schema(self.adapter.core_schema), _CORE_CONFIG)
+        vars(arguments)["__signature__"] = signature.wire
+        arguments.__annotations__ = {n: h for n, h in signature.hints.items() if n != "return"}
+        return arguments
 
-    def bind(self, channel: "RpcChannel", params: Any) -> tuple[Sequence[Any], dict[str, Any]]:
-        """The arguments for the function. Raises InvalidParams."""
+    def _set_result(self, hint: Any) -> None:
+        self.result_adapter: TypeAdapter[Any] | None = None
+        if (hint := _result_hint(hint, is_stream=self.is_stream)) is Any:
+            return
+        with contextlib.suppress(PydanticUserError):  # pydantic cannot make anything of the hint
+            self.result_adapter, _ = _adapter(hint)
+            self._validate_result = self.result_adapter.validator.validate_python
+            self._serialize_result = self.result_adapter.serializer.to_json
+
+    @staticmethod
+    def _dependant(dependencies: Sequence[inspect.Parameter]) -> Any:
+        if not dependencies:
+            return None
+
+        def call(**values: Any) -> None: ...
+
+        @functools.lru_cache(16)
+        def dependant(*path_names: str) -> Any:
+            return get_dependant(path="".join(f"{{{name}}}" for name in path_names), call=call)
+
+        vars(call)["__signature__"] = inspect.Signature(dependencies)
+        dependant()  # so that FastAPI refuses at once what it cannot solve
+        return dependant
+
+    def bind(self, params: Any, injected: Mapping[str, Any],
+             ) -> tuple[Sequence[Any], dict[str, Any]]:
+        """The validated arguments, with those that are filled in. Raises InvalidParams."""
         args, named = (tuple(params), {}) if type(params) is list else ((), params or {})
+        for _, name in self._places:
+            if name in named:
+                raise InvalidParams(f"Invalid params: {name} is not for the caller to set",
+                                    [{"loc": [name], "type": "unexpected_keyword_argument",
+                                      "msg": "Unexpected keyword argument"}])
         try:
-            if self._from_json and params:
+            if self._needs_json and params:
                 args, named = self._validator.validate_json(_encode(params))
             else:
                 args, named = self._validator.validate_python(ArgsKwargs(args, named))
         except ValidationError as error:
-            problems = _problems(error, params)
-            summary = f"Invalid params: {_summary(problems)}"
+            problems = _problems(error)
+            summary = f"Invalid params of {self.name}: {_summary(problems)}"
             raise InvalidParams(summary, problems) from error
-        if self._channel is not None and len(args) > self._place:
-            args = (*args[:self._place], channel, *args[self._place:])
-        elif self._channel is not None:
-            named[self._channel] = channel
+        for place, name in self._places:
+            if len(args) >= place:
+                args = (*args[:place], injected[name], *args[place:])
+            else:
+                named[name] = injected[name]
         return args, named
 
+    def encode_result(self, value: Any) -> str:
+        """The JSON text of a result or an item. Raises ValueError if it does not fit."""
+        if self.result_adapter is None:
+            return _encode(value)
+        valid = self._validate_result(value, from_attributes=True)
+        return _check_json(self._serialize_result(valid, by_alias=True))
 
-def _problems(error: ValidationError, value: Any) -> list[dict[str, Any]]:
-    """What is wrong with which part; without its value, or the name of a class of ours."""
-    if (count := error.error_count()) > MAX_PROBLEMS:  # each would cost 1 KiB
+
+def _problems(error: ValidationError) -> list[dict[str, Any]]:
+    """What is wrong with which part; at most 100 of them, as each takes 1 KiB."""
+    if (count := error.error_count()) > 100:
         return [{"loc": [], "type": "too_many", "msg": f"{count} parts are not valid"}]
-    problems = []
-    for e in error.errors(include_url=False, include_input=False):
-        named = {"class", "class_name"} & e.get("ctx", {}).keys()
-        problems.append({"loc": _path(e["loc"], value, e["type"]), "type": e["type"],
-                         "msg": "Input should be an object" if named else e["msg"]})
-    return problems
+    return [{"loc": list(e["loc"]), "type": e["type"], "msg": e["msg"]} for e in error.errors(
+        include_url=False, include_input=False, include_context=False)]
 
 
 def _summary(problems: list[dict[str, Any]]) -> str:
-    told = ((".".join(map(str, p["loc"])), p["msg"]) for p in problems[:3])
-    return "; ".join(": ".join(filter(None, parts)) for parts in told)
+    texts = ((".".join(map(str, p["loc"])), p["msg"]) for p in problems[:3])
+    return "; ".join(": ".join(filter(None, text)) for text in texts)
 
 
-def _path(loc: tuple[int | str, ...], value: Any, kind: str) -> list[int | str]:
-    """Where it is in what was sent; pydantic also names the members of a union on the way."""
-    path: list[int | str] = []
-    for depth, part in enumerate(loc, 1):
-        try:
-            value = value[part]
-            path.append(part)
-        except (LookupError, TypeError):
-            if depth == len(loc) and kind.startswith("missing"):
-                path.append(part)
-    return path
+def _is_function(value: Any) -> bool:
+    """Whether an attribute of a class is a method, however it is wrapped."""
+    return (inspect.isfunction(getattr(value, "__func__", value))
+            or isinstance(value, functools.partialmethod)
+            or (hasattr(value, "__wrapped__") and hasattr(value, "__get__")))  # lru_cache
 
 
-def _methods_of(instance: RpcMethodsBase | None) -> dict[str, Callable[..., Any]]:
-    """The public functions of an instance's class and of those it inherits from."""
-    if instance is not None and not isinstance(instance, RpcMethodsBase):
+def _exposed_methods(instance: RpcMethodsBase | None, *,
+                     on_server: bool) -> dict[str, _ExposedMethod]:
+    """The public methods of an instance's class and of the classes that it inherits from."""
+    if instance is None:
+        return {}
+    if not isinstance(instance, RpcMethodsBase):
         raise TypeError(f"methods is {instance!r}, not an instance of a class of RpcMethodsBase")
-    found: dict[str, Any] = {}
-    for cls in reversed(type(instance).__mro__[:-1]):
-        if cls is not RpcMethodsBase:
-            found.update(vars(cls))
-    return {name: value.__get__(instance, type(instance)) for name, value in found.items()
-            if name[0] != "_" and inspect.isfunction(getattr(value, "__func__", value))}
+    cls, found = type(instance), dict[str, Any]()
+    for base in reversed(cls.__mro__[:-1]):
+        if base is not RpcMethodsBase:
+            found.update({name: v for name, v in vars(base).items() if name[0] != "_"})
+    if taken := found.keys() & vars(RpcMethodsBase).keys():
+        raise TypeError(f"{cls.__name__}.{min(taken)} is the name of something of RpcMethodsBase")
+    known, methods = _type_arguments(cls), dict[str, _ExposedMethod]()
+    for name, value in found.items():
+        if _is_function(value):
+            methods[name] = _ExposedMethod(
+                name, value.__get__(instance, cls), on_server=on_server, known=known)
+        elif callable(value) and not isinstance(value, type):
+            logger.warning("%s.%s is not exposed, as it is an object and not a function: write a "
+                           "method that calls it, or name it _%s", cls.__name__, name, name)
+    return methods
 
 
-_STREAMS: Final = (AsyncIterator, AsyncIterable, AsyncGenerator)
+class _MethodStub:
+    """A method as a class declares it, for calling it at the peer: typed values in and out."""
 
-
-class _Typed:
-    """A method as a class has it, for calls of the peer's: values in, and values out."""
-
-    def __init__(self, name: str, function: Callable[..., Any]) -> None:
-        signature = _Signature(name, function)
-        self._name, self._shown = name, signature.shown
-        kind = signature.hints.get("return", Any)
-        self.streams = (inspect.isasyncgenfunction(inspect.unwrap(function))
-                        or (typing.get_origin(kind) or kind) in _STREAMS)
-        if self.streams:
-            kind = next(iter(typing.get_args(kind)), Any)
-        self._says = inspect.formatannotation(kind)
-        adapter, self._from_json = _adapter(types.GenericAlias(dict, (Literal["result"], kind)))
-        self._validator = adapter.validator
+    def __init__(self, name: str, function: Callable[..., Any], known: Mapping[Any, Any]) -> None:
+        signature = _Signature(name, function, known)
+        self._name, self._wire, self._hints = name, signature.wire, signature.hints
+        hint = signature.hints.get("return", Any)
+        self.is_stream = inspect.isasyncgenfunction(inspect.unwrap(function)) or (
+            typing.get_origin(hint) or hint) in (AsyncIterator, AsyncIterable, AsyncGenerator)
+        hint = _result_hint(hint, is_stream=self.is_stream)
+        self._shown = inspect.formatannotation(hint)
+        self._adapter, self._needs_json = _adapter(hint)
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Arguments":
-        """By name, so that any wire carries them, or where there is no name. Raises TypeError."""
+        """The arguments by name, or by position where some have no name. Raises TypeError."""
         try:
-            bound = self._shown.bind(*args, **kwargs)
+            bound = self._wire.bind(*args, **kwargs)
         except TypeError as error:
             raise TypeError(f"{self._name}: {error}") from None
-        kinds = {name: self._shown.parameters[name].kind for name in bound.arguments}
-        if not {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL}.isdisjoint(
-                kinds.values()):
+        kinds = {name: self._wire.parameters[name].kind for name in bound.arguments}
+        kind = inspect.Parameter
+        if not {kind.POSITIONAL_ONLY, kind.VAR_POSITIONAL}.isdisjoint(kinds.values()):
             if bound.kwargs:
                 raise TypeError(f"{self._name}: arguments go by position or by name, not both")
             return bound.args
         named: dict[str, Any] = {}
         for name, value in bound.arguments.items():
-            named.update(value if kinds[name] is inspect.Parameter.VAR_KEYWORD else {name: value})
+            named.update(value if kinds[name] is kind.VAR_KEYWORD
+                         else {self._wire_name(name): value})
         return named or None
 
+    def _wire_name(self, name: str) -> str:
+        """The alias of a parameter, under which the peer expects it, or its name."""
+        for mark in getattr(self._hints.get(name), "__metadata__", ()):
+            if isinstance(mark, FieldInfo):
+                alias = mark.validation_alias or mark.alias
+                alias = alias.choices[0] if isinstance(alias, AliasChoices) else alias
+                name = alias if isinstance(alias, str) else name
+        return name
+
     def check(self, value: Any) -> Any:
-        """What the peer returned, of the type that the class says. Raises InternalError."""
+        """What the peer returned, in the type that the class says. Raises InternalError."""
         try:
-            if self._from_json:
-                return self._validator.validate_json(_encode({"result": value}))["result"]
-            return self._validator.validate_python({"result": value})["result"]
+            if self._needs_json:
+                return self._adapter.validate_json(_encode(value))
+            return self._adapter.validate_python(value)
         except ValidationError as error:
-            problems = _problems(error, {"result": value})
-            raise InternalError(f"{self._name}: the peer did not return {self._says}: "
-                                f"{_summary(problems)}") from error
+            raise InternalError(f"{self._name}: the peer did not return {self._shown}: "
+                                f"{_summary(_problems(error))}") from error
 
 
 @functools.lru_cache(1024)
-def _typed(cls: Callable[..., Any], name: str) -> _Typed:
-    """A public function of a class, or of those it inherits from. Raises AttributeError."""
+def _method_stub(cls: Any, name: str) -> _MethodStub:
+    """The stub of a public method of a class. Raises AttributeError if it has no such method."""
     value = inspect.getattr_static(cls, name, None)
-    if name[0] == "_" or not inspect.isfunction(getattr(value, "__func__", value)):
+    if name[0] == "_" or not _is_function(value):
         raise AttributeError(f"{cls.__name__} has no method {name!r}")
-    return _Typed(name, value.__get__(cls, cls))
-
-
-# ---------------------------------------------------------------------------- describing methods
-# What rpc.discover answers: an OpenRPC document (https://spec.open-rpc.org). Its schemas are made
-# from what validates the arguments, and only when someone asks.
-
-
-class _Schemas(GenerateJsonSchema):
-    """Pydantic's, with an empty schema where a hint has none."""
-
-    def emit_warning(self, kind: Any, detail: str) -> None:
-        """Say nothing: a default that is not JSON is left out."""
-
-    def generate_inner(self, schema: Any) -> dict[str, Any]:
-        try:
-            return super().generate_inner(schema)
-        except PydanticInvalidForJsonSchema:
-            return {}
-
-    def bytes_schema(self, schema: Any) -> dict[str, Any]:
-        return {"type": "string", "contentEncoding": "base64"}
-
-    def arguments_schema(self, schema: Any) -> dict[str, Any]:
-        """By name, however they are passed; but not what is a named tuple in an older pydantic."""
-        if schema.get("metadata", {}).get("pydantic_js_prefer_positional_arguments"):
-            return super().arguments_schema(schema)
-        named = {self.get_argument_name(a): a["schema"] for a in schema["arguments_schema"]}
-        required = [name for name, inner in named.items() if inner["type"] != "default"]
-        named |= {rest: schema[rest] for rest in ("var_args_schema", "var_kwargs_schema")
-                  if rest in schema}
-        return {"required": required, "properties": {
-            name: self._argument(inner) for name, inner in named.items()}}
-
-    def _argument(self, schema: Any) -> dict[str, Any]:
-        try:
-            return self.generate_inner(schema)
-        except PydanticOmit:  # of SkipJsonSchema, which leaves out a field, but not an argument
-            return {}
-
-
-def _openrpc(owner: type, methods: Mapping[str, _Method]) -> Any:
-    """The document about methods, named after the class that has them and its module's version."""
-    asked: list[tuple[str, Literal["validation", "serialization"], TypeAdapter[Any]]] = []
-    for name, method in methods.items():
-        asked.append((name, "validation", method.adapter))
-        asked.append((name, "serialization", _result_adapter(method)))
-    found, shared = TypeAdapter.json_schemas(
-        asked, ref_template="#/components/schemas/{model}", schema_generator=_Schemas)
-    doc = None if owner.__module__ == __name__ else owner.__doc__  # which says nothing of these
-    about = {"description": inspect.cleandoc(doc)} if doc else {}
-    version = getattr(sys.modules.get(owner.__module__), "__version__", "0")
-    document = {"openrpc": "1.3.2",
-                "info": {"title": owner.__name__, "version": str(version), **about},
-                "methods": [_method_object(name, method, found[name, "validation"],
-                                           found[name, "serialization"])
-                            for name, method in methods.items()],
-                "components": {"schemas": shared.get("$defs", {})}}
-    return from_json(to_json(document, inf_nan_mode="null"))  # a default may be infinite
-
-
-def _result_adapter(method: _Method) -> TypeAdapter[Any]:
-    """Of what the method returns, or its stream carries."""
-    hint = method.returns
-    if method.streams:
-        hint = (*typing.get_args(hint), Any)[0]
-    try:
-        return TypeAdapter(hint)
-    except (PydanticUndefinedAnnotation, PydanticUserError):  # pydantic makes nothing of it
-        return TypeAdapter(Any)
-
-
-def _method_object(name: str, method: _Method, arguments: dict[str, Any],
-                   result: dict[str, Any]) -> dict[str, Any]:
-    kind, params = inspect.Parameter, []
-    rest = (kind.VAR_POSITIONAL, kind.VAR_KEYWORD)
-    parameters = sorted(method.parameters, key=lambda p: p.kind in rest)
-    for p, (own, schema) in zip(parameters, arguments["properties"].items(), strict=True):
-        params.append({"name": own, "schema": schema,
-                       "required": own in arguments["required"]})
-        if p.kind in rest:
-            params[-1] |= {"name": p.name, "x-variadic": True}
-    kinds, text = {p.kind for p in parameters}, inspect.getdoc(method.function) or ""
-    return {"name": name,
-            **({"summary": text.partition("\n")[0], "description": text} if text else {}),
-            "paramStructure": "by-position" if kinds & {kind.POSITIONAL_ONLY, kind.VAR_POSITIONAL}
-            else "by-name" if kinds & {kind.KEYWORD_ONLY, kind.VAR_KEYWORD} else "either",
-            "params": sorted(params, key=lambda param: not param["required"]),
-            "result": {"name": "result", "schema": result},
-            **({"x-stream": True} if method.streams else {})}
+    return _MethodStub(name, value.__get__(cls, cls), _type_arguments(cls))
 
 
 # --------------------------------------------------------------------- pending calls and streams
-# The calls of one side that wait for an answer. An entry is made before its request is sent, and
-# is gone before its future is set, whatever the outcome. Futures are set to a value, never to an
-# exception, so that none goes unretrieved. ``then`` is called with the outcome where it is read,
-# for those who must know it before the next message is looked at.
+# The calls of one side that wait for an answer. A call is in the channel's table from before its
+# request is sent, and leaves it before its future is set, whatever the outcome. The future is set
+# to a value and never to an exception, so that none goes unretrieved.
 #
-# A stream is a call whose answer comes after items, of which the peer may send as many as it has
-# credit for. Who iterates owns an _Incoming: the reader fills it, it never holds more than the
-# credit, and what is consumed is granted anew, so that a slow one stops the other side. Who
-# produces has the credit in its _Request, which `$/credit` adds to, and an _Outgoing, of what the
-# generator yielded in this turn of the loop. The generator runs in one task from start to end.
+# A stream is a call whose answer comes after items. The peer may send as many items as it has
+# credit for, and what is consumed is granted anew, so a slow consumer stops the other side.
 
 
-class _Incoming(deque[Any]):
-    """The items of a stream that have come and are not consumed."""
+class _PendingCall:
+    __slots__ = ("consumed", "credit", "future", "items", "on_response", "timer", "waiters")
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.waiters: list[asyncio.Future[None]] = []
-        self._credit, self._consumed = STREAM_CREDIT, 0
+    def __init__(self, future: "asyncio.Future[_Outcome]",
+                 on_response: Callable[[_Outcome], None] | None, credit: int) -> None:
+        self.future = future
+        self.on_response = on_response  # called where the answer is read, before the next message
+        self.timer: asyncio.TimerHandle | None = None
+        self.credit = credit  # items that the peer may still send
+        self.consumed = 0  # items for which no new credit was granted yet
+        self.items: deque[Any] | None = deque() if credit else None
+        self.waiters: _Waiters = []
 
-    def put(self, items: Any) -> bool:
-        """False if they are not what may come."""
-        if type(items) is not list or len(items) > self._credit:
+    def resolve(self, outcome: _Outcome) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+        if not self.future.done():
+            self.future.set_result(outcome)
+            if self.on_response is not None:
+                self.on_response(outcome)
+        _notify_all(self.waiters)
+
+    def put_items(self, items: Any) -> bool:
+        """Take items of a stream; False if the peer sent what it was not asked for."""
+        if self.items is None or type(items) is not list or len(items) > self.credit:
             return False
-        self._credit -= len(items)
-        self.extend(items)
+        self.credit -= len(items)
+        self.items.extend(items)
+        if items:  # none is no reason to wait for longer
+            _notify_all(self.waiters)
         return True
 
-    def consumed(self) -> int:
-        """One more is; returns what to grant now."""
-        self._consumed += 1
-        if self._consumed < STREAM_CREDIT // 2:
-            return 0
-        granted, self._consumed = self._consumed, 0
-        self._credit += granted
-        return granted
+    def consume(self) -> tuple[Any, int]:
+        """The next item, and the credit to grant now."""
+        self.consumed += 1
+        granted = self.consumed if self.consumed >= STREAM_CREDIT // 2 else 0
+        self.credit, self.consumed = self.credit + granted, self.consumed - granted
+        return cast(deque[Any], self.items).popleft(), granted
 
 
-class _Outgoing(list[str]):
-    """The items of a stream that leave together: in 64 KiB, unless one is larger."""
-
-    def __init__(self, request: _Request, send: Callable[[str], None]) -> None:
-        super().__init__()
-        self._request, self._send = request, send
-        self._size = self._empty = _size(_JSONRPC.items(request.id, ()))
-
-    def add(self, item: str, limit: int) -> None:
-        """Raises MessageTooLarge."""
-        size = _size(item) + 1
-        if self._empty + size > limit:
-            raise MessageTooLarge(f"the item has {size - 1} bytes")
-        if self._size + size > min(FRAME_BYTES, limit):
-            self.flush()
-        self.append(item)
-        self._size += size
-
-    def flush(self) -> None:
-        if self and self._request.open:
-            self._send(_JSONRPC.items(self._request.id, self))
-        self.clear()
-        self._size = self._empty
+_Waiters: TypeAlias = list["asyncio.Future[None]"]
+_Task: TypeAlias = "asyncio.Task[Any]"
 
 
-@dataclass(slots=True, eq=False)
-class _Pending:
-    future: "asyncio.Future[_Outcome]"
-    deadline: float | None
-    then: Callable[[_Outcome], None] | None
-    items: _Incoming | None = None
-
-
-class _Calls(dict[int, _Pending]):
-    def settle(self, id: int | None, outcome: _Outcome) -> None:
-        call = self.pop(id, None) if id is not None else None
-        if call is not None and not call.future.done():
-            call.future.set_result(outcome)
-            if call.then is not None:
-                call.then(outcome)
-
-    def expired(self, now: float) -> list[int]:
-        return [id for id, call in self.items() if (call.deadline or math.inf) <= now]
-
-    def deadlines(self) -> Iterator[float]:
-        return (call.deadline for call in self.values() if call.deadline is not None)
+def _notify_all(waiters: _Waiters) -> None:
+    """Wake everybody who waits for a change of some state."""
+    for waiter in waiters:
+        if not waiter.done():
+            waiter.set_result(None)
+    waiters.clear()
 
 
 # -------------------------------------------------------------------------------- topics and log
-# An event is kept once, in a log, in order. Connections hold no events, only a place in the log:
-# a slow one costs no memory, and publishing waits for nobody.
-
-_Sink = TypeVar("_Sink")
+# An event is kept once, in a log, in the order of publication. Connections hold no events, only a
+# place in the log, so a slow one costs no memory and publishing waits for nobody. A position is an
+# opaque string that names one entry of a log; nobody compares positions except for being equal.
 
 
 class Event(NamedTuple):
-    """A published value. ``position`` names its place in the log; None where there is none."""
+    """A published value. ``data`` is a JSON value; ``position`` names the event in the log."""
     topic: str
     data: Any
     position: str | None
 
 
 class Gap(NamedTuple):
-    """A hole: what was published after ``since``, up to ``position``, may be missing.
+    """Events after the position ``since``, up to ``position``, are missing. Either may be None.
 
-    Either is None where it is not known. ``reason`` is "history" (the server keeps no more of it),
-    "size" (one event, larger than this client takes), "queue" (a callback or iterator that is too
-    slow, and the server cannot repeat; ``topics`` are the iterator's), "log" (the server's log
-    began anew) or "reconnect" (to a server that knows no positions). Without topics, it is all.
+    ``reason`` is "history" (the server does not have them any more), "size" (an event is larger
+    than this client accepts), "queue" (a callback or iterator was too slow; ``topics`` are those of
+    the iterator) or "log" (the log of the servers was replaced by another one). Where ``topics`` is
+    empty, events of any topic may be missing.
     """
     since: str | None
     position: str | None
@@ -954,205 +934,209 @@ class Gap(NamedTuple):
     topics: tuple[str, ...] = ()
 
 
-def _offset(position: str | None) -> int:
-    """The place of a position, to compare it with others of the same log; -1 if it has none."""
-    number = position.partition("-")[0] if position is not None else ""
-    try:
-        return int(number) if len(number) < 20 else -1
-    except ValueError:
-        return -1
+class Backbone(Protocol):
+    """An append-only log on a broker, which several servers share; implement it for one of yours.
+
+    `append` and `read` run at the same time, each in a task of its own. Any of the methods may
+    raise what the driver raises while the broker is away, and is then called again after a pause.
+    An AttributeError, TypeError or other error of programming is logged and ends the log.
+    Optional attribute ``max_size``: the bytes of the largest entry.
+    """
+
+    async def ends(self) -> tuple[int, int]:
+        """The offset of the oldest entry, and the offset that the next entry will have."""
+
+    async def append(self, entry: bytes) -> None:
+        """Append an entry; return when the broker has it.
+
+        Raises MessageTooLarge for an entry that the broker will never take.
+        """
+
+    async def read(self, start: int) -> Sequence[tuple[int, bytes]]:
+        """Some entries with their offsets, in order, from ``start`` or the oldest one left.
+
+        If there is none, wait up to two seconds for one, then return none.
+        """
+
+    async def close(self) -> None:
+        """Release the connections. A later call of another method may open them again."""
 
 
-def _check_topics(topics: str | Iterable[str], *, pattern: bool = False) -> tuple[str, ...]:
+def _check_topics(topics: str | Iterable[str], *, is_pattern: bool = False) -> tuple[str, ...]:
     """The topics, each once. Raises InvalidParams."""
     if not isinstance(topics, Iterable):
         raise InvalidParams(f"topics are a string or several, not {topics!r:.50}")
     names = (topics,) if isinstance(topics, str) else tuple(dict.fromkeys(topics))
+    longest = MAX_PATTERN_CHARACTERS if is_pattern else MAX_TOPIC_CHARACTERS
     for name in names:
-        if not isinstance(name, str) or len(name) > MAX_TOPIC_CHARACTERS:
-            raise InvalidParams(f"a topic is a string of at most {MAX_TOPIC_CHARACTERS} characters,"
-                                f" not {name!r:.50}")
-        try:
-            _quoted(name)
-        except ValueError as error:
-            raise InvalidParams(f"a topic is Unicode text: {error}") from error
-        if pattern and name.count("*") > MAX_PATTERN_STARS:
-            raise InvalidParams(f"a pattern has at most {MAX_PATTERN_STARS} stars: {name!r:.50}")
-        if pattern and len(name) > MAX_PATTERN_CHARACTERS and _NOT_LITERAL.search(name):
-            raise InvalidParams(f"a pattern with ? or [ has at most {MAX_PATTERN_CHARACTERS} "
-                                f"characters: {name!r:.50}")
+        if not isinstance(name, str) or len(name) > longest:
+            raise InvalidParams(f"a {'pattern' if is_pattern else 'topic'} is a string of at most "
+                                f"{longest} characters, not {name!r:.50}")
+        if not name.isascii():
+            try:
+                name.encode()
+            except ValueError as error:
+                raise InvalidParams(f"a topic is Unicode text: {error}") from error
     return names
 
 
-class _Pattern(dict[_Sink, None]):
-    """Sinks, and what they want as fnmatch.fnmatchcase has it; without backtracking."""
-
-    def __init__(self, pattern: str) -> None:
-        self.matches: Callable[[str], object]
-        if _NOT_LITERAL.search(pattern):
-            self.matches = re.compile(fnmatch.translate(pattern)).match  # its groups are atomic
-        else:
-            self.matches = functools.partial(_are_in, pattern.split("*"))
+_Sink = TypeVar("_Sink")
+_Key: TypeAlias = tuple[str, bool]  # a topic, and whether it is a pattern
 
 
-_NOT_LITERAL: Final = re.compile(r"[?[]")
-
-
-def _are_in(parts: Sequence[str], topic: str) -> bool:
-    """Whether the parts, with any text between them, are the topic."""
-    first, last = parts[0], parts[-1]
-    if len(parts) == 1:
-        return topic == first
-    if not (topic.startswith(first) and topic.endswith(last)):
-        return False
-    at, end = len(first), len(topic) - len(last)
-    for part in parts[1:-1]:
-        if (found := topic.find(part, at, end)) < 0:
-            return False
-        at = found + len(part)
-    return at <= end
-
-
-class _Topics(Generic[_Sink]):
-    """Who wants which topic. What a publish costs: the sinks it finds, and one match a pattern."""
+class _SubscriptionTable(Generic[_Sink]):
+    """Who subscribes to which topics and patterns. A match costs what it finds, plus one regular
+    expression for each pattern; that is remembered for the last topics until a pattern changes.
+    """
 
     def __init__(self) -> None:
-        self.exact: dict[str, dict[_Sink, None]] = {}
-        self.patterns: dict[str, _Pattern[_Sink]] = {}
+        self.topics: dict[str, dict[_Sink, None]] = {}
+        self.patterns: dict[str, dict[_Sink, None]] = {}
+        self._expressions: dict[str, Callable[[str], object]] = {}
+        self._matched: dict[str, list[str]] = {}  # the patterns that match a topic
 
-    def add(self, sink: _Sink, topic: str, pattern: bool) -> None:
-        if not pattern:
-            self.exact.setdefault(topic, {})[sink] = None
-        else:
-            if topic not in self.patterns:
-                self.patterns[topic] = _Pattern(topic)
-            self.patterns[topic][sink] = None
+    def keys(self) -> set[_Key]:
+        return {(name, False) for name in self.topics} | {(name, True) for name in self.patterns}
 
-    def having(self, topic: str, pattern: bool) -> Mapping[_Sink, None]:
-        return (self.patterns if pattern else self.exact).get(topic, {})
+    def subscribers_of(self, key: _Key) -> Mapping[_Sink, None]:
+        """Who has subscribed to just this topic or pattern."""
+        return (self.patterns if key[1] else self.topics).get(key[0], {})
 
-    def discard(self, sink: _Sink, topic: str, pattern: bool) -> None:
-        table: dict[str, Any] = self.patterns if pattern else self.exact
-        if sink in table.get(topic, ()):
-            del table[topic][sink]
-            if not table[topic]:
-                del table[topic]
+    def add(self, sink: _Sink, key: _Key) -> None:
+        name, is_pattern = key
+        if is_pattern and name not in self.patterns:
+            self._expressions[name] = re.compile(fnmatch.translate(name)).match
+            self._matched.clear()
+        (self.patterns if is_pattern else self.topics).setdefault(name, {})[sink] = None
+
+    def discard(self, sink: _Sink, key: _Key) -> None:
+        name, is_pattern = key
+        table = self.patterns if is_pattern else self.topics
+        if (sinks := table.get(name)) is not None:
+            sinks.pop(sink, None)
+            if not sinks:
+                del table[name]
+                if is_pattern:
+                    del self._expressions[name]
+                    self._matched.clear()
 
     def match(self, topic: str) -> Mapping[_Sink, None]:
-        """The sinks for a topic, each once."""
-        found = self.exact.get(topic, {})
-        if self.patterns or ALL_TOPICS in self.exact:
-            found = found | self.exact.get(ALL_TOPICS, {})
-            for sinks in self.patterns.values():
-                if sinks.matches(topic):
-                    found |= sinks
+        """Everybody who gets an event of this topic, each once. Do not change what it returns."""
+        found = self.topics.get(topic, {})
+        if self.patterns or ALL_TOPICS in self.topics:
+            found = found | self.topics.get(ALL_TOPICS, {})
+            for name in self._patterns_of(topic):
+                found |= self.patterns[name]
         return found
+
+    def _patterns_of(self, topic: str) -> list[str]:
+        if (names := self._matched.get(topic)) is None:
+            if len(self._matched) >= 1000:
+                self._matched.clear()
+            names = [name for name, matches in self._expressions.items() if matches(topic)]
+            self._matched[topic] = names
+        return names
 
 
 class _Entry:
-    """An event in the log. Its data is the end of its text in JSON-RPC, and kept only there.
+    """An event in the log. Its data stands at the end of its JSON-RPC text, and only there."""
 
-    One without a topic is a mark, which nobody gets; or a hole, of which all are told.
-    """
+    __slots__ = ("_data_at", "index", "origin", "position", "size", "text", "topic")
 
-    __slots__ = ("_data_at", "_old", "hole", "index", "origin", "position", "size", "text", "topic")
-
-    def __init__(self, index: int, position: str, topic: str | None, data: str,
-                 origin: str | None, hole: str) -> None:
-        self.index, self.position, self.topic, self.origin = index, position, topic, origin
-        self.hole = hole  # the reason
-        head = (f'{{"jsonrpc":"2.0","method":"notify","params":{{"topic":{_quoted(topic or "")},'
+    def __init__(self, index: int, position: str, topic: str, data: str,
+                 origin: str | None) -> None:
+        self.index, self.position, self.topic = index, position, topic
+        self.origin = origin  # the id of the subscriber that published it, who does not get it
+        head = (f'{{"jsonrpc":"2.0","method":"notify","params":{{"topic":{_json_string(topic)},'
                 f'"position":"{position}","data":')
         self.text, self._data_at = f"{head}{data}}}}}", len(head)
-        self.size = _size(self.text)
-        self._old: str | None = None
+        self.size = _utf8_len(self.text)
 
     @property
     def data(self) -> str:
+        """The JSON text of the event's data."""
         return self.text[self._data_at:-2]
 
     @property
-    def old_text(self) -> str:
-        if self._old is None:
-            topic = _quoted(self.topic or "")
-            arguments = f'{{"subscription":{{"topic":{topic}}},"data":{self.data}}}'
-            self._old = _OLD_WIRE.request(None, "notify", arguments, None)
-        return self._old
+    def params(self) -> str:
+        """The JSON text of the whole event, as it stands in the answer to a subscribe."""
+        return self.text[self.text.index('"params":') + 9:-1]
 
 
 class _Log(dict[int, _Entry]):
-    """The last entries by index, from ``first`` to ``end`` - 1; bounded in number and bytes.
+    """The last entries by index, from ``first`` to ``end`` - 1, bounded in number and in bytes.
 
-    ``position`` is that of the newest entry and ``before`` that of the last one dropped; in the
-    beginning, both are of the beginning. The log's id tells its positions from those of another.
+    ``position`` is that of the newest entry, and ``before`` that of the last one dropped; in the
+    beginning, both name the beginning of the log.
     """
 
-    def __init__(self, max_events: int, max_bytes: int) -> None:
-        self._max_events, self._max_bytes, self._id = max_events, max_bytes, uuid.uuid4().hex[:12]
-        self._places: dict[str, int] = {}
+    def __init__(self, max_events: int, max_bytes: int, beginning: str | None = None) -> None:
+        self._max_events, self._max_bytes = max_events, max_bytes
+        self._id = uuid.uuid4().hex[:12]  # tells the positions of this log from those of others
         self.first = self.end = 1
-        self.size = self.total = 0  # bytes that are here, and that ever were
-        self.position = self.before = f"0-{self._id}"
+        self.size = 0
+        self._index_of: dict[str, int] = {}
+        self.position = self.before = beginning or f"0-{self._id}"
 
     def find(self, position: str) -> int | None:
-        """The index of the entry with this position, if all that came after it is here."""
-        if position == self.before and self._max_events:
-            return self.first - 1
-        return self._places.get(position)
+        """The index after the entry of a position, if everything that came after it is here."""
+        if position == self.before:
+            return self.first
+        index = self._index_of.get(position)
+        return None if index is None else index + 1
 
-    def append(self, topic: str | None, data: str, origin: str | None,
-               position: str | None = None, hole: str = "") -> _Entry:
+    def position_before(self, index: int) -> str:
+        """The position that a subscriber has who has got everything before an index."""
+        return self[index - 1].position if index > self.first else self.before
+
+    def append(self, topic: str, data: str, origin: str | None,
+               position: str | None = None) -> _Entry:
         index, self.end = self.end, self.end + 1
         self.position = position or f"{index}-{self._id}"
-        entry = self[index] = _Entry(index, self.position, topic, data, origin, hole)
-        self._places[self.position] = index
+        entry = self[index] = _Entry(index, self.position, topic, data, origin)
+        self._index_of[self.position] = index
         self.size += entry.size
-        self.total += entry.size
         while len(self) > self._max_events or self.size > self._max_bytes:
-            dropped = self.pop(self.first)
-            self.first += 1
-            self.size -= dropped.size
-            self.before = dropped.position
-            self._places.pop(dropped.position, None)
+            self._drop_first()
         return entry
+
+    def reset(self, position: str) -> None:
+        """Drop everything and go on after a position."""
+        while len(self):
+            self._drop_first()
+        self.position = self.before = position
+
+    def _drop_first(self) -> None:
+        dropped = self.pop(self.first)
+        self.first += 1
+        self.size -= dropped.size
+        self.before = dropped.position
+        self._index_of.pop(dropped.position, None)
 
 
 # --------------------------------------------------------------------------------------- channel
-# A channel is one connection. Its tasks: the owner's (a route's handler, or a client's), which
-# waits for the end; the reader; the writer, while the socket takes no more; those of requests that
-# have to wait, and of hooks. The owner starts them and, on every way out, ends them: none outlives
-# it but a method or hook that ignores its cancellation. Where anybody else cancels one that the
-# connection cannot do without, the connection ends.
+# A channel is one connection, on either side. It is made of three parts, and each owns its state:
+#   RpcChannel       the calls to the peer, the reader, and the life of the connection
+#   _Outbox          what waits to be sent, and the writer
+#   _RequestRunner   the requests of the peer that are running
 #
-# The reader performs requests itself. Most methods end without having to wait, and then nothing was
-# created for them. If one does wait, the task that was the reader is from then on that request's
-# and nobody else's, and a new one reads on; so within a method the current task is its own, as
-# asyncio.timeout and TaskGroup need it. Each request has a copy of the context for itself. A method
-# that had to wait once is given a task of its own from the start.
+# The tasks: the owner's (the handler of a route, or a client's), which waits for the end; the
+# reader; the writer, only while the socket takes no more; one for each running request; and those
+# of hooks. The owner starts them and, on every way out, cancels and awaits them. None outlives it
+# but a method or hook that ignores its cancellation, or that has itself called close().
 #
-# State changes only between awaits, on one thread. The outbox is filled by anyone, and emptied
-# where the reader begins to wait, at the end of the loop's turn, or by the writer: never by two, as
-# the writer, while there is one, is alone. `_end` is the one way to the end: it runs once, without
-# an await, wherever the end is noticed, settles every call and cancels every task. What is put into
-# the outbox later is dropped.
+# State changes only between awaits, on one thread. `_end` is the one way to the end: it runs once,
+# without an await, resolves every call with ChannelClosed and cancels every task. What is queued
+# later is dropped. The reader never waits for a method: it awaits frames, its turn after
+# YIELD_MESSAGES messages, and, timed, a peer that does not read its answers.
 #
-# At the awaits: the reader waits for a frame, or for room in the outbox. A caller waits for its
-# future and, if it is cancelled there, tells the peer. A method may wait for anything; when it is
-# cancelled or late its answer is given for it, at once, and what it does later changes nothing.
-# One who iterates over a stream waits for an item or the outcome; wherever it leaves, it tells the
-# peer, if that has not ended the stream. A stream's task waits in its generator, or, between two
-# items, for credit or room; cancelled in either, or woken by the end, it closes the generator.
-# `close` only waits for the end, so that cancelling it cancels nothing else.
+# A caller that is cancelled tells the peer. A method that is cancelled or late is answered for at
+# once, and what it does later changes nothing. A plain def in a thread cannot be stopped; its
+# result is dropped.
 
 
-def _wake(waiters: list["asyncio.Future[None]"]) -> None:
-    for waiter in waiters:
-        if not waiter.done():
-            waiter.set_result(None)
-    waiters.clear()
-
-
-async def _next_wake(waiters: list["asyncio.Future[None]"]) -> None:
+async def _wait_notified(waiters: _Waiters) -> None:
+    """Wait for the next _notify_all on these waiters. Cancelling it is safe."""
     waiter = asyncio.get_running_loop().create_future()
     waiters.append(waiter)
     try:
@@ -1162,38 +1146,21 @@ async def _next_wake(waiters: list["asyncio.Future[None]"]) -> None:
             waiters.remove(waiter)
 
 
-def _hold(tasks: set["asyncio.Task[Any]"], work: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":
-    """Start a task that its owner holds until it is done."""
-    task = asyncio.Task(work)  # by no factory: an eager one would begin before it is held
+def _spawn_into(tasks: set[_Task],
+                work: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":
+    """Start a task and keep a reference until it is done; event loops keep only weak ones."""
+    task = asyncio.Task(work)  # by no factory: an eager task would begin before it is in the set
     tasks.add(task)
     task.add_done_callback(tasks.discard)
     return task
 
 
-@types.coroutine
-def _go_on(work: Coroutine[Any, Any, _T], waits_for: Any,
-           context: Context | None = None) -> Generator[Any, Any, _T]:
-    """Await a coroutine in the current task, whose first step was done there and has to wait."""
-    while True:
-        try:
-            try:
-                sent = yield waits_for
-            except BaseException as error:  # of any kind: it is for the coroutine
-                step: Callable[..., Any] = functools.partial(work.throw, error)
-            else:
-                step = functools.partial(work.send, sent)
-            waits_for = step() if context is None else context.run(step)
-        except StopIteration as done:
-            result: _T = done.value
-            return result
-
-
 class Socket(Protocol):
-    """An open connection, as a transport makes it. One task receives, one other sends."""
+    """An open connection, as a transport makes it. One task receives and one other task sends."""
 
     @property
     def subprotocol(self) -> str | None:
-        """The one that was negotiated."""
+        """The subprotocol that was negotiated."""
 
     async def send(self, text: str) -> None:
         """Send a text message; wait while the connection takes no more."""
@@ -1202,37 +1169,14 @@ class Socket(Protocol):
         """Receive a message. Raises ChannelClosed when there will be no more."""
 
     async def close(self, code: int, reason: str) -> None:
-        """Close the connection, soon, whatever the peer does."""
+        """Close the connection soon, whatever the peer does."""
 
 
-class _Below(Protocol):
-    """What a socket may offer as ``below``: the server's own transport, which ASGI hides."""
+def _encode_frame(text: str) -> bytes:
+    """A text message as one unmasked, uncompressed frame (RFC 6455, section 5.2).
 
-    takes_frames: bool
-
-    def ready(self) -> bool:
-        """Whether the connection is open, and has sent all it was given."""
-
-    def write(self, frames: bytes) -> None:
-        """Write WebSocket frames, without waiting."""
-
-    def unsent(self) -> int:
-        """The bytes that the peer has not taken."""
-
-    def closing(self) -> bool:
-        """Whether the server is about to close the connection."""
-
-    def abort(self) -> None:
-        """Drop the connection, and them."""
-
-
-def _joined(texts: Sequence[str], dialect: _Dialect | None) -> Sequence[str]:
-    """Messages that leave together, as one where the dialect has that."""
-    return [f"[{','.join(texts)}]"] if dialect is _WS_LITE and len(texts) > 1 else texts
-
-
-def _frame(text: str) -> bytes:
-    """A text message in one frame of a server (RFC 6455, 5.2)."""
+    It is legal also where permessage-deflate was negotiated: RSV1 is 0 (RFC 7692, section 6).
+    """
     payload = text.encode()
     size = len(payload)
     if size < 126:
@@ -1242,71 +1186,51 @@ def _frame(text: str) -> bytes:
     return struct.pack("!BBQ", 0x81, 127, size) + payload
 
 
+def _coalesce(texts: Sequence[str], format: _WireFormat) -> Sequence[str]:
+    """Messages that leave together: one array in ws-lite.1, else as they are."""
+    return [f"[{','.join(texts)}]"] if len(texts) > 1 and format.is_ws_lite else texts
+
+
+def _close_reason(reason: str) -> str:
+    """As much of a reason as fits into a close frame (RFC 6455, section 5.5)."""
+    return reason.encode()[:123].decode(errors="ignore")
+
+
 class _Unset:
-    """The type of a timeout that is not given; None means no timeout."""
+    """The type of a timeout that was not given; None means that there is no timeout."""
 
 
 _UNSET: Final = _Unset()
 _Timeout: TypeAlias = float | _Unset | None
 _Arguments: TypeAlias = Mapping[str, Any] | Sequence[Any] | None
-_Inline: TypeAlias = Callable[["RpcChannel", Any], object]  # runs in the reader: it must not wait
-_Table: TypeAlias = dict[str, _Method | _Inline]
+_InlineHandler: TypeAlias = Callable[["RpcChannel", Any], object]  # runs in the reader; never waits
 _Hook: TypeAlias = Callable[..., Any]
 _Hooks: TypeAlias = _Hook | Sequence[_Hook]
+_Middleware: TypeAlias = Callable[[RpcRequest, Callable[[RpcRequest], Awaitable[Any]]],
+                                  Awaitable[Any]]
+
+# These are never taken for a broken connection or a broker that is away, and not tried again.
+_PROGRAMMING_ERRORS: Final = (AssertionError, AttributeError, NameError, TypeError)
 
 
-def _hooks(hooks: _Hooks) -> tuple[_Hook, ...]:
-    return (hooks,) if callable(hooks) else tuple(hooks)
-
-
-async def _run_hooks(hooks: Sequence[_Hook], *args: Any) -> None:
-    for hook in hooks:
+async def _run_hooks(hooks: _Hooks, *args: Any) -> None:
+    for hook in (hooks,) if callable(hooks) else hooks:
         result = hook(*args)
         if inspect.isawaitable(result):
             await result
 
 
-async def _run_hooks_logged(hooks: Sequence[_Hook], *args: Any) -> None:
-    for hook in hooks:
+async def _run_hooks_logged(hooks: _Hooks, *args: Any) -> None:
+    """Run hooks or callbacks. The failure of one is logged and stops none of the others."""
+    for hook in (hooks,) if callable(hooks) else hooks:
         try:
-            result = hook(*args)
-            if inspect.isawaitable(result):
-                await result
+            await _run_hooks(hook, *args)
         except asyncio.CancelledError:
             if (task := asyncio.current_task()) is None or task.cancelling():
-                raise  # else the hook itself raised it
+                raise  # else the hook itself has raised it
             logger.exception("%r failed", hook)
-        except Exception:  # its failure is nobody else's
+        except Exception:  # a user's code may raise anything
             logger.exception("%r failed", hook)
-
-
-def _meant(channel: "RpcChannel", params: Any) -> list[_Request]:
-    """The running requests with the id that is named; notifications have none."""
-    named = type(params) is dict and "id" in params
-    return [r for r in channel._running if named and r.id == params["id"]]
-
-
-def _cancel_request(channel: "RpcChannel", params: Any) -> None:
-    for request in _meant(channel, params):
-        channel._stop(request, Cancelled())
-
-
-def _take_credit(channel: "RpcChannel", params: Any) -> None:
-    for request in _meant(channel, params):
-        request.grant(params.get("n"))
-
-
-def _take_items(channel: "RpcChannel", params: Any) -> None:
-    fields: dict[str, Any] = params if type(params) is dict else {}
-    id: Any = fields.get("id")
-    call = channel._calls.get(id) if type(id) in (int, float) else None
-    if call is None or call.items is None:  # it has ended, on this side
-        return
-    if not call.items.put(fields.get("items")):
-        channel._send_cancel(id)
-        channel._calls.settle(id, InternalError("the peer sent items that it was not asked for"))
-    elif call.items:  # what is empty does not end the wait
-        _wake(call.items.waiters)
 
 
 async def _ping() -> str:
@@ -1317,84 +1241,429 @@ async def _get_channel_id(channel: "RpcChannel") -> str:
     return channel.id
 
 
-class _Options(TypedDict, total=False):
-    """What both sides of a connection can be given; the meaning is at `_Side`."""
-    on_connect: _Hooks
-    on_disconnect: _Hooks
-    default_response_timeout: float | None
-    max_message_size: int
-    max_concurrent_requests: int
-    codec: Codec | None
+# The section "OpenRPC" adds rpc.discover.
+_BUILT_IN_METHODS: dict[str, Callable[..., Any]] = {
+    "_ping_": _ping, "_get_channel_id_": _get_channel_id}
 
 
-class _Side:
-    """What an endpoint and a client have in common."""
+@dataclass(kw_only=True, eq=False, repr=False)
+class _Peer:
+    """The base of endpoints and clients: what all their connections share."""
 
-    _own: ClassVar[Mapping[str, str]] = {}  # methods of ours: name on the wire, name here
-    _document: Any = None  # what rpc.discover answers, once it was asked
+    on_connect: _Hooks = ()
+    on_disconnect: _Hooks = ()
+    middleware: Sequence[_Middleware] = ()
+    default_response_timeout: float | None = DEFAULT_RESPONSE_TIMEOUT_SECONDS
+    max_message_size: int = MAX_MESSAGE_BYTES
+    max_concurrent_requests: int = MAX_CONCURRENT_REQUESTS
+    _built_in: ClassVar[Mapping[str, str]] = {}  # methods of ours: name on the wire, name here
+    _is_server: ClassVar[bool] = False
 
-    def __init__(self, methods: RpcMethodsBase | None = None, *, on_connect: _Hooks = (),
-                 on_disconnect: _Hooks = (), max_message_size: int = MAX_MESSAGE_BYTES,
-                 default_response_timeout: float | None = DEFAULT_RESPONSE_TIMEOUT_SECONDS,
-                 max_concurrent_requests: int = MAX_CONCURRENT_REQUESTS,
-                 codec: Codec | None = None) -> None:
-        self._encode, self._decode = _coders(codec)
-        self._timeout, self._max_size = default_response_timeout, max_message_size
-        self._max_requests = max_concurrent_requests
-        self._stalled = 0  # peers that were let go because they took nothing
-        self._make_limiters()
-        self._on_connect, self._on_disconnect = _hooks(on_connect), _hooks(on_disconnect)
-        self._table: _Table = {"$/cancelRequest": _cancel_request, "$/credit": _take_credit,
-                               "$/stream": _take_items}
-        self._add({"_ping_": _ping, "_get_channel_id_": _get_channel_id,
-                   "rpc.discover": self._discover})
-        self._add({name: getattr(self, own) for name, own in self._own.items()})
-        self._owner = type(self if methods is None else methods)
-        self._built_in = frozenset(self._table)
-        self._add(_methods_of(methods))
-
-    def _make_limiters(self) -> None:
-        """Of plain def methods; for each event loop anew."""
-        self._stirred: list[RpcChannel] = []  # what this turn of the loop has something to send on
+    def _set_up(self, methods: RpcMethodsBase | None) -> None:
+        self._slow_peers = 0  # that were dropped because they took nothing
         self._threads = anyio.CapacityLimiter(METHOD_THREADS)
-        self._unlimited = anyio.CapacityLimiter(math.inf)
+        self._table: dict[str, _ExposedMethod | _InlineHandler] = {
+            "$/cancelRequest": lambda channel, params: channel._runner.cancel(params),
+            "$/credit": lambda channel, params: channel._runner.grant(params),
+            "$/stream": lambda channel, params: channel._take_items(params)}
+        own = {name: getattr(self, attribute) for name, attribute in self._built_in.items()}
+        self._add({name: _ExposedMethod(name, function, is_built_in=True)
+                   for name, function in {**_BUILT_IN_METHODS, **own}.items()})
+        self._add(_exposed_methods(methods, on_server=self._is_server))
 
-    def _add(self, functions: Mapping[str, Callable[..., Any]]) -> None:
-        if taken := functions.keys() & self._table.keys():
+    def _add(self, methods: Mapping[str, _ExposedMethod]) -> None:
+        if taken := methods.keys() & self._table.keys():
             raise ValueError(f"there is a method {', '.join(sorted(taken))} already")
-        self._table.update({name: _Method(name, f) for name, f in functions.items()})
-        self._document = None
+        self._table.update(methods)
 
-    async def _discover(self, channel: "RpcChannel") -> Any:
-        if self._document is None:
-            methods = {name: method for name, method in self._table.items()
-                       if isinstance(method, _Method) and name not in self._built_in}
-            self._document = _openrpc(self._owner, methods)
-        return self._document
+    async def _check_allowed(self, channel: "RpcChannel", action: str,
+                             names: tuple[str, ...]) -> None:
+        """Raises Forbidden. A client allows everything that its methods are."""
 
     def _seconds(self, timeout: _Timeout) -> float | None:
-        return self._timeout if isinstance(timeout, _Unset) else timeout
+        return self.default_response_timeout if isinstance(timeout, _Unset) else timeout
 
-    def _stir(self, channel: "RpcChannel") -> None:
-        if not self._stirred:
-            channel._loop.call_soon(self._flush)
-        self._stirred.append(channel)
+    def _on_channel_closed(self, channel: "RpcChannel") -> None:
+        """Called when a connection has ended, before anyone who waits for that goes on."""
+
+    def method(self, function: Any = None) -> Any:
+        """Expose a function under its own name: ``@endpoint.method``, with parentheses or without.
+
+        Raises ValueError if the name is taken, and TypeError for a function that cannot be exposed.
+        """
+        if function is None:
+            return self.method
+        if not inspect.isroutine(function):
+            raise TypeError(f"{function!r} is not a function")
+        name = function.__name__
+        self._add({name: _ExposedMethod(name, function, on_server=self._is_server)})
+        return function
+
+
+class _Outbox:
+    """The messages that wait to be sent on one connection, and the one who sends them.
+
+    What one turn of the loop queues leaves together at its end: straight to the server's transport
+    where there is one that is ready, else by the writer, a task that exists only while the socket
+    takes no more. Nobody else writes, but `write_shared` when nothing waits.
+    """
+
+    __slots__ = ("_channel", "_closing", "_is_flush_scheduled", "_queue", "_writer", "cursor",
+                 "is_ended", "room_waiters", "size", "transport")
+
+    def __init__(self, channel: "RpcChannel") -> None:
+        self._channel = channel
+        self.transport: _UvicornTransport | None = getattr(channel._socket, "transport", None)
+        self._queue: list[tuple[str, int]] = []  # messages with their size in bytes
+        self.size = 0  # of them, and of answers that wait for the rest of their batch
+        self.room_waiters: _Waiters = []  # for room, or for credit
+        self.cursor: _Cursor | None = None  # the subscriber that is fed as there is room
+        self._is_flush_scheduled = self.is_ended = False
+        self._writer: asyncio.Task[None] | None = None
+        self._closing: tuple[int, str] | None = None  # code and reason, to close with when empty
+
+    def put(self, text: str, size: int = 0) -> None:
+        """Queue a message. What was published before goes before it."""
+        if self.is_ended:
+            return
+        if self.cursor is not None:
+            self.cursor.catch_up()
+        size = size or _utf8_len(text)
+        self._queue.append((text, size))
+        self.size += size
+        self.schedule_flush()
+
+    def schedule_flush(self) -> None:
+        if not self._is_flush_scheduled and self._writer is None and not self.is_ended:
+            self._is_flush_scheduled = True
+            self._channel._loop.call_soon(self._flush)
+
+    def write_shared(self, frames: bytes) -> bool:
+        """Write frames that many connections get alike. False if something waits before them."""
+        if self._queue or self._writer is not None or not self._may_write():
+            return False
+        cast(_UvicornTransport, self.transport).write(frames)
+        return True
+
+    def _may_write(self) -> bool:
+        transport = self.transport
+        return transport is not None and transport.takes_frames and transport.is_ready()
 
     def _flush(self) -> None:
-        stirred, self._stirred = self._stirred, []
-        for channel in stirred:
-            channel._flush()
+        self._is_flush_scheduled = False
+        while self._writer is None and self._refill():
+            if self._may_write():
+                frames = b"".join(map(_encode_frame, self._take()))
+                cast(_UvicornTransport, self.transport).write(frames)
+            else:
+                self._writer = self._channel._spawn_vital(self._write())
 
-    def _ended(self, channel: "RpcChannel") -> None:
-        """Called when a connection has ended, before anyone who waits for it goes on."""
+    def _refill(self) -> bool:
+        """Let those go on who wait for room. Returns whether there is something to send."""
+        if self.size <= LAGGING_BYTES and not self.is_ended:
+            self.room_waiters[:] = self.room_waiters[1:] + self.room_waiters[:1]  # they take turns
+            _notify_all(self.room_waiters)
+            if self.cursor is not None and self.cursor.is_lagging:
+                self.cursor.replay()
+        return bool(self._queue)
 
-    def method(self, function: _Function) -> _Function:
-        """Expose a function under its name; a decorator. Raises ValueError if the name is taken.
+    def _take(self) -> Sequence[str]:
+        """Take what leaves next: one message, or as many as may share a frame."""
+        total, count = 2, 0
+        limit = min(FRAME_BYTES, self._channel._peer_max_size)
+        for _, size in self._queue:
+            if count and total + size >= limit:
+                break
+            count, total = count + 1, total + size + 1
+        texts = [text for text, _ in self._queue[:count]]
+        del self._queue[:count]
+        self.size -= total - 2 - count
+        return _coalesce(texts, self._channel.format)
 
-        It gets the connection in a parameter whose type is RpcChannel, if it has one.
-        """
-        self._add({function.__name__: function})
-        return function
+    async def _write(self) -> None:
+        channel, socket, sent = self._channel, self._channel._socket, 0
+        try:
+            while self._refill():
+                for frame in self._take():
+                    seconds = SEND_SECONDS + (sent + len(frame)) / SEND_BYTES_PER_SECOND
+                    async with asyncio.timeout(seconds):  # the one before may be under way, too
+                        await socket.send(frame)
+                    sent = len(frame)
+            if self._closing is None:
+                self._writer = None
+                self.schedule_flush()  # a lagging subscriber may have more to look at
+                return
+            await socket.close(self._closing[0], _close_reason(self._closing[1]))
+            channel._end(ChannelClosed(*self._closing))
+        except ChannelClosed as closed:
+            channel._end(closed)
+        except TimeoutError:
+            channel._peer._slow_peers += 1
+            if self.transport is not None:
+                self.transport.abort()
+            channel._end(ChannelClosed(TOO_SLOW, "takes nothing"))
+        except Exception as error:  # each server has another one for a broken connection
+            channel._end(ChannelClosed(1006, "cannot send"))
+            if isinstance(error, _PROGRAMMING_ERRORS):
+                raise
+            logger.debug("channel %s cannot send: %r", channel.id, error)
+
+    async def wait_for_room(self, limit: int) -> None:
+        """Wait until at most so many bytes are unsent, or the connection ends."""
+        while self.size > limit and not self.is_ended:
+            await _wait_notified(self.room_waiters)
+
+    def close(self, code: int, reason: str) -> None:
+        """Send what waits, then close the socket and end the channel."""
+        if self._closing is None and not self.is_ended:
+            self._closing, self.cursor = (code, reason), None
+            self._writer = self._writer or self._channel._spawn_vital(self._write())
+
+    def end(self) -> None:
+        """Drop what waits; nothing is sent any more."""
+        self.is_ended, self.size, self.cursor = True, 0, None
+        self._queue.clear()
+        _notify_all(self.room_waiters)
+
+
+# Where Python has eager tasks, a method that does not wait is done before its task is scheduled.
+_TASK_OPTIONS: Final[dict[str, Any]] = (
+    {"eager_start": True} if sys.version_info >= (3, 12) else {})
+
+
+class _RequestRunner:
+    """The requests of the peer that are running on one connection: a task for each.
+
+    A request is in the table from before its task begins until the task's last step. Its answer is
+    given once: by its task, or by `abort`, which cancels the task.
+    """
+
+    __slots__ = ("_channel", "_peer", "gate_waiters", "running")
+
+    def __init__(self, channel: "RpcChannel", peer: _Peer) -> None:
+        self._channel, self._peer = channel, peer
+        self.running: dict[RpcRequest, asyncio.Task[None] | None] = {}
+        is_gated = peer._is_server and peer.on_connect != ()
+        self.gate_waiters: _Waiters | None = [] if is_gated else None
+
+    def open_gate(self) -> None:
+        """Begin to serve: on_connect has returned."""
+        waiters, self.gate_waiters = self.gate_waiters or [], None
+        _notify_all(waiters)
+
+    def accept(self, request: RpcRequest) -> None:
+        """Begin to serve a request, or answer why not."""
+        request.channel = self._channel
+        method = self._peer._table.get(request.method)
+        if request._problem is not None or method is None:
+            self.answer(request, request._problem or MethodNotFound(
+                f"Method not found: {request.method:.200}"))
+        elif not isinstance(method, _ExposedMethod):
+            method(self._channel, request.params)
+            self.answer(request, "null")
+        elif method.is_stream is not (request._credit > 0):
+            kind = "a stream" if method.is_stream else "no stream"
+            self.answer(request, InvalidParams(f"{request.method} is {kind}"))
+        elif len(self.running) >= self._peer.max_concurrent_requests:
+            self.answer(request, Overloaded(f"{len(self.running)} requests are running"))
+        else:
+            self._start(request, method)
+
+    def _start(self, request: RpcRequest, method: _ExposedMethod) -> None:
+        loop = self._channel._loop
+        if request._timeout is not None:
+            seconds = max(0.0, min(request._timeout, MAX_TIMEOUT_SECONDS))
+            request._deadline = loop.time() + seconds
+            timeout = RequestTimeout(f"{request.method} was not done in {seconds:g} s")
+            request._timer = loop.call_at(request._deadline, self.abort, request, timeout)
+        self.running[request] = None
+        task: asyncio.Task[None] = asyncio.Task(
+            self._run(request, method), loop=loop, **_TASK_OPTIONS)
+        if not task.done():
+            self.running[request] = task
+
+    async def _run(self, request: RpcRequest, method: _ExposedMethod) -> None:
+        """The whole of a request's task, so that no exception leaves it."""
+        _current_request.set(request)
+        try:
+            while self.gate_waiters is not None:
+                await _wait_notified(self.gate_waiters)
+            if request._has_ended and self._channel._closed is None:
+                return  # else it came just before the end, and still has its first step
+            if self._peer.middleware:
+                self.answer(request, await self._run_middleware(request, method))
+            else:
+                self.answer(request, await self._perform(request, method))
+        except asyncio.CancelledError:
+            self.answer(request, Cancelled())
+        except BaseException as error:  # SystemExit, too: a method must not end the server
+            self.answer(request, self.error_for_caller(request.method, error))
+            if isinstance(error, KeyboardInterrupt):
+                raise
+        finally:
+            self._finish(request)
+            del self.running[request]
+
+    def _finish(self, request: RpcRequest) -> None:
+        """The request has ended: tasks that its method leaves behind have no deadline of it."""
+        request._has_ended, request._deadline = True, None
+        if request._timer is not None:
+            request._timer.cancel()
+
+    async def _run_middleware(self, request: RpcRequest, method: _ExposedMethod) -> str:
+        """The JSON text of what the middleware around a method returns."""
+        async def call_next(request: RpcRequest) -> Any:
+            return _decode(await self._perform(request, method))
+
+        for middleware in reversed(self._peer.middleware):
+            call_next = functools.partial(
+                lambda middleware, call_next, request: middleware(request, call_next),
+                middleware, call_next)
+        return _encode(await call_next(request))
+
+    async def _perform(self, request: RpcRequest, method: _ExposedMethod) -> str:
+        """Call a method; returns the JSON text of its result."""
+        channel = self._channel
+        if not method.is_built_in:
+            await self._peer._check_allowed(channel, "call", (method.name,))
+        injected = {name: channel.websocket if kind is WebSocket else channel
+                    for name, kind in method.injected.items()}
+        if method.dependant is None:
+            return await self._invoke(request, method, injected)
+        # FastAPI leaves these two stacks after the response was serialised, and so do we: what
+        # follows the yield of a dependency runs before the answer, and its failure is the answer.
+        async with AsyncExitStack() as outer, AsyncExitStack() as inner:
+            websocket = copy.copy(cast(WebSocket, channel.websocket))
+            websocket.scope = {**websocket.scope, "fastapi_inner_astack": outer,
+                               "fastapi_function_astack": inner}
+            solved = await solve_dependencies(
+                request=websocket, dependant=method.dependant(*websocket.path_params),
+                dependency_overrides_provider=websocket.scope.get("app"),
+                async_exit_stack=outer, embed_body_fields=False)
+            if solved.errors:
+                problems = [{k: e[k] for k in ("loc", "type", "msg")} for e in solved.errors]
+                raise InvalidParams(f"the connection lacks what {method.name} depends on: "
+                                    f"{_summary(problems)}", problems)
+            return await self._invoke(request, method, {**injected, **solved.values})
+        raise AssertionError("a dependency has swallowed an exception")
+
+    async def _invoke(self, request: RpcRequest, method: _ExposedMethod,
+                      injected: Mapping[str, Any]) -> str:
+        args, named = method.bind(request.params, injected)
+        if method.is_stream:
+            await self._run_stream(request, method, method.function(*args, **named))
+            return "null"
+        if method.runs_in_thread:
+            value = await self._run_in_thread(
+                lambda: None if request._has_ended else method.function(*args, **named))
+            value = await value if inspect.isawaitable(value) else value
+        else:
+            value = await method.function(*args, **named)
+        return method.encode_result(value)
+
+    async def _run_in_thread(self, function: Callable[[], Any]) -> Any:
+        """A thread cannot be cancelled. The request counts as running until the thread is done."""
+        thread = asyncio.ensure_future(anyio.to_thread.run_sync(
+            function, limiter=self._peer._threads))
+        try:
+            return await asyncio.shield(thread)
+        except asyncio.CancelledError:
+            if self._channel._closed is None:
+                await asyncio.wait([thread])
+            raise
+
+    async def _run_stream(self, request: RpcRequest, method: _ExposedMethod,
+                          items: AsyncGenerator[Any, None]) -> None:
+        """Send what a generator yields, as the peer has granted it and as there is room for it."""
+        channel, outbox = self._channel, self._channel._outbox
+        async with contextlib.aclosing(items):
+            async for item in items:
+                params = f'{{"id":{_encode(request.id)},"items":[{method.encode_result(item)}]}}'
+                text = channel.format.request(None, "$/stream", params)
+                if _utf8_len(text) > channel._peer_max_size:
+                    raise MessageTooLarge(f"an item of {_utf8_len(text)} bytes is too large")
+                if request._is_open:
+                    outbox.put(text)
+                request._credit -= 1
+                while request._is_open and (request._credit <= 0 or outbox.size > LAGGING_BYTES):
+                    await _wait_notified(outbox.room_waiters)
+                if not request._is_open:  # it was cancelled, and goes on all the same
+                    return
+
+    def error_for_caller(self, name: str, error: BaseException) -> RpcError:
+        """What the peer is told. Anything unexpected is logged, and told as an InternalError."""
+        if isinstance(error, HTTPException):
+            code, text = error.status_code, str(error.detail)
+            data: Any = None if isinstance(error.detail, str) else error.detail
+            return Forbidden(text, data) if code in (401, 403) else RpcError(code, text, data)
+        if isinstance(error, WebSocketException):
+            code, text = error.code, error.reason
+            return Forbidden(text or None) if code == POLICY_VIOLATION else RpcError(code, text)
+        if type(error) is RequestTimeout:  # of another connection, which is not the caller's
+            return RequestTimeout()
+        if isinstance(error, RpcError) and not isinstance(error, ChannelClosed):
+            return error
+        error_id = uuid.uuid4().hex[:12]
+        is_own_end = isinstance(error, ChannelClosed) and self._channel._closed is not None
+        logger.log(logging.DEBUG if is_own_end else logging.ERROR, "%s failed (error_id %s)",
+                   name, error_id, exc_info=error)
+        return InternalError(data={"error_id": error_id})
+
+    def answer(self, request: RpcRequest, outcome: str | RpcError) -> None:
+        """Give the one answer: the JSON text of a result, or an error."""
+        if not request._is_open:
+            return
+        channel, outbox = self._channel, self._channel._outbox
+        request._is_open, text = False, ""
+        if isinstance(outcome, str):
+            text = channel.format.result(request.id, outcome)
+            batched = request._batch.size if request._batch is not None else 0
+            if (size := _utf8_len(text)) + batched > channel._peer_max_size:
+                outcome = MessageTooLarge(f"the answer of {size} bytes is too large")
+            elif outbox.size > OUTBOX_BYTES:
+                outcome = Overloaded("too many answers wait to be sent to this peer")
+        if isinstance(outcome, RpcError):
+            text = channel.format.error(request.id, outcome)
+        if (batch := request._batch) is None:
+            outbox.put(text)
+        elif batch.add(text):
+            outbox.size -= batch.size - _utf8_len(text) - 3
+            outbox.put(f"[{','.join(batch)}]")
+        else:
+            outbox.size += _utf8_len(text) + 1
+
+    def abort(self, request: RpcRequest, error: RpcError) -> None:
+        """Answer for a request at once, and cancel its method."""
+        if request in self.running and not request._has_ended:
+            self.answer(request, error)
+            self._finish(request)
+            if (task := self.running[request]) is not None:
+                self._channel._loop.call_soon(task.cancel)  # when it has had its first step
+            _notify_all(self._channel._outbox.room_waiters)
+
+    def _with_id(self, params: Any) -> list[RpcRequest]:
+        """The running requests with the id that is named; notifications have none."""
+        if type(params) is not dict or "id" not in params:
+            return []
+        return [r for r in self.running if r._is_open and r.id == params["id"]]
+
+    def cancel(self, params: Any) -> None:
+        """$/cancelRequest: the caller gave up."""
+        for request in self._with_id(params):
+            self.abort(request, Cancelled())
+
+    def grant(self, params: Any) -> None:
+        """$/credit: the consumer of a stream takes more items."""
+        for request in self._with_id(params):
+            if type(n := params.get("n")) is int and n > 0:
+                request._credit += n
+                _notify_all(self._channel._outbox.room_waiters)
+
+    def end(self) -> None:
+        """The connection is gone: no answer is sent any more."""
+        for request in self.running:
+            request._is_open = False
+            self._finish(request)
 
 
 def _by_position_or_name(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
@@ -1404,77 +1673,42 @@ def _by_position_or_name(name: str, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 class _Other:
-    """Calls the methods of the peer as if they were its own."""
-
-    def __init__(self, caller: "_Caller", timeout: _Timeout = _UNSET) -> None:
-        self._caller, self._timeout = caller, timeout
-
-    def __call__(self, *, timeout: float | None) -> "_Other":
-        return _Other(self._caller, timeout)
-
-    def __getattr__(self, name: str) -> Callable[..., Coroutine[Any, Any, RpcResponse]]:
-        if name.startswith("__"):  # what copy, pickle and inspect look for
-            raise AttributeError(name)
-
-        def method(*args: Any, **kwargs: Any) -> Any:
-            asked = _by_position_or_name(name, args, kwargs)
-            return _Call(self._caller, name, asked, self._timeout)
-
-        return method
-
-
-class _Proxy:
-    """Calls the methods of the peer as those of a class are called."""
+    """Calls the methods of the peer as if they were its own, or as those of a class are called."""
 
     __slots__ = ("_caller", "_cls", "_timeout")
 
-    def __init__(self, caller: "_Caller", cls: Callable[..., Any], timeout: _Timeout) -> None:
-        self._caller, self._cls, self._timeout = caller, cls, timeout
+    def __init__(self, caller: "_Caller", timeout: _Timeout = _UNSET, cls: Any = None) -> None:
+        self._caller, self._timeout, self._cls = caller, timeout, cls
+
+    def __call__(self, *, timeout: float | None) -> "_Other":
+        return _Other(self._caller, timeout, self._cls)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        typed = _typed(self._cls, name)
+        if name.startswith("__"):  # copy, pickle and inspect look for such names
+            raise AttributeError(name)
+        caller, timeout = self._caller, self._timeout
+        if self._cls is None:
+            return lambda *args, **kwargs: caller.call(
+                name, _by_position_or_name(name, args, kwargs), timeout=timeout)
+        stub = _method_stub(self._cls, name)
 
-        def method(*args: Any, **kwargs: Any) -> Any:
-            asked = typed.arguments(args, kwargs)
-            work = self._caller._items if typed.streams else self._caller._value
-            return work(name, asked, self._timeout, typed.check)
+        async def call(arguments: _Arguments) -> Any:
+            return stub.check((await caller.call(name, arguments, timeout=timeout)).result)
 
-        return method
+        async def stream(arguments: _Arguments) -> AsyncGenerator[Any, None]:
+            items = caller.stream(name, arguments, timeout=timeout)
+            async with contextlib.aclosing(items):
+                async for item in items:
+                    yield stub.check(item)
 
-
-class _Call(Coroutine[Any, Any, RpcResponse]):
-    """A call of a method of the peer: await it; or iterate over it, if that is a stream."""
-
-    __slots__ = ("_asked", "_caller", "_work")
-
-    def __init__(self, caller: "_Caller", method: str, args: _Arguments,
-                 timeout: _Timeout) -> None:
-        self._caller, self._asked = caller, (method, args, timeout)
-        self._work = caller._response(method, args, timeout)
-
-    def __await__(self) -> Generator[Any, Any, RpcResponse]:
-        return self._work.__await__()
-
-    def __aiter__(self) -> AsyncGenerator[Any, None]:
-        self._work.close()
-        return self._caller._items(*self._asked)
-
-    def send(self, value: Any) -> Any:
-        return self._work.send(value)
-
-    def throw(self, *error: Any) -> Any:
-        return self._work.throw(*error)
-
-    def close(self) -> None:
-        self._work.close()
+        work: Callable[[_Arguments], Any] = stream if stub.is_stream else call
+        return lambda *args, **kwargs: work(stub.arguments(args, kwargs))
 
 
-class _Caller:
-    """One who calls the methods of the peer."""
+class _Caller(abc.ABC):
+    """One who can call the methods of the peer: a channel or a client."""
 
     __slots__ = ()
-    _response: Callable[[str, _Arguments, _Timeout], Coroutine[Any, Any, RpcResponse]]
-    _ready_channel: Callable[[_Timeout], Coroutine[Any, Any, "tuple[RpcChannel, float | None]"]]
 
     @property
     def other(self) -> Any:
@@ -1488,2269 +1722,1231 @@ class _Caller:
         """The peer's methods with the types of ``cls``: its class of methods, or a Protocol.
 
         ``await channel.proxy(Calculator).add(1, 2)`` is the value itself, validated by pydantic;
-        an InternalError says that the peer returned something else. A method that is not in the
-        class is an AttributeError, and arguments that do not fit it a TypeError, before a call.
+        InternalError says that the peer returned something else. A method that the class does not
+        have is an AttributeError, and arguments that do not fit it are a TypeError, before a call.
+        A stream is iterated over: ``async for tick in channel.proxy(Clock).ticks(3)``.
         """
-        proxy: Any = _Proxy(self, cls, timeout)
-        return proxy  # type: ignore[no-any-return]
+        return cast(_T, _Other(self, timeout, cls))
 
-    def call(self, method: str, args: _Arguments = None, *, timeout: _Timeout = _UNSET) -> _Call:
-        """Call a method of the peer; await the response. Cancelling it cancels the method.
+    @abc.abstractmethod
+    async def call(self, method: str, args: _Arguments = None, *, timeout: _Timeout = _UNSET,
+                   meta: Mapping[str, Any] | None = None) -> RpcResponse: ...
 
-        ``args`` are by name (a mapping) or by position (a sequence). ``timeout`` is in seconds;
-        None is no limit, the default this side's ``default_response_timeout``; within a method, it
-        is never more than its own caller waits. A client first waits for a connection if need be.
-
-        Raises the RpcError that the peer answered; RequestTimeout; ChannelClosed if the connection
-        ends, and then whether the method ran is not known; Overloaded while 64 MiB wait to be sent;
-        MessageTooLarge, TypeError or ValueError for arguments that cannot be sent.
-
-        A stream is iterated over instead: ``async for item in channel.call("ticks")``. ``timeout``
-        is then for each item, while it is waited for. Leaving the loop ends the stream at the peer.
-        """
-        return _Call(self, method, args, timeout)
-
-    async def _value(self, method: str, args: _Arguments, timeout: _Timeout,
-                     check: Callable[[Any], Any]) -> Any:
-        return check((await self._response(method, args, timeout)).result)
-
-    async def _items(self, method: str, args: _Arguments, timeout: _Timeout,
-                     check: Callable[[Any], Any] | None = None) -> AsyncGenerator[Any, None]:
-        channel, _ = await self._ready_channel(timeout)
-        items = _Incoming()
-        id, future = channel._start(method, args, timeout, lambda _: _wake(items.waiters), items)
-        call = channel._calls[id]
-        try:
-            while items or not future.done():
-                if items:
-                    item = items.popleft()
-                    yield item if check is None else check(item)
-                    channel._grant(id, items.consumed())
-                else:
-                    call.deadline = channel._deadline(channel._loop.time(), timeout)
-                    channel._watch(call.deadline)
-                    await _next_wake(items.waiters)
-                    call.deadline = None  # what is done with an item takes its time
-            if (await channel._outcome(method, id, future)).result is not None:
-                raise InternalError(f"{method} is not a stream at the peer")
-        finally:
-            if channel._calls.pop(id, None):  # still there: it was left
-                channel._send_cancel(id)
+    @abc.abstractmethod
+    def stream(self, method: str, args: _Arguments = None, *, timeout: _Timeout = _UNSET,
+               meta: Mapping[str, Any] | None = None) -> AsyncGenerator[Any, None]: ...
 
 
 class RpcChannel(_Caller):
-    """One connection, on either side. Not thread-safe: for use on its event loop."""
+    """One connection, on either side. It is not thread-safe: use it on its event loop.
 
-    __slots__ = tuple("""
-        __weakref__ _answers_size _batched _below _calls _close_timer _closed _closing _dialect
-        _direct _end_waiters _failure _feed _held _ids _loop _outbox _outbox_size _peer_takes
-        _performs _reader _receiving _room _running _send_deadline _share _side _socket _spared
-        _speaks _streams _tasks _timer _timer_at _unread _unsent _writer context id""".split())
+    Attributes:
+        id: a random string that names the connection on this side.
+        identity: who the client is, as ``main_loop(identity=...)`` says; else None.
+        context: a dict of yours: the keyword arguments of ``main_loop``, or empty.
+        websocket: the WebSocket of the route, with headers and cookies; None on a client.
+    """
 
-    def __init__(self, socket: Socket, side: _Side, dialect: _Dialect | None,
-                 context: dict[str, Any]) -> None:
-        self.id, self.context = uuid.uuid4().hex, context
-        self._socket, self._side, self._peer_takes = socket, side, side._max_size
-        self._dialect, self._speaks = dialect, dialect or _JSONRPC  # only errors, until it is known
-        self._below: _Below | None = getattr(socket, "below", None)
-        self._direct = self._below if self._below and self._below.takes_frames else None
-        self._held: list[tuple[int | None, str, str | None, float | None, int]] = []
+    __slots__ = ("__weakref__", "_calls", "_closed", "_end_waiters", "_failure", "_ids",
+                 "_is_format_known", "_loop", "_message_size", "_outbox", "_peer", "_peer_max_size",
+                 "_runner", "_socket", "_spared", "_subscriber", "_tasks", "context", "format",
+                 "id", "identity", "websocket")
+
+    def __init__(self, socket: Socket, peer: _Peer, format: _WireFormat | None,
+                 context: dict[str, Any] | None = None, identity: str | None = None,
+                 websocket: WebSocket | None = None) -> None:
+        self.id, self.context, self.identity = uuid.uuid4().hex, context or {}, identity
+        self.websocket, self._socket = websocket, socket
+        self._peer, self._peer_max_size = peer, peer.max_message_size
+        self.format = format or _JSONRPC  # the first message of the peer may show another one
         self._loop = asyncio.get_running_loop()
-        self._outbox: list[tuple[str, int, bool]] = []  # text, its bytes, is it an answer
-        self._outbox_size = self._answers_size = self._batched = 0
-        self._writer: asyncio.Task[None] | None = None
-        self._room: list[asyncio.Future[None]] = []
-        self._calls, self._ids = _Calls(), itertools.count(1)
-        self._running: dict[_Request, None] = {}  # with less overhead than a set has
-        self._streams: dict[_Request, None] = {}  # which wait for room
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._spared: list[asyncio.Task[Any] | None] = []  # called close, and go on after it
-        self._reader: asyncio.Task[None]
-        self._unread: Iterator[_Message] = iter(())  # what was received and not looked at yet
-        self._performs: _Method  # what the reader is in
-        self._closing: tuple[int, str] | None = None
+        self._is_format_known = None if format is not None else self._loop.create_future()
+        self._calls, self._ids = dict[int, _PendingCall](), itertools.count(1)
+        self._tasks: set[_Task] = set()
+        self._spared: set[_Task | None] = set()  # called close, and go on after it
         self._closed: ChannelClosed | None = None
-        self._failure: Exception | None = None  # the transport's
-        self._end_waiters: list[asyncio.Future[None]] = []
-        self._timer: asyncio.TimerHandle | None = None
-        self._close_timer: asyncio.TimerHandle | None = None
-        self._timer_at = math.inf
-        self._send_deadline: float | None = None  # for the peer to take something
-        self._unsent = 0  # when that was last looked at
-        self._feed: _Feed | None = None
-        self._receiving = False  # and will flush before it waits
-        self._share = 0  # of the frame, in bytes, that the message being handled has
+        self._failure: Exception | None = None  # of the transport or of our own
+        self._end_waiters: _Waiters = []
+        self._message_size = 0  # the share of the frame's bytes of the message being handled
+        self._subscriber: _Cursor | None = None  # where it has subscribed to events
+        self._outbox, self._runner = _Outbox(self), _RequestRunner(self, peer)
 
-    # calling the peer
+    # Calling the peer.
 
-    async def _response(self, method: str, args: _Arguments, timeout: _Timeout) -> RpcResponse:
-        return await self._outcome(method, *self._start(method, args, timeout))
+    async def call(self, method: str, args: _Arguments = None, *, timeout: _Timeout = _UNSET,
+                   meta: Mapping[str, Any] | None = None) -> RpcResponse:
+        """Call a method of the peer and wait for its response.
 
-    async def _ready_channel(self, timeout: _Timeout) -> "tuple[RpcChannel, float | None]":
-        return self, self._side._seconds(timeout)
+        Args:
+            method: the name of the method.
+            args: a mapping of arguments by name, or a sequence of arguments by position.
+            timeout: in seconds. None is no limit. By default it is this side's
+                ``default_response_timeout``. In a method, a call never waits longer than the
+                method's own caller does.
+            meta: a small JSON object that travels beside the arguments, for trace ids; only where
+                ws-lite.1 was negotiated.
+
+        Raises the RpcError that the peer answered; RequestTimeout; ChannelClosed if the connection
+        ends, and then nobody knows whether the method ran; Overloaded while 64 MiB wait to be sent;
+        MessageTooLarge, TypeError or ValueError for arguments that cannot be sent. Cancelling a
+        call cancels the method at the peer.
+        """
+        if self._is_format_known is not None:
+            await self._wait_for_format(timeout)
+        return await self._await_response(method, *self._send_call(method, args, timeout, meta))
+
+    async def stream(self, method: str, args: _Arguments = None, *, timeout: _Timeout = _UNSET,
+                     meta: Mapping[str, Any] | None = None) -> AsyncGenerator[Any, None]:
+        """Iterate over a stream of the peer: ``async for item in channel.stream("ticks")``.
+
+        Arguments and errors are those of `call`, but ``timeout`` is for each item, while it is
+        waited for. The peer is at most 16 items ahead. Leaving the loop ends the stream there.
+        """
+        if self._is_format_known is not None:
+            await self._wait_for_format(timeout)
+        id, call = self._send_call(method, args, timeout, meta, credit=STREAM_CREDIT)
+        try:
+            while call.items or not call.future.done():
+                if not call.items:
+                    try:
+                        async with asyncio.timeout(self._time_left(timeout)):
+                            await _wait_notified(call.waiters)
+                    except TimeoutError:
+                        raise RequestTimeout(f"{method} has sent no item in time") from None
+                    continue
+                item, granted = call.consume()
+                yield item
+                if granted and id in self._calls:
+                    params = f'{{"id":{id},"n":{granted}}}'
+                    self._outbox.put(self.format.request(None, "$/credit", params))
+            if (await self._await_response(method, id, call)).result is not None:
+                raise InternalError(f"{method} is not a stream at the peer")
+        finally:
+            self._give_up(id)  # if the loop was left
 
     def notify(self, method: str, args: _Arguments = None) -> None:
         """Call a method of the peer and do not wait: there is no answer, not even an error.
 
         Raises what `call` raises before it sends.
         """
-        self._send_request(None, method, _params(self._side._encode, args), None)
+        self._send_request(None, method, args)
 
-    def _start(self, method: str, args: _Arguments, timeout: _Timeout,
-               then: Callable[[_Outcome], None] | None = None, items: _Incoming | None = None,
-               ) -> tuple[int, "asyncio.Future[_Outcome]"]:
-        """Send a request. Not a coroutine, so that what is called first is sent first."""
-        params = _params(self._side._encode, args)
-        now = self._loop.time()
-        deadline = self._deadline(now, timeout)
-        id, future = next(self._ids), self._loop.create_future()
-        self._calls[id] = _Pending(future, deadline, then, items)
+    async def _wait_for_format(self, timeout: _Timeout) -> None:
+        """Wait for the peer's first message, which shows what it speaks."""
         try:
-            if items is not None:  # how long each takes is for this side to see
-                self._send_request(id, method, params, None, STREAM_CREDIT)
-            else:
-                self._send_request(id, method, params, None if deadline is None else deadline - now)
+            async with asyncio.timeout(self._time_left(timeout)):
+                while self._is_format_known is not None and self._closed is None:
+                    await asyncio.shield(self._is_format_known)
+        except TimeoutError:
+            raise RequestTimeout("the peer has not sent its first message") from None
+
+    def _send_call(self, method: str, args: _Arguments, timeout: _Timeout,
+                   meta: Mapping[str, Any] | None = None, *, credit: int = 0,
+                   on_response: Callable[[_Outcome], None] | None = None,
+                   ) -> tuple[int, _PendingCall]:
+        """Send a request. It is no coroutine, so that what is called first is sent first."""
+        seconds, id = self._time_left(timeout), next(self._ids)
+        call = self._calls[id] = _PendingCall(self._loop.create_future(), on_response, credit)
+        try:  # how long each item of a stream may take is for this side to see
+            self._send_request(id, method, args, None if credit else seconds, meta, credit)
         except BaseException:
             del self._calls[id]
             raise
-        self._watch(deadline)
-        return id, future
+        if seconds is not None and not credit:
+            call.timer = self._loop.call_later(seconds, self._expire, id, method, seconds)
+        return id, call
 
-    def _deadline(self, now: float, timeout: _Timeout) -> float | None:
-        """When a call is late, in the loop's time; within a method, not after that is."""
-        seconds, request = self._side._seconds(timeout), _current.get()
-        deadline = None if request is None else request.deadline
+    def _send_request(self, id: int | None, method: str, args: _Arguments,
+                      timeout: float | None = None, meta: Mapping[str, Any] | None = None,
+                      credit: int = 0) -> None:
+        if self._closed is not None:
+            raise ChannelClosed(self._closed.code, self._closed.reason)
+        if self._outbox.size > OUTBOX_BYTES:
+            raise Overloaded("too much waits to be sent to this peer")
+        params = None if args is None else _encode(args)
+        if params is not None and params[0] not in "{[":
+            raise TypeError(f"arguments are a mapping or a sequence, not {type(args).__name__}")
+        text = self.format.request(id, method, params, timeout=timeout, credit=credit,
+                                   meta=None if meta is None else _encode(meta))
+        if (size := _utf8_len(text)) > self._peer_max_size:
+            raise MessageTooLarge(f"{method}: {size} bytes, the limit is {self._peer_max_size}")
+        self._outbox.put(text, size)
+
+    def _time_left(self, timeout: _Timeout) -> float | None:
+        """Seconds for a call; in a method, no more than that method itself has left."""
+        seconds, request = self._peer._seconds(timeout), _current_request.get()
+        if request is not None and request._deadline is not None:
+            left = request._deadline - self._loop.time()
+            seconds = left if seconds is None else min(left, seconds)
         if seconds is None:
-            return deadline
+            return None
         if math.isnan(seconds):
             raise ValueError("a timeout is a number of seconds, or None")
-        own = now + min(max(0.0, seconds), LONGEST_TIMEOUT_SECONDS)
-        return own if deadline is None else min(own, deadline)
+        return min(max(0.0, seconds), MAX_TIMEOUT_SECONDS)
 
-    async def _outcome(self, method: str, id: int,
-                       future: "asyncio.Future[_Outcome]") -> RpcResponse:
+    async def _await_response(self, method: str, id: int, call: _PendingCall) -> RpcResponse:
         try:
-            outcome = await future
+            outcome = await call.future
         finally:
-            if self._calls.pop(id, None):  # still there: the caller was cancelled
-                self._send_cancel(id)
+            self._give_up(id)  # if the caller was cancelled
         if isinstance(outcome, RpcError):
             outcome.add_note(f"(in a call of {method!r} at the peer)")
             raise outcome
         return outcome
 
-    def _send_request(self, id: int | None, method: str, params: str | None,
-                      timeout: float | None, credit: int = 0) -> None:
-        if self._closed is not None:
-            raise ChannelClosed(self._closed.code, self._closed.reason)
-        if self._outbox_size > OUTBOX_BYTES or len(self._held) >= HELD_MESSAGES:
-            raise Overloaded("too much waits to be sent to this peer")
-        if self._dialect is None:
-            self._held.append((id, method, params, timeout, credit))
-            return
-        text = self._dialect.request(id, method, params, timeout, credit)
-        if _size(text) > self._peer_takes:
-            raise MessageTooLarge(f"{method}: {_size(text)} bytes, the limit is {self._peer_takes}")
-        self._put(text)
+    def _resolve(self, id: int | None, outcome: _Outcome) -> None:
+        """End a call with its outcome. A call that has ended already is not there any more."""
+        if id is not None and (call := self._calls.pop(id, None)) is not None:
+            call.resolve(outcome)
 
-    def _send_cancel(self, id: int) -> None:
-        if isinstance(self._dialect, _JsonRpc):
-            self._put(self._dialect.request(None, "$/cancelRequest", f'{{"id":{id}}}', None))
+    def _expire(self, id: int, method: str, seconds: float) -> None:
+        self._give_up(id, RequestTimeout(f"{method} was not answered in {seconds:g} s"))
 
-    def _grant(self, id: int, n: int) -> None:
-        if n and id in self._calls:
-            text = self._speaks.request(None, "$/credit", f'{{"id":{id},"n":{n}}}', None)
-            self._put_answer(text)  # as much as for answers, the peer has to read it
+    def _give_up(self, id: int, error: RpcError | None = None) -> None:
+        """Tell the peer that nobody waits for a call any more, unless it has ended."""
+        if (call := self._calls.pop(id, None)) is not None:
+            call.resolve(error or Cancelled())
+            if self.format.is_ws_lite:
+                text = self.format.request(None, "$/cancelRequest", f'{{"id":{id}}}')
+                self._outbox.put(text)
 
-    # its end
+    def _take_items(self, params: Any) -> None:
+        """$/stream: items of a stream have come."""
+        fields: dict[str, Any] = params if type(params) is dict else {}
+        id: Any = fields.get("id")
+        call = self._calls.get(id) if type(id) in (int, float) else None
+        if call is not None and not call.put_items(fields.get("items")):
+            self._give_up(id, InternalError("the peer sent items that nobody asked for"))
+
+    # Receiving.
+
+    async def _read(self) -> None:
+        count = 0
+        try:
+            while True:
+                for message in self._receive(await self._socket.recv()):
+                    if isinstance(message, _Response):
+                        self._resolve(message.id, message.outcome)
+                    else:
+                        self._runner.accept(message)
+                    count += 1
+                    if count % YIELD_MESSAGES == 0:  # let other connections have their turn
+                        await asyncio.sleep(0)
+                if self._outbox.size > PAUSE_BYTES:
+                    with contextlib.suppress(TimeoutError):  # two peers may flood each other
+                        async with asyncio.timeout(self._outbox.size / PAUSE_BYTES_PER_SECOND):
+                            await self._outbox.wait_for_room(LAGGING_BYTES)
+        except OSError as error:
+            lost = ChannelClosed(1006, "cannot receive")
+            self._end(error if isinstance(error, ChannelClosed) else lost)
+        except Exception as error:  # it is raised in the owner's task
+            self._failure = error
+        finally:
+            self._end(ChannelClosed(SERVER_ERROR, "cannot receive"))
+
+    def _receive(self, frame: str | bytes) -> Sequence[_Message]:
+        """The messages in a frame."""
+        try:
+            value = _decode(frame)
+        except (ValueError, RecursionError) as error:
+            logger.debug("channel %s: not JSON: %s", self.id, error)
+            return (_invalid(None, -32700, "Parse error"),)
+        if type(value) is list and len(value) > MAX_ARRAY_MESSAGES:
+            return (_invalid(None, Overloaded.code, f"more than {MAX_ARRAY_MESSAGES} messages"),)
+        if self._is_format_known is not None:
+            self._choose_format(value, self._is_format_known)
+        if type(value) is not list or not value:
+            messages = self.format.parse(value)
+        else:
+            messages = [message for item in value for message in self.format.parse(item)]
+            if not self.format.is_ws_lite:
+                batch = _Batch()
+                for message in messages:
+                    if isinstance(message, RpcRequest) and message._is_open:
+                        message._batch = batch
+                        batch.missing += 1
+        self._message_size = len(frame) // len(messages)
+        for message in messages if len(frame) > self._peer.max_message_size else ():
+            if isinstance(message, RpcRequest):
+                limit = self._peer.max_message_size
+                message._problem = MessageTooLarge(f"the limit is {limit} bytes")
+        return messages
+
+    def _choose_format(self, value: Any, known: "asyncio.Future[None]") -> None:
+        """Speak as the peer does, if its message shows that."""
+        format = next((f for f in _WIRE_FORMATS if f.understands(value)), None)
+        if format is not None:
+            self.format, self._is_format_known = format, None
+            if format.is_limited:
+                limit = getattr(self._peer, "legacy_max_message_size", LEGACY_MESSAGE_BYTES)
+                self._peer_max_size = min(self._peer_max_size, limit)
+            if not known.done():
+                known.set_result(None)
+
+    # The life of the connection.
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
         """Send what waits to be sent, close the connection, and return when it is closed.
 
-        That takes seconds at most, whatever the peer does. Cancelling it cancels nothing else. A
-        method or hook may call it, and goes on afterwards.
+        That takes at most two seconds, whatever the peer does. A method or hook of this connection
+        may call it and goes on afterwards. Cancelling it cancels nothing else.
         """
-        self._spared.append(asyncio.current_task())
-        if self._closing is None and self._closed is None:
-            self._closing = (code, reason)
-            self._go_live(None)
-            self._writer = self._writer or self._spawn_vital(self._write())
-            self._close_timer = self._loop.call_later(
-                CLOSE_SECONDS, self._end, ChannelClosed(code, reason))
+        self._spared.add(asyncio.current_task())
+        if self._closed is None:
+            self._outbox.close(code, reason)
+            self._loop.call_later(CLOSE_SECONDS, self._end, ChannelClosed(code, reason))
+            if (transport := self._outbox.transport) is not None:  # a full buffer prevents a close
+                self._loop.call_later(2 * CLOSE_SECONDS, transport.abort)
         await self.wait_closed()
 
     async def wait_closed(self) -> ChannelClosed:
         """Wait for the end of the connection; returns its code and reason."""
         while self._closed is None:
-            await _next_wake(self._end_waiters)
+            await _wait_notified(self._end_waiters)
         return self._closed
 
     def _end(self, closed: ChannelClosed) -> None:
         if self._closed is not None:
             return
-        self._closed, self._outbox_size, self._answers_size = closed, 0, 0
-        self._side._ended(self)
-        self._go_live(None)
-        self._outbox.clear()
-        self._held.clear()
-        for timer in (self._timer, self._close_timer):
-            if timer is not None:
-                timer.cancel()
-        for request in self._running:
-            request.open = False
-            request.wake()
-            if request.task and not request.threaded and request.task not in self._spared:
-                self._loop.call_soon(request.task.cancel)  # what came last has its first step
-        for task in self._tasks.difference(self._spared, (asyncio.current_task(),)):
-            task.cancel()
+        self._closed = closed
+        self._outbox.end()
+        self._peer._on_channel_closed(self)
+        self._runner.end()
+        for task in self._open_tasks() - {asyncio.current_task()}:
+            self._loop.call_soon(task.cancel)  # what came last still has its first step
         for id in list(self._calls):
-            self._calls.settle(id, ChannelClosed(closed.code, closed.reason))
-        _wake(self._room)
-        _wake(self._end_waiters)
+            self._resolve(id, ChannelClosed(closed.code, closed.reason))
+        if self._is_format_known is not None and not self._is_format_known.done():
+            self._is_format_known.set_result(None)
+        _notify_all(self._end_waiters)
 
-    async def _run(self, opened: Callable[[], Awaitable[None]]) -> ChannelClosed:
+    def _open_tasks(self) -> set[_Task]:
+        running = {task for task in self._runner.running.values() if task is not None}
+        return (self._tasks | running) - self._spared
+
+    async def _serve(self, opened: Callable[[], Awaitable[None]]) -> ChannelClosed:
         """The owner's task: serve to the end, beside ``opened``, whose failure is the end."""
-        self._reader = self._spawn(self._read())
+        self._spawn_vital(self._read())
         self._spawn_vital(self._open(opened))
         try:
-            while self._closed is None:
-                await _next_wake(self._end_waiters)
+            await self.wait_closed()
         finally:
             self._end(ChannelClosed(1001, "cancelled"))
-            await self._leave()
+            await self._cleanup()
         if self._failure is not None:
             raise self._failure
         return await self.wait_closed()
 
-    async def _leave(self) -> None:
-        tasks = self._tasks | {r.task for r in self._running if r.task and not r.threaded}
-        try:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(GRACE_SECONDS):
-                    for task in tasks.difference(self._spared):
-                        await asyncio.wait([task])
-        finally:
-            await self._close_socket()
-        if left := [t.get_coro() for t in tasks.difference(self._spared) if not t.done()]:
-            logger.warning("these go on, although their connection is closed: %s", left)
-
-    async def _close_socket(self) -> None:
-        closed = await self.wait_closed()
-        code = 1000 if closed.code in (1005, 1006, 1015) else closed.code  # these are never sent
-        with contextlib.suppress(Exception):  # it may be closed already, from either side
-            async with asyncio.timeout(CLOSE_SECONDS):
-                await self._socket.close(code, _short(closed.reason))
-
     async def _open(self, opened: Callable[[], Awaitable[None]]) -> None:
         try:
             await opened()
-        except RpcError as error:
-            code = POLICY_VIOLATION if isinstance(error, Forbidden) else 1011
-            await self.close(code, error.message)
-        except Exception:  # a hook's
-            logger.exception("a connection is closed because its on_connect failed")
-            await self.close(1011, "on_connect failed")
+            self._runner.open_gate()
+        except Exception as error:  # a hook may raise anything
+            told = self._runner.error_for_caller("on_connect", error)
+            code = POLICY_VIOLATION if isinstance(told, Forbidden) else SERVER_ERROR
+            await self.close(code, told.message)
+
+    async def _cleanup(self) -> None:
+        """Await what was cancelled, for a second at most, and close the socket."""
+        tasks, closed = self._open_tasks(), await self.wait_closed()
+        try:
+            if tasks:
+                await asyncio.wait(tasks, timeout=GRACE_SECONDS)
+        finally:
+            code = 1000 if closed.code in (1005, 1006, 1015) else closed.code  # are never sent
+            with contextlib.suppress(Exception):  # either side may have closed it already
+                async with asyncio.timeout(CLOSE_SECONDS):
+                    await self._socket.close(code, _close_reason(closed.reason))
+        if left := [task.get_coro() for task in tasks if not task.done()]:
+            logger.warning("these go on although their connection is closed: %s", left)
 
     def _spawn(self, work: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":
-        return _hold(self._tasks, work)
+        return _spawn_into(self._tasks, work)
 
     def _spawn_vital(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
-        """Start a task that is not to be missed: if it is cancelled, the connection ends."""
+        """Start a task that the connection needs: if somebody cancels it, the connection ends."""
         task = self._spawn(work)
-        task.add_done_callback(
-            lambda task: self._end(ChannelClosed(1011, "cancelled")) if task.cancelled() else None)
+        task.add_done_callback(lambda task: self._end(ChannelClosed(
+            SERVER_ERROR, "cancelled")) if task.cancelled() else None)
         return task
-
-    # receiving
-
-    async def _read(self) -> None:
-        message: _Message | None
-        try:
-            while True:
-                most = self._answers_size + ANSWERS_BYTES
-                for message in self._unread:
-                    if (waiting := self._begin(message)) is not None:
-                        self._pass_on()
-                        return await _go_on(*waiting)
-                    if self._answers_size > most:  # by one frame
-                        await self._pause()
-                        most = self._answers_size + ANSWERS_BYTES
-                message = None  # not to be kept while waiting: 0.7 KiB
-                if self._answers_size > ANSWERS_BYTES:
-                    await self._pause()
-                receiving = self._socket.recv()
-                try:
-                    waits_for = receiving.send(None)
-                except StopIteration as received:
-                    self._unread = iter(self._receive(received.value))
-                else:
-                    self._flush()
-                    self._unread = iter(self._receive(await _go_on(receiving, waits_for)))
-        except OSError as error:
-            lost = ChannelClosed(1006, "cannot receive")
-            self._end(error if isinstance(error, ChannelClosed) else lost)
-        except asyncio.CancelledError:
-            if self._closed is None and self._reader.cancelling():
-                self._reader = self._spawn(self._read())  # by a method, that took it for its own
-            else:  # or by the transport
-                self._end(ChannelClosed(1011, "cannot receive"))
-            raise
-        except Exception as error:  # the transport's
-            self._failure = error
-            self._end(ChannelClosed(1011, "cannot receive"))
-
-    def _begin(self, message: _Message) -> tuple[Coroutine[Any, Any, None], Any, Context] | None:
-        """Serve a message; returns what has to wait."""
-        if (work := self._serve(message)) is not None:
-            context = copy_context()
-            try:
-                return work, context.run(work.send, None), context
-            except StopIteration:
-                pass
-        return None
-
-    def _pass_on(self) -> None:
-        """What the reader performs has to wait, in this task: let another one read on."""
-        self._tasks.discard(self._reader)
-        self._performs.waits = True
-        self._flush()
-        self._reader = self._spawn(self._read())
-
-    async def _pause(self) -> None:
-        self._flush()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._answers_size / PAUSE_BYTES_PER_SECOND):
-                while self._answers_size > ANSWERS_BYTES:
-                    await _next_wake(self._room)
-
-    def _receive(self, frame: str | bytes) -> Sequence[_Message]:
-        self._receiving = True
-        try:
-            message = self._side._decode(frame)
-        except (ValueError, RecursionError) as error:
-            logger.debug("channel %s: not JSON: %s", self.id, error)
-            return (_Request(None, problem=_PARSE_ERROR),)
-        if type(message) is list and len(message) > ARRAY_ITEMS:
-            problem = Overloaded(f"an array has at most {ARRAY_ITEMS} messages")
-            return (_Request(None, problem=problem),)
-        if self._dialect is None:
-            self._adopt(_dialect_of(message))
-        dialect = self._speaks
-        if type(message) is not list or not message or dialect is _OLD_WIRE:
-            items = dialect.read(message)
-        else:
-            items = tuple(item for each in message for item in dialect.read(each))
-            if dialect is not _WS_LITE:
-                batch = _Batch(self._put_answer, self._peer_takes, self._batches_grow)
-                for item in items:
-                    if isinstance(item, _Request) and item.open:
-                        item.batch = batch.expect(item.id)
-        self._share = len(frame) // len(items)
-        if len(frame) > self._side._max_size:
-            for item in items:
-                if isinstance(item, _Request):
-                    limit = self._side._max_size
-                    item.problem = MessageTooLarge(f"the limit is {limit} bytes")
-        return items
-
-    def _adopt(self, dialect: _Dialect | None) -> None:
-        """Speak as the peer does, and say what was held until now."""
-        self._dialect, self._speaks = dialect, dialect or _JSONRPC
-        if dialect is _OLD_WIRE:
-            self._peer_takes = min(self._peer_takes, OLD_WIRE_CLIENT_BYTES)
-        if dialect is not None:
-            held, self._held = self._held, []
-            for id, method, params, timeout, credit in held:
-                try:
-                    if id is None or id in self._calls:  # not, if it is late or was cancelled
-                        self._send_request(id, method, params, timeout, credit)
-                except (RpcError, TypeError) as error:
-                    told = error if isinstance(error, RpcError) else InvalidParams(str(error))
-                    self._calls.settle(id, told)
-
-    # the peer's requests
-
-    def _serve(self, request: _Message) -> Coroutine[Any, Any, None] | None:
-        """Returns what is to be performed by the reader, if anything."""
-        if not isinstance(request, _Request):
-            self._calls.settle(request.id, request.outcome)
-            return None
-        request.channel, method = self, self._side._table.get(request.method)
-        if request.problem is not None or method is None:
-            self._fail(request, request.problem or MethodNotFound())
-        elif not isinstance(method, _Method):
-            self._respond(request, method(self, request.params))
-        elif method.streams is not (request.credit > 0):
-            kind = "a stream" if method.streams else "no stream"
-            self._fail(request, InvalidParams(f"{request.method} is {kind}"))
-        elif len(self._running) >= self._side._max_requests:
-            self._fail(request, Overloaded(f"{len(self._running)} requests are running"))
-        else:
-            if request.timeout is not None:
-                seconds = max(0.0, min(request.timeout, LONGEST_TIMEOUT_SECONDS))
-                request.deadline = self._loop.time() + seconds
-                self._watch(request.deadline)
-            self._running[request] = None
-            if not method.waits:
-                request.task, self._performs = self._reader, method
-                return self._perform(request, method)
-            request.task = asyncio.Task(self._perform(request, method))
-        return None
-
-    async def _perform(self, request: _Request, method: _Method) -> None:
-        """The whole of a task, or of a reader's turn: so that no exception leaves it."""
-        request.started = True
-        _current.set(request)
-        try:
-            args, named = method.bind(self, request.params)
-            if method.streams:
-                value = await self._produce(request, method.function(*args, **named))
-            elif method.threaded:
-                call = functools.partial(method.function, *args, **named)
-                value = await self._in_thread(request, call)
-                if inspect.isawaitable(value):
-                    value = await value
-            else:
-                value = await method.function(*args, **named)
-            self._respond(request, value)
-        except asyncio.CancelledError:
-            self._fail(request, Cancelled())
-        except BaseException as error:  # SystemExit too: a method must not end the server
-            told = error if isinstance(error, RpcError) else None
-            if type(error) is RequestTimeout:  # of another connection, whose troubles are not told
-                told = RequestTimeout()
-            if told is None or isinstance(error, ChannelClosed):
-                gone = isinstance(error, ChannelClosed) and self._closed is not None
-                logger.log(logging.DEBUG if gone else logging.ERROR, "%s failed", request.method,
-                           exc_info=True)
-                told = InternalError()
-            self._fail(request, told)
-            if isinstance(error, KeyboardInterrupt):
-                raise
-        finally:
-            self._running.pop(request, None)
-            request.deadline = None  # what it leaves behind does not inherit it
-            request.task = None  # its context leads back to the request: no work for the collector
-
-    async def _produce(self, request: _Request, items: AsyncGenerator[Any, None]) -> Any:
-        """Send what a generator yields, as the peer grants it and as there is room for it."""
-        out = _Outgoing(request, self._put_answer)
-        try:
-            async for item in items:
-                if not request.open:  # it was stopped, and goes on
-                    break
-                out.add(self._side._encode(item), self._peer_takes)
-                request.credit -= 1
-                if not request.credit or self._outbox_size > LIVE_BYTES:
-                    out.flush()
-                    await self._granted(request)
-                elif len(out) == 1:
-                    self._loop.call_soon(out.flush)
-        finally:
-            out.flush()  # an error comes after the items before it
-            await items.aclose()
-
-    async def _granted(self, request: _Request) -> None:
-        """Wait for credit, and for room: where several do, for that in turns."""
-        try:
-            while request.open and (not request.credit or self._outbox_size > LIVE_BYTES):
-                if request.credit:
-                    self._streams[request] = None
-                request.waiter = self._loop.create_future()
-                await request.waiter
-        finally:
-            self._streams.pop(request, None)
-
-    async def _in_thread(self, request: _Request, call: Callable[[], Any]) -> Any:
-        async with self._side._threads:  # while it waits for a thread it can be cancelled
-            request.threaded = True
-            try:
-                return await anyio.to_thread.run_sync(call, limiter=self._side._unlimited)
-            finally:
-                request.threaded = False
-
-    def _respond(self, request: _Request, value: Any) -> None:
-        try:
-            if request.open:
-                text = self._side._encode(value)
-                self._answer(request, self._speaks.result(request.id, text, value))
-        except ValueError:
-            logger.exception("the answer of %s is not JSON", request.method)
-            self._fail(request, InternalError())
-
-    def _fail(self, request: _Request, error: RpcError) -> None:
-        try:
-            if request.open:
-                self._answer(request, self._speaks.error(request.id, error))
-        except Exception:  # it is the user's, with any attributes
-            logger.exception("the error of %s is not JSON", request.method)
-            self._answer(request, self._speaks.error(request.id, InternalError()))
-
-    def _answer(self, request: _Request, text: str) -> None:
-        """Give the one answer; if it cannot be sent, say so in its place."""
-        if (size := _size(text)) > self._peer_takes:
-            problem = MessageTooLarge(f"the answer has {size} bytes")
-            text, size = self._speaks.error(request.id, problem), 0
-        request.open = False
-        if request.batch is None:
-            self._put(text, size, answer=True)
-        else:
-            request.batch(text)
-
-    def _stop(self, request: _Request, error: RpcError) -> None:
-        """Answer for a request at once and ask its method to end; a thread cannot be asked."""
-        self._fail(request, error)
-        request.deadline = None
-        if request.task is not None and not request.threaded:
-            request.task.cancel()
-            if not request.started:  # nor will it, so that it could not do this itself
-                self._running.pop(request, None)
-
-    # deadlines: those of calls, requests and sends share one timer, set to the earliest
-
-    def _watch(self, deadline: float | None) -> None:
-        if deadline is not None and deadline < self._timer_at:
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer_at = deadline
-            self._timer = self._loop.call_at(deadline + TICK_SECONDS, self._tick)
-
-    def _tick(self) -> None:
-        self._timer, self._timer_at, now = None, math.inf, self._loop.time()
-        if not self._takes_something(now):
-            self._side._stalled += 1
-            if self._below is not None:
-                self._below.abort()
-            self._end(ChannelClosed(TOO_SLOW, "takes nothing"))
-            return
-        for id in self._calls.expired(now):
-            self._calls.settle(id, RequestTimeout())
-            self._send_cancel(id)
-        for request in [r for r in self._running if (r.deadline or math.inf) <= now]:
-            self._stop(request, RequestTimeout())
-        left = [r.deadline for r in self._running if r.deadline is not None]
-        if self._send_deadline is not None:
-            left.append(min(self._send_deadline, now + LOOK_SECONDS))
-        self._watch(min(itertools.chain(left, self._calls.deadlines()), default=None))
-
-    # sending
-
-    def _put(self, text: str, size: int = 0, *, answer: bool = False) -> None:
-        """Queue a message; what one turn of the loop queues leaves together."""
-        if self._closed is not None:
-            return
-        if self._feed is not None:
-            self._feed.catch_up()
-        if not self._outbox and self._writer is None:
-            self._go_live(None)
-            if not self._receiving:
-                self._side._stir(self)
-        size = size or _size(text)
-        self._outbox.append((text, size, answer))
-        self._outbox_size += size
-        self._answers_size += size * answer
-
-    def _batches_grow(self, size: int) -> int:
-        self._batched += size
-        return self._batched
-
-    def _put_answer(self, text: str) -> None:
-        self._put(text, answer=True)
-
-    def _flush(self) -> None:
-        """Write to the socket; what it does not take now is the writer's."""
-        self._receiving = False
-        while self._writer is None and (self._outbox or self._refill()):
-            if self._direct is None or not self._direct.ready():
-                self._writer = self._spawn_vital(self._write())
-                return
-            self._direct.write(b"".join(map(_frame, self._take())))
-            if self._send_deadline is None and self._direct.unsent():
-                self._expect_progress()
-        if self._writer is None and self._closed is None:
-            self._go_live(self._direct)
-
-    def _go_live(self, direct: "_Below | None") -> None:
-        """Let events be written past the outbox, while that is empty."""
-        if self._feed is not None:
-            self._feed.direct = None if self._feed.lagging else direct
-
-    def _refill(self) -> bool:
-        """See who can go on, as there is room; returns whether there is more to send."""
-        if self._room and self._answers_size <= ANSWERS_BYTES:
-            _wake(self._room)
-        if self._streams and self._outbox_size <= LIVE_BYTES:
-            for request in self._streams:
-                request.wake()
-        if self._feed is not None and self._feed.lagging:
-            self._feed.refill()
-        return bool(self._outbox)
-
-    def _expect_progress(self, size: int = 0) -> None:
-        """Let the peer go if it takes nothing for too long, of what it is being sent now."""
-        now, allowance = self._loop.time(), size / SEND_BYTES_PER_SECOND
-        if self._below is not None:  # progress can be seen
-            self._unsent, allowance = self._below.unsent(), 0.0
-        self._send_deadline = now + SEND_SECONDS + allowance
-        self._watch(min(self._send_deadline, now + (LOOK_SECONDS if self._below else math.inf)))
-
-    def _takes_something(self, now: float) -> bool:
-        if self._send_deadline is not None and self._below is not None:
-            before, self._unsent = self._unsent, self._below.unsent()
-            if self._unsent < before:
-                self._send_deadline = now + SEND_SECONDS
-            elif self._unsent and self._below.closing():
-                return False
-            if self._unsent == 0 and self._writer is None:
-                self._send_deadline = None
-        return self._send_deadline is None or now < self._send_deadline
-
-    async def _write(self) -> None:
-        try:
-            while self._outbox or self._refill():
-                for frame in self._take():
-                    self._expect_progress(len(frame))
-                    await self._socket.send(frame)
-                    self._send_deadline = None
-            if self._below is not None and self._below.unsent():
-                self._expect_progress()
-            if self._closing is None:
-                self._writer = None
-                self._go_live(self._direct)
-                return
-            code, reason = self._closing
-            await self._socket.close(code, _short(reason))
-            self._end(ChannelClosed(code, reason))
-        except ChannelClosed as closed:
-            self._end(closed)
-        except Exception as error:  # each server has another for a broken connection
-            logger.debug("channel %s cannot send: %r", self.id, error)
-            self._end(ChannelClosed(1006, "cannot send"))
-
-    def _take(self) -> Sequence[str]:
-        """What leaves next: a message, or as many as may leave together."""
-        outbox, total, count, answers = self._outbox, 1, 0, 0
-        limit = min(FRAME_BYTES, self._peer_takes)
-        for _, size, answer in outbox:
-            if count and total + size >= limit:
-                break
-            count, total, answers = count + 1, total + size + 1, answers + size * answer
-        texts = [text for text, _, _ in outbox[:count]]
-        del outbox[:count]
-        self._outbox_size -= total - 1 - count
-        self._answers_size -= answers
-        return _joined(texts, self._dialect)
-
-
-def _short(reason: str) -> str:
-    """What fits into a close frame (RFC 6455, 5.5)."""
-    return reason.encode()[:123].decode(errors="ignore")
-
-
-def _params(encode: Callable[[object], str], args: _Arguments) -> str | None:
-    params = None if args is None else encode(args)
-    if params is not None and params[0] not in "{[":
-        raise TypeError(f"arguments are a mapping or a sequence, not {type(args).__name__}")
-    return params
-
-
-# ------------------------------------------------------------------------------------- backbones
-# A backbone is an ordered log on a broker. Those below raise on any trouble, with their connection
-# dropped, and repeat nothing: that is up to who drives them. append_many() and read() may run at
-# the same time, each on a connection of its own. Connections are opened and closed in tasks of
-# their own: no cancellation breaks into a handshake, which some drivers do not survive, and nobody
-# waits long for the end of one that hangs.
-
-_Entries: TypeAlias = AsyncGenerator[tuple[int, bytes], None]
-
-
-class Backbone(Protocol):
-    """An ordered log on a broker: anything with these two methods will do.
-
-    Used where they are there: ``max_size``, the bytes of the largest payload; ``append_many``, for
-    several payloads; ``aclose()``, called when nothing more is appended for now.
-    """
-
-    async def append(self, payload: bytes) -> None:
-        """Append one entry. When this returns, the broker has it.
-
-        **Raises** MessageTooLarge for what is never taken; anything else when it is not known.
-        """
-
-    def read(self, start: int | None) -> AsyncIterator[tuple[int, bytes]]:
-        """Iterate over entries with their offsets, in order, for ever.
-
-        They begin with the one at ``start``, or the first after it if that one is gone; with
-        None, with one so far before the end as is worth keeping in memory.
-
-        **Raises** LookupError, soon, if no entry is there or after it: the log was set back, or
-        began anew. Anything else means that the connection broke; silence may mean that, too.
-        """
-
-
-class _Link:
-    """A connection: what ``connect`` returns, having put on the stack how it is closed."""
-
-    def __init__(self, connect: Callable[[AsyncExitStack], Awaitable[Any]]) -> None:
-        self._connect, self._held = connect, AsyncExitStack()
-        self._opening = asyncio.create_task(self._open())
-
-    async def _open(self) -> Any:
-        async with asyncio.timeout(BROKER_SECONDS):
-            return await self._connect(self._held)
-
-    async def _close(self) -> None:
-        await asyncio.wait([self._opening])
-        with contextlib.suppress(Exception):  # it is given up anyway
-            async with asyncio.timeout(BROKER_SECONDS):
-                await self._held.aclose()
-
-    async def opened(self) -> Any:
-        return await asyncio.shield(self._opening)
-
-    async def close(self) -> None:
-        self._closing = asyncio.create_task(self._close())
-        await asyncio.wait([self._closing], timeout=RELEASE_SECONDS)
-
-
-async def _asked(awaitable: Awaitable[_T]) -> _T:
-    """What a driver answers; a cancellation that it lost, as wait_for does in 3.11, is raised."""
-    task = asyncio.current_task()
-    before = task.cancelling() if task else 0
-    try:
-        result = await awaitable
-    except LookupError as error:  # which has a meaning here
-        raise RuntimeError(f"unexpected answer of the broker: {error!r}") from error
-    if task and task.cancelling() > before:
-        raise asyncio.CancelledError
-    return result
-
-
-class _BrokerLog(abc.ABC):
-    """What the built-in ones share: connections, timeouts, and where reading begins."""
-
-    driver: ClassVar[str]
-    extra: ClassVar[str]  # of this package, which installs it
-    max_size = 2**24  # bytes of the largest payload
-
-    def __init__(self, url: str, channel: str, history: int) -> None:
-        self.url, self.channel, self.history = url, channel, history
-        self.retained_bytes = max(history * RETAINED_ENTRY_BYTES, RETAINED_BYTES)
-        self.name = re.sub("[^A-Za-z0-9_-]", "_", channel[:100])  # which every broker takes
-        if self.name != channel:
-            self.name += "-" + hashlib.sha256(channel.encode()).hexdigest()[:16]
-        self._writer: _Link | None = None
-        self._import(self.driver)  # that it is missing is no outage
-
-    async def append(self, payload: bytes) -> None:
-        """Append one entry. When this returns, the broker has it."""
-        await self.append_many([payload])
-
-    async def append_many(self, payloads: Sequence[bytes]) -> None:
-        """Append several in order, pipelined; when this raises, any of them may be stored."""
-        size = sum(map(len, payloads))
-        self._writer = self._writer or _Link(self._connect_writer)
-        try:
-            async with asyncio.timeout(BROKER_SECONDS + size / BROKER_BYTES_PER_SECOND):
-                await _asked(self._send(await self._writer.opened(), payloads))
-        except BaseException:
-            await self.aclose()
-            raise
-
-    async def read(self, start: int | None) -> AsyncIterator[tuple[int, bytes]]:
-        """Iterate over entries, from ``start`` or about ``history`` before the end, for ever."""
-        link = _Link(self._connect)
-        try:
-            async with asyncio.timeout(BROKER_SECONDS):
-                connection = await link.opened()
-                first, end = await _asked(self._ends(connection))
-            begin = max(first, end - self.history if start is None else start)
-            if start is not None and begin >= end:
-                raise LookupError(f"no entry at {start} or after it: the log ends before {end}")
-            async with contextlib.aclosing(self._follow(connection, begin)) as entries:
-                while True:
-                    yield await _asked(anext(entries))
-        finally:
-            await link.close()
-
-    async def aclose(self) -> None:
-        """Drop the connection for appending; a later append makes a new one."""
-        writer, self._writer = self._writer, None
-        if writer:
-            await writer.close()
-
-    def _import(self, name: str) -> Any:
-        try:
-            return importlib.import_module(name)
-        except ImportError as error:
-            raise ImportError(f"this backbone needs {name.partition('.')[0]}: "
-                              f"pip install 'fastapi-ws-lite[{self.extra}]'") from error
-
-    async def _connect_writer(self, held: AsyncExitStack) -> Any:
-        return await self._connect(held)
-
-    @abc.abstractmethod
-    async def _connect(self, held: AsyncExitStack) -> Any:
-        """A connection to an existing log, which is made where missing."""
-
-    @abc.abstractmethod
-    async def _send(self, connection: Any, payloads: Sequence[bytes]) -> None: ...
-
-    @abc.abstractmethod
-    async def _ends(self, connection: Any) -> tuple[int, int]:
-        """At most the first offset, and one more than the last; 0 where there is no entry."""
-
-    @abc.abstractmethod
-    def _follow(self, connection: Any, start: int) -> _Entries: ...
-
-
-class _RedisLog(_BrokerLog):
-    """A stream (Redis 7 or later), whose key is the channel. The URL is redis-py's."""
-
-    driver, extra = "redis", "redis"
-
-    async def _connect(self, held: AsyncExitStack) -> Any:
-        redis = self._import("redis.asyncio").Redis.from_url(
-            self.url, retry=None, socket_timeout=BROKER_SECONDS)  # its default is ten retries
-        held.push_async_callback(redis.aclose)
-        return redis
-
-    async def _send(self, connection: Any, payloads: Sequence[bytes]) -> None:
-        pipeline = connection.pipeline(transaction=False)
-        for payload in payloads:  # 0-*: the time stays 0, so that the rest is an offset
-            pipeline.xadd(self.channel, {b"": payload}, id="0-*", maxlen=self.history)
-        await pipeline.execute()
-
-    async def _ends(self, connection: Any) -> tuple[int, int]:
-        if not await connection.exists(self.channel):
-            return 0, 0
-        info = await connection.xinfo_stream(self.channel)
-        first, last = info["first-entry"], info["last-entry"]  # ValueError: not a stream of ours
-        return (int(first[0][2:]), int(last[0][2:]) + 1) if last else (0, 0)
-
-    async def _follow(self, connection: Any, start: int) -> _Entries:
-        last, count = f"0-{max(start, 1) - 1}", 1
-        while True:
-            found = await connection.xread(
-                {self.channel: last}, count=count, block=int(BLOCK_SECONDS * 1000))
-            if isinstance(found, dict):  # as in RESP3, with ?protocol=3
-                found = [(key, page) for key, (page,) in found.items()]
-            for last, fields in found[0][1] if found else ():
-                yield int(last[2:]), fields[b""]
-                count = min(PAGE_ENTRIES, 2 * count, 1 + PAGE_BYTES // (len(fields[b""]) + 1))
-
-
-class _PostgresLog(_BrokerLog):
-    """Two tables for all channels. The URL is asyncpg's.
-
-    The head row of a channel, locked until the commit, makes the order; a sequence would not, as
-    its numbers become visible in any order. NOTIFY only wakes; behind pgbouncer it is lost.
-    """
-
-    driver, extra = "asyncpg", "postgres"
-    CREATE: Final = """DO $$ BEGIN
-        IF to_regclass('fastapi_ws_lite_log') IS NULL THEN
-            PERFORM pg_advisory_xact_lock(7817260511);  -- IF NOT EXISTS races with itself
-            CREATE TABLE IF NOT EXISTS fastapi_ws_lite_head (
-                channel text PRIMARY KEY, last bigint NOT NULL);
-            CREATE TABLE IF NOT EXISTS fastapi_ws_lite_log (
-                channel text, id bigint, payload bytea NOT NULL, PRIMARY KEY (channel, id));
-        END IF; END $$"""
-    APPEND: Final = """WITH head AS (
-        INSERT INTO fastapi_ws_lite_head AS head VALUES ($1, $3)
-        ON CONFLICT (channel) DO UPDATE SET last = head.last + $3 RETURNING last
-    ), added AS (
-        INSERT INTO fastapi_ws_lite_log SELECT $1, last - $3 + n, payload
-        FROM head, unnest($2::bytea[]) WITH ORDINALITY AS new (payload, n)
-    ), trimmed AS (
-        DELETE FROM fastapi_ws_lite_log USING head WHERE channel = $1 AND id <= last - $4
-    ) SELECT pg_notify('fastapi_ws_lite', $1)"""
-    ENDS: Final = """SELECT coalesce(min(id), 0), coalesce(max(id) + 1, 0)
-        FROM fastapi_ws_lite_log WHERE channel = $1"""
-    PAGE: Final = f"""SELECT id, payload FROM (
-        SELECT id, payload, sum(octet_length(payload)) OVER (ORDER BY id) AS size
-        FROM fastapi_ws_lite_log WHERE channel = $1 AND id >= $2 ORDER BY id LIMIT {PAGE_ENTRIES}
-    ) AS page WHERE size <= octet_length(payload) + {PAGE_BYTES} ORDER BY id"""
-
-    async def _connect(self, held: AsyncExitStack) -> Any:
-        connection = await self._import("asyncpg").connect(
-            self.url, timeout=BROKER_SECONDS, command_timeout=None,
-            statement_cache_size=0)  # which some pgbouncers forbid
-        held.push_async_callback(connection.close)
-        await connection.execute(self.CREATE)
-        return connection
-
-    async def _send(self, connection: Any, payloads: Sequence[bytes]) -> None:
-        await connection.execute(
-            self.APPEND, self.channel, payloads, len(payloads), self.history)
-
-    async def _ends(self, connection: Any) -> tuple[int, int]:
-        first, end = await connection.fetchrow(self.ENDS, self.channel)
-        return first, end
-
-    async def _follow(self, connection: Any, start: int) -> _Entries:
-        wake = asyncio.Event()
-        await connection.add_listener("fastapi_ws_lite", lambda *_: wake.set())
-        while True:
-            wake.clear()
-            page = await connection.fetch(self.PAGE, self.channel, start, timeout=BROKER_SECONDS)
-            for id, payload in page:
-                yield id, payload
-                start = id + 1
-            if not page:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(POLL_SECONDS):
-                        await wake.wait()
-
-
-class _RabbitLog(_BrokerLog):
-    """A queue of type stream. The URL is aio-pika's."""
-
-    driver, extra = "aio_pika", "rabbitmq"
-    max_size = 2**24 - 2**12  # the limit of RabbitMQ 4 includes what is around it
-
-    async def _connect(self, held: AsyncExitStack) -> Any:
-        aio_pika = self._import("aio_pika")
-        connection = await aio_pika.connect(self.url, timeout=BROKER_SECONDS)
-        held.push_async_callback(connection.close)
-        try:  # not with arguments, as others than its own would be an error
-            channel = await connection.channel(on_return_raises=True)
-            await channel.get_queue(self.name)
-        except aio_pika.exceptions.ChannelNotFoundEntity:  # which closed the channel
-            channel = await connection.channel(on_return_raises=True)
-            await channel.declare_queue(self.name, durable=True, arguments={
-                "x-queue-type": "stream", "x-max-length-bytes": self.retained_bytes,
-                "x-stream-max-segment-size-bytes": self.retained_bytes // 4})
-        return connection, channel, aio_pika.Message
-
-    async def _send(self, connection: Any, payloads: Sequence[bytes]) -> None:
-        _, channel, message = connection
-        publish = channel.default_exchange.publish
-        await asyncio.gather(*(publish(message(payload), self.name) for payload in payloads))
-
-    async def _consume(self, connection: Any, offset: int | str, prefetch: int) -> Any:
-        inbox: asyncio.Queue[Any] = asyncio.Queue()  # bounded by prefetch
-        channel = await connection[0].channel()
-        channel.close_callbacks.add(lambda *_: inbox.put_nowait(None))
-        await channel.set_qos(prefetch)
-        queue = await channel.get_queue(self.name)
-        await queue.consume(inbox.put, arguments={"x-stream-offset": offset})
-        return inbox, channel
-
-    async def _ends(self, connection: Any) -> tuple[int, int]:
-        inbox, channel = await self._consume(connection, "last", 2**16 - 1)
-        end = 0
-        for seconds in (0, 0.05, 0.2, 0.5):  # the last chunk is there at once, but is it always?
-            await asyncio.sleep(0 if end else seconds)
-            await channel.get_queue(self.name)  # what was sent before this answer has come
-            while not inbox.empty():
-                end = inbox.get_nowait().headers["x-stream-offset"] + 1
-        await channel.close()
-        return 0, end
-
-    async def _follow(self, connection: Any, start: int) -> _Entries:
-        inbox, _ = await self._consume(connection, start, PAGE_ENTRIES)
-        while message := await inbox.get():
-            yield message.headers["x-stream-offset"], message.body
-            await message.ack()
-        raise ConnectionError("RabbitMQ closed the channel")
-
-
-class _KafkaLog(_BrokerLog):
-    """A topic of one partition: kafka://user:password@host:port,host:port/?option=value.
-
-    Options are keyword arguments of aiokafka's clients, such as security_protocol (with a user:
-    SASL_SSL) and sasl_mechanism; ssl_cafile, ssl_certfile, ssl_keyfile; and max_request_size.
-    """
-
-    driver, extra = "aiokafka", "kafka"
-
-    def __init__(self, url: str, channel: str, history: int) -> None:
-        super().__init__(url, channel, history)
-        parts = urlsplit(url)
-        login, _, hosts = parts.netloc.rpartition("@")
-        self._options: dict[str, Any] = {
-            "bootstrap_servers": hosts.split(","),
-            "request_timeout_ms": int(BROKER_SECONDS * 800)}  # stop() may take as long
-        if login:
-            user, _, password = map(unquote, login.partition(":"))
-            self._options |= {"security_protocol": "SASL_SSL", "sasl_plain_username": user,
-                              "sasl_plain_password": password}
-        self._options |= {k: int(v) if v.isdecimal() else v for k, v in parse_qsl(parts.query)}
-        self._request_size = self._options.pop("max_request_size", 2**20)
-        self.max_size = self._request_size - 2**9  # the rest of a request is less
-
-    async def _start(self, held: AsyncExitStack, client: Any, **more: Any) -> Any:
-        options = self._options | more
-        files = {k: options.pop(f"ssl_{k}", None) for k in ("cafile", "certfile", "keyfile")}
-        if "SSL" in options.get("security_protocol", ""):
-            options["ssl_context"] = self._import("aiokafka.helpers").create_ssl_context(**files)
-        started = client(**options)
-        held.push_async_callback(self._stop, started)
-        await started.start()
-        return started
-
-    async def _stop(self, client: Any) -> None:
-        try:
-            await (getattr(client, "stop", None) or client.close)()
-        except asyncio.CancelledError:  # of the consumer's own tasks, before it has ended them all
-            await client._client.close()
-
-    async def _make_topic(self) -> None:
-        admin, size = self._import("aiokafka.admin"), self.retained_bytes
-        async with AsyncExitStack() as held:
-            client = await self._start(held, admin.AIOKafkaAdminClient)
-            if self.name in await client.list_topics():  # asking for one by name may create it
-                return
-            answer = await client.create_topics([admin.NewTopic(self.name, 1, -1, {}, {
-                "retention.bytes": str(size), "segment.bytes": str(size // 4),
-                "max.message.bytes": str(self._request_size)})])
-        code = answer.topic_errors[0][1]
-        if code not in (0, 36):  # 36: another server was first
-            raise self._import("aiokafka.errors").for_code(code)(self.name)
-
-    async def _connect_writer(self, held: AsyncExitStack) -> Any:
-        await self._make_topic()
-        return await self._start(held, self._import("aiokafka").AIOKafkaProducer, acks="all",
-                                 max_request_size=self._request_size)
-
-    async def _send(self, connection: Any, payloads: Sequence[bytes]) -> None:
-        acks = [await connection.send(self.name, payload, partition=0) for payload in payloads]
-        await asyncio.gather(*acks)
-
-    async def _connect(self, held: AsyncExitStack) -> Any:
-        await self._make_topic()
-        kafka = self._import("aiokafka")
-        consumer = await self._start(
-            held, kafka.AIOKafkaConsumer, auto_offset_reset="none", enable_auto_commit=False,
-            max_partition_fetch_bytes=self._request_size)
-        consumer.assign([partition := kafka.TopicPartition(self.name, 0)])
-        return consumer, partition
-
-    async def _ends(self, connection: Any) -> tuple[int, int]:
-        consumer, partition = connection
-        first = (await consumer.beginning_offsets([partition]))[partition]
-        end = (await consumer.end_offsets([partition]))[partition]
-        if end > first:  # some brokers count their last batch as one; what is fetched is right
-            consumer.seek(partition, end - 1)
-            await consumer.getmany(partition, timeout_ms=1000)
-        return first, max(end, consumer.highwater(partition) or 0)
-
-    async def _follow(self, connection: Any, start: int) -> _Entries:
-        consumer, partition = connection
-        consumer.seek(partition, start)
-        while record := await consumer.getone():
-            yield record.offset, record.value
-
-
-class _NatsLog(_BrokerLog):
-    """A JetStream stream with one subject: nats://user:password@host:port,host:port."""
-
-    driver, extra = "nats", "nats"
-    max_size = 2**20  # until the server has told its own
-
-    async def _connect(self, held: AsyncExitStack) -> Any:
-        nats, acks = self._import("nats"), list[Any]()
-        client = nats.aio.client.Client()
-
-        async def closed() -> None:  # else they wait for ever
-            for ack in acks:
-                if not ack.done():
-                    ack.set_exception(ConnectionError("the connection to NATS is closed"))
-
-        async def failed(error: Exception) -> None:  # whoever waits is told
-            logger.debug("nats: %r", error)
-
-        held.push_async_callback(client.close)
-        await client.connect(
-            self.url.split(","), allow_reconnect=False, max_reconnect_attempts=1, ping_interval=5,
-            reconnect_time_wait=0, connect_timeout=BROKER_SECONDS, closed_cb=closed,
-            error_cb=failed)
-        self.max_size = client.max_payload
-        stream = client.jetstream(timeout=BROKER_SECONDS)
-        try:  # not with limits, as others than its own would be an error
-            await stream.stream_info(self.name)
-        except nats.js.errors.NotFoundError:
-            await stream.add_stream(
-                name=self.name, subjects=[self.name], max_msgs=self.history)
-        return client, stream, acks
-
-    async def _send(self, connection: Any, payloads: Sequence[bytes]) -> None:
-        _, stream, acks = connection
-        acks[:] = [await stream.publish_async(self.name, payload) for payload in payloads]
-        await asyncio.gather(*acks)
-
-    async def _ends(self, connection: Any) -> tuple[int, int]:
-        state = (await connection[1].stream_info(self.name)).state
-        return (state.first_seq, state.last_seq + 1) if state.messages else (0, 0)
-
-    async def _follow(self, connection: Any, start: int) -> _Entries:
-        client, stream, _ = connection
-        api, inbox = self._import("nats.js.api"), client.new_inbox()
-        entries = await client.subscribe(inbox)
-        await stream.add_consumer(self.name, api.ConsumerConfig(
-            deliver_subject=inbox, deliver_policy=api.DeliverPolicy.BY_START_SEQUENCE,
-            opt_start_seq=max(start, 1), ack_policy=api.AckPolicy.NONE, flow_control=True,
-            idle_heartbeat=BLOCK_SECONDS, inactive_threshold=BROKER_SECONDS))
-        while message := await entries.next_msg(timeout=BROKER_SECONDS):
-            if not message.headers:
-                yield message.metadata.sequence.stream, message.data
-            elif message.reply:  # flow control: no more comes before this is answered
-                await message.respond(b"")
-
-
-_BACKBONES: Final[dict[str, type[_BrokerLog]]] = {
-    "redis": _RedisLog, "rediss": _RedisLog, "postgresql": _PostgresLog, "postgres": _PostgresLog,
-    "amqp": _RabbitLog, "amqps": _RabbitLog, "kafka": _KafkaLog, "nats": _NatsLog, "tls": _NatsLog,
-}
-
-
-def _backbone_of(url: str, channel: str, history: int) -> _BrokerLog:
-    """The log of that name on that broker, not connected yet. Raises ValueError."""
-    scheme = url.partition("://")[0]
-    if scheme not in _BACKBONES:
-        raise ValueError(f"no backbone is known for {scheme!r}, but for {', '.join(_BACKBONES)}")
-    return _BACKBONES[scheme](url, channel, history)
-
-
-class _Envelope(NamedTuple):
-    """An event on its way to the backbone, and the one who waits for it."""
-    payload: bytes
-    done: "asyncio.Future[None]"
-
-
-class _Shared:
-    """A log that servers share: one writer and one reader above a backbone, for one loop at a time.
-
-    An entry has one event, or several small ones. Each has an id, "writer:number", and a place:
-    that of the entry, and within it. An append whose answer did not come is sent again, in
-    order, and the reader drops an id that it has seen. It remembers the offset and id of its last
-    entry: whenever it begins to read, that entry must come first, or something is missing. A writer
-    begins with a mark, "writer!number"; when the reader has come to it, it is ready: what came
-    before its first one is new to nobody. If the log began anew, it may also have been set back,
-    and what comes before another mark may be old; what certainly is not has a number that its
-    writer had not reached. ``commit`` is called with (position, topic, data, origin, is it new),
-    ``lose`` with (position, reason, is it new) before what comes after a hole.
-    """
-
-    def __init__(self, backbone: Backbone, commit: Callable[..., None],
-                 lose: Callable[[str, str, bool], None]) -> None:
-        self._backbone, self._commit, self._lose = backbone, commit, lose
-        self._queue: deque[_Envelope] = deque()
-        self._waiting = 0  # bytes in it
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._stirred: list[asyncio.Future[None]] = []  # those who wait for the queue,
-        self._moved: list[asyncio.Future[None]] = []  # and for the reader
-        self._seen: dict[str, None] = {}
-        self._numbers: dict[str, int] = {}  # the last of each writer
-        self._at: tuple[int, str] | None = None  # of the last entry
-        self._hole = ""  # why something is missing before the next entry
-        self._ready = self._tailed = self._doubtful = self._connected = False
-        self._sent = self._own = -1  # the last number that was written, and that was read
-        self._pack_bytes = PACK_BYTES
-        self._error: str | None = None
-
-    def start(self) -> None:
-        """Begin on this loop; or go on, where another loop or close() has left off."""
-        loop = asyncio.get_running_loop()
-        for task in self._tasks:
-            with contextlib.suppress(RuntimeError):  # its loop is closed
-                task.get_loop().call_soon_threadsafe(task.cancel)
-        self._tasks, self._stirred, self._moved = set(), [], []
-        self._queue = deque(_Envelope(e.payload, loop.create_future()) for e in self._queue)
-        self._writer = uuid.uuid4().hex[:12]  # not in the constructor: workers may be forked
-        self._events, self._marks = itertools.count(), itertools.count()
-        self._numbers[self._writer] = self._sent = self._own = -1
-        self._ready = False
-        self._begin()
-        for work in (self._write, self._read):
-            _hold(self._tasks, self._for_ever(work))
-
-    def stats(self) -> dict[str, Any]:
-        return {"connected": self._connected, "queued": len(self._queue),
-                "behind": max(0, self._sent - self._own), "last_error": self._error}
-
-    def check(self, size: int, origin: str | None, count: int) -> None:
-        """Raises MessageTooLarge for more than the backbone takes, Overloaded for what waits."""
-        size += ENVELOPE_BYTES + (_size(_quoted(origin)) if origin else 0)
-        if size > (limit := getattr(self._backbone, "max_size", math.inf)):
-            raise MessageTooLarge(f"{size} bytes, the limit of the backbone is {limit}")
-        waiting = self._waiting + size * count
-        if waiting > OUTBOX_BYTES and (self._queue or count > 1):
-            raise Overloaded(f"{waiting} bytes wait to be published")
-
-    def put(self, topics: Sequence[str], data: str,
-            origin: str | None) -> list["asyncio.Future[None]"]:
-        """Queue events; the futures are done when they are in the log."""
-        loop = asyncio.get_running_loop()
-        new = [_Envelope(_pack(f"{self._writer}:{next(self._events)}", topic, origin, data),
-                         loop.create_future()) for topic in topics]
-        self._queue.extend(new)
-        self._waiting += sum(len(envelope.payload) for envelope in new)
-        _wake(self._stirred)
-        return [envelope.done for envelope in new]
-
-    def _begin(self) -> None:
-        """Have a mark written, before anything else: up to there, the log is of before."""
-        self._mark = f"{self._writer}!{next(self._marks)}"
-        self._marked = asyncio.get_running_loop().create_future()
-        self._queue.appendleft(_Envelope(_pack(self._mark, None, None, ""), self._marked))
-        self._waiting += len(self._queue[0].payload)
-        _wake(self._stirred)
-
-    async def ready(self, since: str | None, here: Callable[[str], object]) -> None:
-        """Wait until the log was read to its end; and a position that another server has told."""
-        while not self._ready:
-            await _next_wake(self._moved)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(REACH_SECONDS):
-                place = _offset(since) // PACK_EVENTS
-                while since and not here(since) and place > (self._at or (-1,))[0]:
-                    await _next_wake(self._moved)
-
-    async def close(self) -> None:
-        """Give what is queued a moment to leave, and stop."""
-        try:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(GRACE_SECONDS):
-                    while self._queue:
-                        await asyncio.wait([self._queue[-1].done])
-        finally:
-            for task in self._tasks:
-                task.cancel()
-        await asyncio.wait(self._tasks, timeout=CLOSE_SECONDS)
-        while self._queue:
-            _fail(self._queue.popleft(), ChannelClosed(1001, "the endpoint was closed"))
-        self._connected, self._waiting = False, 0
-
-    async def _for_ever(self, work: Callable[[], Awaitable[None]]) -> None:
-        _current.set(None)
-        task, now = asyncio.current_task(), asyncio.get_running_loop().time
-        delay = BACKOFF_FIRST_SECONDS
-        while not (task and task.cancelling()):
-            began, trouble = now(), cast(BaseException | None, None)
-            try:
-                await work()
-            except asyncio.CancelledError as error:  # perhaps the driver's, whose connection broke
-                trouble = error
-            except Exception as error:  # of any library: the broker is away
-                trouble = error
-            if trouble is not None and not (task and task.cancelling()):
-                before, self._error = self._error, f"{type(trouble).__name__}: {trouble}"
-                new = self._connected or self._error != before
-                logger.log(logging.WARNING if new else logging.DEBUG,
-                           "the backbone fails, and is tried again: %s", self._error)
-                self._connected = False
-                if now() - began > BROKER_BACKOFF_SECONDS:
-                    delay = BACKOFF_FIRST_SECONDS  # it had worked for a while
-                await asyncio.sleep(delay * random.uniform(0.5, 1))
-                delay = min(2 * delay, BROKER_BACKOFF_SECONDS)
-
-    async def _write(self) -> None:
-        many: Callable[[list[bytes]], Awaitable[None]] | None = getattr(
-            self._backbone, "append_many", None)
-        try:
-            while True:
-                while not self._queue:
-                    await _next_wake(self._stirred)
-                packs = self._batch(APPEND_EVENTS if many else 1)
-                batch = list(itertools.chain.from_iterable(packs))
-                entries = [_SEPARATOR.join(e.payload for e in pack) for pack in packs]
-                try:
-                    await (many(entries) if many else self._backbone.append(entries[0]))
-                except MessageTooLarge as error:
-                    if len(packs) == len(batch):
-                        self._drop(max(batch, key=lambda envelope: len(envelope.payload)), error)
-                    self._pack_bytes = 0
-                    raise
-                for envelope in batch:
-                    self._queue.remove(envelope)  # the first one, unless a mark has come before it
-                    self._waiting -= len(envelope.payload)
-                    envelope.done.set_result(None)
-                self._count(batch[-1])
-        finally:
-            if (aclose := getattr(self._backbone, "aclose", None)) is not None:
-                await aclose()
-
-    def _batch(self, most: int) -> list[list[_Envelope]]:
-        """What goes next: packs of events, each for one entry."""
-        limit = min(self._pack_bytes, getattr(self._backbone, "max_size", PACK_BYTES))
-        packs, room, size = list[list[_Envelope]](), 0, 0
-        for envelope in self._queue:
-            need = len(envelope.payload) + 1  # with a separator
-            if need > room:
-                if len(packs) == most or (packs and size + need > APPEND_BYTES):
-                    break
-                packs.append([])
-                room = limit + 1
-            packs[-1].append(envelope)
-            room, size = room - need, size + need
-        return packs
-
-    def _count(self, last: _Envelope) -> None:
-        writer, colon, number = _unpack(last.payload)[0].partition(":")
-        if colon and writer == self._writer:
-            self._sent = int(number)
-
-    def _drop(self, envelope: _Envelope, error: MessageTooLarge) -> None:
-        """Go on without an event that the broker will never take; and without a hole."""
-        place, id = self._queue.index(envelope), _unpack(envelope.payload)[0]
-        nobody = asyncio.get_running_loop().create_future()
-        self._queue[place] = _Envelope(_pack(id, None, None, ""), nobody)
-        self._waiting += len(self._queue[place].payload) - len(envelope.payload)
-        _fail(envelope, error)
-
-    async def _read(self) -> None:
-        """Read until there is silence, which is then asked about, or trouble."""
-        anchor, now = self._at, asyncio.get_running_loop().time
-        entries: Any = aiter(self._backbone.read(None if anchor is None else anchor[0]))
-        heard, late = False, 0.0
-        try:
-            async with asyncio.timeout(SILENCE_SECONDS) as silence:
-                async for offset, payload in entries:
-                    events = [_unpack(part) for part in payload.split(_SEPARATOR, PACK_EVENTS - 1)]
-                    if anchor is not None and offset == anchor[0] and events[0][0] != anchor[1]:
-                        raise LookupError(f"another entry is at {offset}")
-                    if anchor is not None and offset > anchor[0]:
-                        self._hole = self._hole or "history"
-                    if anchor is None or offset != anchor[0]:
-                        for place, event in enumerate(events, offset * PACK_EVENTS):
-                            self._take(place, *event)
-                        self._at = offset, events[0][0]  # if one raises, the rest is read again
-                        _wake(self._moved)
-                    anchor, heard, self._connected = None, True, True
-                    if (time := now()) > late:  # a timer for each entry would cost more than it
-                        late = time + SILENCE_SECONDS / 10
-                        silence.reschedule(time + SILENCE_SECONDS)
-            raise ConnectionError("the backbone has ended its log")
-        except TimeoutError:
-            if self._marked.done() and not (self._ready and not self._doubtful):
-                self._begin()  # the mark was lost with the log it was in
-            if not heard:
-                raise TimeoutError("the broker does not answer") from None
-        except LookupError as error:
-            if self._at is None:
-                raise
-            logger.warning("the log of the backbone began anew: %s", error)
-            self._hole, self._at, self._doubtful = "log", None, self._tailed
-            self._own = self._sent
-            self._begin()
-        finally:
-            if (aclose := getattr(entries, "aclose", None)) is not None:
-                await aclose()
-
-    def _take(self, place: int, id: str, topic: str | None, origin: str | None,
-              data: str) -> None:
-        if id in self._seen or not id:
-            return
-        self._seen[id] = None
-        if len(self._seen) > SEEN_EVENTS:
-            del self._seen[next(iter(self._seen))]
-        ended = id == self._mark
-        if not self._follows(id) and self._doubtful and not ended:
-            return
-        if self._hole:
-            self._lose(f"{max(0, place - 1)}-{id}!", self._hole, self._tailed)
-        self._hole = ""
-        self._commit(f"{place}-{id}", topic, data, origin, self._tailed)
-        if ended:
-            self._ready, self._tailed, self._doubtful = True, True, False
-
-    def _follows(self, id: str) -> bool:
-        """Note the number of an event. Is it one that its writer, which is known, had not had?"""
-        writer, colon, digits = id.partition(":")
-        if not colon:
-            return False
-        number, last = int(digits), self._numbers.pop(writer, None)
-        if last is None and self._doubtful:
-            return False
-        self._numbers[writer] = number if last is None else max(number, last)
-        if len(self._numbers) > WRITERS:
-            del self._numbers[next(iter(self._numbers))]
-        if writer == self._writer:
-            self._own = self._numbers[writer]
-        if last is not None and number > last + 1:
-            self._hole = self._hole or "history"
-        return last is not None and number > last
-
-
-_ID: Final = re.compile("[0-9a-f]{12}([:!])[0-9]{1,18}")
-_SEPARATOR: Final = b"\x1e"  # between events that share an entry; it is in no JSON text
-
-
-def _pack(id: str, topic: str | None, origin: str | None, data: str) -> bytes:
-    return f"{_encode([id, topic, origin])}\n{data}".encode()
-
-
-def _unpack(payload: bytes) -> tuple[str, str | None, str | None, str]:
-    """Id, topic, origin and data of an entry; without an id, it is not one of ours."""
-    head, _, data = payload.partition(b"\n")
-    with contextlib.suppress(ValueError, TypeError, RecursionError):
-        id, topic, origin = from_json(head)
-        sign = found[1] if (found := _ID.fullmatch(id)) else ""
-        if topic is None and sign:
-            return id, None, None, ""
-        if isinstance(topic, str) and sign == ":":
-            _decode(data)  # what is not JSON must not get to clients
-            return id, topic, origin if isinstance(origin, str) else None, data.decode()
-    logger.warning("an entry of the backbone is not one of ours: %.60r", payload)
-    return "", None, None, ""
-
-
-def _fail(envelope: _Envelope, error: RpcError) -> None:
-    envelope.done.set_exception(error)
-    envelope.done.exception()  # nobody may be there to see it
 
 
 # ----------------------------------------------------------------------------- events in process
-# An inbox hands events to the callbacks of one side: one at a time, in order, from one queue, by a
-# task that lives only while there are events. An event stays in its queue until it was handled, and
-# says what came before it, so that the heads of the queues tell how far all are. Past its bound the
-# queue takes no more until it is empty; then its owner can have the rest sent again. An iterator
-# has a queue of its own, so that one that nobody reads delays nobody else: past the bound it is
-# emptied, and that is a gap. Each subscription knows the place of its last event, and takes none
-# from there or before: whatever is sent again, it is handled once.
+# EventNotifier owns the log and the two kinds of subscribers: the cursors of connections, and the
+# subscriptions of the server's own code, which a dispatcher serves.
+#
+# What is published in one turn of the loop is appended to the log at once, and given to the cursors
+# together at the end of the turn (`_deliver`). A cursor is live while it keeps up: it is then
+# written to as events are published. When its outbox is over LAGGING_BYTES it lags: nothing is
+# queued for it, and its outbox feeds it from the log as it drains (`_Cursor.replay`), until it has
+# reached the end of the log. What it needs and the log has dropped is a gap.
+#
+# A dispatcher runs the callbacks of one side, one at a time and in order, in a task that lives only
+# while there are events. An iterator has a queue of its own, so that one that nobody reads delays
+# nobody else. Queues are bounded: a full one drops what comes and holds one gap in its place.
 
 _Callback: TypeAlias = Callable[..., Any]
-_Key: TypeAlias = tuple[str, bool]  # a topic, and whether it is a pattern
 
 
-class _Item(NamedTuple):
+class _QueuedEvent(NamedTuple):
+    """An event or a gap that waits to be handled."""
+    number: int  # in the order of arrival, over all queues of a dispatcher
+    previous: str | None  # the position before it
     event: Event | Gap
-    whom: Sequence["Subscription"]
     size: int
-    previous: str | None  # the position before it,
-    era: int  # and how many logs there were before that one's; -1: that is not known
+    receivers: Sequence["Subscription"] = ()
 
 
-def _placed(place: tuple[int, str | None]) -> tuple[int, int]:
-    """What sorts places by time: an era, and a position in it."""
-    return place[0], _offset(place[1])
-
-
-class _Queue(deque[_Item]):
-    """What waits, bounded in number and bytes; something always fits into an empty one."""
+class _EventQueue(deque[_QueuedEvent]):
+    """What waits to be handled, bounded in number and in bytes."""
 
     size = 0
-    behind = 0  # so many of the first ones are followed by what is sent again from there:
-    again: tuple[int, str | None] = (0, None)  # an era, and a position
+    current: _QueuedEvent | None = None  # taken out, and not handled yet
 
-    def put(self, item: _Item) -> bool:
-        if self and (len(self) >= QUEUE_EVENTS or self.size + item.size > QUEUE_BYTES):
-            return False
-        self.append(item)
-        self.size += item.size
-        return True
+    def is_full(self) -> bool:
+        return len(self) >= QUEUE_EVENTS or self.size >= QUEUE_BYTES
 
-    def done(self, item: _Item) -> None:
-        """Remove the first one; if it is still there."""
-        if self and self[0] is item:
-            self.popleft()
-            self.size -= item.size
-            self.behind = max(0, self.behind - 1)
+    def put(self, item: _QueuedEvent, topics: tuple[str, ...] = ()) -> None:
+        """Add an item. If the queue is full, one gap at its end grows over it instead."""
+        last = self[-1] if self.is_full() else None
+        if last is None:
+            self.append(item)
+            self.size += item.size
+        elif isinstance(last.event, Gap):
+            self[-1] = last._replace(event=last.event._replace(position=item.event.position))
+        else:
+            gap = Gap(item.previous, item.event.position, "queue", topics)
+            self.append(item._replace(event=gap, size=0))
 
-    def rewound(self, era: int, position: str | None) -> None:
-        """What comes next may be older than what is here."""
-        again = (era, position)
-        self.again = min(again, self.again, key=_placed) if self.behind else again
-        self.behind = len(self)
+    def take(self) -> Event | Gap:
+        self.current = item = self.popleft()
+        self.size -= item.size
+        return item.event
 
 
-def _caller(callback: _Callback) -> Callable[[Event], Any]:
-    """Calls back with (data), (data, topic) or (event), as its parameters are named."""
+def _bind_callback(callback: _Callback) -> Callable[[Event], Any]:
+    """Call back with those parameters that it names, of data, topic and event; else with the data.
+
+    Raises TypeError for a callback that needs anything else.
+    """
     try:
         signature = inspect.signature(callback)
-    except ValueError:  # some builtins do not tell
-        signature = inspect.signature(lambda data, /: None)
+    except ValueError:  # some builtins do not tell their parameters
+        return lambda event: callback(event.data)
     shown = signature.parameters.values()
-    names = {p.name for p in shown if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    if any(p.kind is p.VAR_KEYWORD for p in shown):
-        names |= {"data", "topic"}
-
-    def fits(*args: None, **named: None) -> bool:
-        with contextlib.suppress(TypeError):
-            return bool(signature.bind(*args, **named))
-        return False
-
-    ways: tuple[tuple[set[str], Callable[[Event], Any]], ...] = (
-        ({"event"}, lambda event: callback(event=event)),
-        ({"data", "topic"}, lambda event: callback(data=event.data, topic=event.topic)),
-        ({"data"}, lambda event: callback(data=event.data)),
-        ({"topic"}, lambda event: callback(topic=event.topic)))
-    for given, call in ways:
-        if given <= names and fits(**dict.fromkeys(given)):
-            return call
-    if not fits(None):
-        raise TypeError(f"a callback takes (data), (data, topic) or (event), not {signature}")
-    return lambda event: callback(event.data)
+    named = {p.name for p in shown if p.kind is not p.POSITIONAL_ONLY} & {"data", "topic", "event"}
+    if any(p.kind is p.VAR_KEYWORD for p in shown) and "event" not in named:
+        named = {"data", "topic"}
+    try:
+        signature.bind(**dict.fromkeys(named)) if named else signature.bind(None)
+    except TypeError as error:
+        raise TypeError(
+            f"a callback takes (data), (data, topic) or (event), not {signature}") from error
+    if not named:
+        return lambda event: callback(event.data)
+    return lambda event: callback(**{
+        name: event if name == "event" else getattr(event, name) for name in named})
 
 
 class Subscription:
-    """What subscribe returns. Awaited, it is confirmed; made without a callback, iterate over it.
+    """What subscribe returns. Await it to have it confirmed; without a callback, iterate over it.
 
-    Both raise Forbidden or InvalidParams if the server refuses, and ChannelClosed if the client is
-    closed before. Leaving ``async for``, by break too, cancels the subscription.
+    ``async for event in client.subscribe("topic")`` yields `Event`; leaving the loop, also by
+    break, cancels the subscription. Awaiting and iterating raise Forbidden or InvalidParams if the
+    server refuses, and ChannelClosed if the client is closed before.
+
+    Attributes:
+        topics: the topics or patterns.
+        pattern: whether these are patterns.
     """
 
-    def __init__(self, inbox: "_Inbox", topics: tuple[str, ...], pattern: bool,
-                 callback: _Callback | None, since: str | None, confirmed: bool) -> None:
+    def __init__(self, dispatcher: "_Dispatcher", topics: tuple[str, ...], pattern: bool,
+                 callback: _Callback | None, replay: dict[str, Any] | None) -> None:
         self.topics, self.pattern = topics, pattern
-        self._inbox, self._callback = inbox, callback
-        self._call = None if callback is None else _caller(callback)
-        self._queue = _Queue()
-        self._waiters: list[asyncio.Future[None]] = []
-        self._since, self._place = since, _offset(since)  # wished for; of its last event
-        self._confirmed, self._ended = confirmed, False
+        self._dispatcher, self._callback = dispatcher, callback
+        self._call = None if callback is None else _bind_callback(callback)
+        self._replay = replay  # since or last, until the server has answered
+        self._queue = _EventQueue()  # of an iterator
+        self._waiters: _Waiters = []
+        self._is_started = self._is_confirmed = self._has_ended = False
         self._error: Exception | None = None
 
     def __repr__(self) -> str:
         return f"<Subscription to {', '.join(self.topics)}: {self._callback!r}>"
 
     def __call__(self, event: Event) -> Any:
-        """Call back; not once it has ended."""
-        return None if self._call is None or self._ended else self._call(event)
+        """Call back, unless the subscription has ended."""
+        return None if self._call is None or self._has_ended else self._call(event)
 
     def _keys(self) -> set[_Key]:
         return {(topic, self.pattern) for topic in self.topics}
 
     def cancel(self) -> None:
         """Receive no more, from now on."""
-        self._inbox.remove(self, self.topics)
+        self._dispatcher.remove(self, self.topics)
 
     def __await__(self) -> Generator[Any, None, Self]:
-        return self._wait().__await__()
+        return self._wait_confirmed().__await__()
 
-    async def _wait(self) -> Self:
-        while not (self._confirmed or self._ended):
-            await _next_wake(self._waiters)
+    async def _wait_confirmed(self) -> Self:
+        while not (self._is_confirmed or self._has_ended):
+            self._dispatcher.before_wait()
+            await _wait_notified(self._waiters)
         if self._error is not None:
             raise self._error
         return self
 
-    async def __aiter__(self) -> AsyncIterator[Event]:
+    async def next(self, *, timeout: float | None = None) -> Event:
+        """The next event. A timeout, in seconds, or a cancellation ends the wait and nothing else.
+
+        Raises RequestTimeout; and what iterating raises, or ChannelClosed after `cancel`.
+        """
         try:
-            while self._queue or not self._ended:
-                if not self._queue:
-                    await _next_wake(self._waiters)
-                else:
-                    item = self._queue[0]
-                    yield cast(Event, item.event)  # gaps wait with what is for callbacks
-                    self._queue.done(item)
+            async with asyncio.timeout(timeout):
+                event = await self._next_event()
+        except TimeoutError:
+            raise RequestTimeout(f"no event of {', '.join(self.topics)} in {timeout} s") from None
+        if event is None:
+            raise self._error or ChannelClosed(1000, "the subscription has ended")
+        return event
+
+    async def __aiter__(self) -> AsyncGenerator[Event, None]:
+        try:
+            while (event := await self._next_event()) is not None:
+                yield event
             if self._error is not None and type(self._error) is not ChannelClosed:
                 raise self._error
         finally:
             self.cancel()
 
-    def _settle(self, *, ended: bool = False, error: Exception | None = None) -> None:
-        self._confirmed = self._confirmed or not ended
-        self._ended, self._error = self._ended or ended, self._error or error
-        _wake(self._waiters)
+    async def _next_event(self) -> Event | None:
+        """The next event for an iterator; None when there will be no more."""
+        if self._call is not None:
+            raise TypeError("a subscription with a callback cannot be iterated over")
+        while True:
+            self._queue.current = None  # who asks for the next has handled the one before
+            if self._queue:
+                if isinstance(event := self._queue.take(), Event):
+                    return event
+                await self._dispatcher.on_gap(event)
+            elif self._has_ended:
+                return None
+            else:
+                self._dispatcher.before_wait()
+                await _wait_notified(self._waiters)
+
+    def _start(self) -> None:
+        """Receive events from now on."""
+        self._is_started, self._replay = True, None
+        self._confirm()
+
+    def _confirm(self) -> None:
+        self._is_confirmed = True
+        _notify_all(self._waiters)
+
+    def _end(self, error: Exception | None) -> None:
+        self._has_ended, self._error = True, self._error or error
+        _notify_all(self._waiters)
 
 
-class _Inbox:
-    """The subscriptions of one side. ``changed`` is called with (topic, pattern) of what did,
-    ``missed`` with a gap in its turn, ``drained`` when the queue that was full is empty.
+class _Dispatcher:
+    """The subscriptions of one side, and what waits for their callbacks and iterators.
+
+    ``on_change`` is called with the topics and patterns that a subscription came or went with,
+    ``on_gap`` with a gap in its turn, ``on_drained`` when every callback has returned, and
+    ``before_wait`` before anybody waits for a subscription; it may raise.
     """
 
-    def __init__(self, changed: Callable[[set[_Key]], object],
-                 missed: Callable[[Gap], Awaitable[None]],
-                 drained: Callable[[], None], *, confirmed: bool) -> None:
-        self.topics: _Topics[Subscription] = _Topics()
+    def __init__(self, on_change: Callable[[set[_Key]], object],
+                 on_gap: Callable[[Gap], Awaitable[None]], on_drained: Callable[[], object],
+                 before_wait: Callable[[], None]) -> None:
+        self.table: _SubscriptionTable[Subscription] = _SubscriptionTable()
+        self.queue, self.iterators = _EventQueue(), dict[Subscription, None]()
         self.task: asyncio.Task[None] | None = None
-        self.queue, self.full = _Queue(), False
-        self._begun: _Item | None = None  # which is the first in the queue until it is done
-        self.iterators: dict[Subscription, None] = {}
-        self.era = 0  # how often the log has begun anew
-        self._changed, self._missed, self._drained = changed, missed, drained
-        self._confirmed = confirmed  # from the start, as there is nobody to ask
-        self.unconfirmed: dict[Subscription, float] = {}  # each with the last question before it
+        self.is_closed = False
+        self.before_wait = before_wait
+        self._on_change, self.on_gap, self._on_drained = on_change, on_gap, on_drained
+        self._numbers = itertools.count(1)
 
     def subscribe(self, topics: str | Iterable[str], callback: _Callback | None, pattern: bool,
-                  since: str | None = None) -> Subscription:
-        if not (names := _check_topics(topics, pattern=pattern)):
+                  replay: dict[str, Any] | None = None) -> Subscription:
+        names = _check_topics(topics, is_pattern=pattern)
+        if not names:
             raise InvalidParams("there is no topic to subscribe to")
-        subscription = Subscription(self, names, pattern, callback, since, self._confirmed)
-        for name in names:
-            self.topics.add(subscription, name, pattern)
+        subscription = Subscription(self, names, pattern, callback, replay)
+        for key in subscription._keys():
+            self.table.add(subscription, key)
         if callback is None:
             self.iterators[subscription] = None
-        self._changed(subscription._keys())
+        self._on_change(subscription._keys())
         return subscription
 
     def unsubscribe(self, topics: str | Iterable[str], pattern: bool) -> None:
         names = _check_topics(topics)
-        for subscription in self.having((name, pattern) for name in names):
+        for subscription in self.subscribers_of({(name, pattern) for name in names}):
             self.remove(subscription, names)
 
     def remove(self, subscription: Subscription, topics: Sequence[str],
                error: RpcError | None = None) -> None:
-        for topic in topics:
-            self.topics.discard(subscription, topic, subscription.pattern)
-        gone = set(topics)
-        subscription.topics = tuple(topic for topic in subscription.topics if topic not in gone)
+        """End a subscription to these topics; without any topic left, it has ended."""
+        gone = {(topic, subscription.pattern) for topic in topics} & subscription._keys()
+        for key in gone:
+            self.table.discard(subscription, key)
+        subscription.topics = tuple(
+            topic for topic in subscription.topics if (topic, subscription.pattern) not in gone)
         if not subscription.topics:
-            self.unconfirmed.pop(subscription, None)
             self.iterators.pop(subscription, None)
-            subscription._settle(ended=True, error=error)
-        self._changed({(topic, subscription.pattern) for topic in topics})
+            subscription._end(error)
+        self._on_change(gone)
 
-    def put(self, event: Event, size: int, previous: str | None = None, place: int = -1) -> bool:
-        """Take an event for those who want it; returns whether callbacks will get all so far."""
-        called = []
-        for subscription in self.topics.match(event.topic):
-            if subscription._since is not None or place >= 0 > subscription._place:
-                continue  # it is not known yet from where on it gets any
-            if 0 <= place <= subscription._place:
-                continue  # it had this one
-            if subscription._call is not None:
-                called.append(subscription)
-            else:
-                self._put_iterator(subscription, _Item(event, (), size, previous, self.era))
-                subscription._place = place
-        if called and not self.full:
-            self.full = not self.queue.put(_Item(event, called, size, previous, self.era))
-            if not self.full:
-                for subscription in called:
-                    subscription._place = place
+    def subscribers_of(self, keys: Iterable[_Key]) -> dict[Subscription, None]:
+        """The subscriptions with any of these topics and patterns, each once."""
+        return {s: None for key in keys for s in self.table.subscribers_of(key)}
+
+    def put(self, event: Event, size: int, previous: str | None = None,
+            only: Subscription | None = None) -> None:
+        """Queue an event for the started subscriptions to its topic, or for one of them only."""
+        matching = self.table.match(event.topic) if only is None else (only,)
+        started = [s for s in matching if s._is_started]
+        called = [s for s in started if s._call is not None]
+        item = _QueuedEvent(next(self._numbers), previous, event, size, called)
         if called:
-            self._start()  # also of a full queue, in case that somebody has cancelled its task
-        return not self.full
+            self.queue.put(item)
+            self.start()
+        for subscription in started if len(called) < len(started) else ():
+            if subscription._call is None:
+                subscription._queue.put(item, subscription.topics)
+                _notify_all(subscription._waiters)
 
-    def _put_iterator(self, subscription: Subscription, item: _Item) -> None:
-        queue = subscription._queue
-        if not queue.put(item):
-            last: Any = queue[-1].event  # while callbacks are full, its position is not previous
-            gap = Gap(queue[0].previous, last.position, "queue", subscription.topics)
-            self.miss(gap, queue[0].era)
-            subscription._queue = queue = _Queue()
-            queue.put(item)
-        _wake(subscription._waiters)
+    def put_gap(self, gap: Gap, only: Subscription | None = None) -> None:
+        """Have a gap told in its turn: where callbacks arrive at it, or one iterator."""
+        item = _QueuedEvent(next(self._numbers), gap.since, gap, 0)
+        if only is not None and only._call is None:
+            only._queue.put(item, only.topics)
+            _notify_all(only._waiters)
+        else:
+            self.queue.put(item)
+            self.start()
 
-    def miss(self, gap: Gap, era: int | None = None) -> None:
-        """Tell of a gap when what was queued before it is done; of several in a row, as of one."""
-        era = self.era if era is None else era
-        self.queue.rewound(era, gap.since)
-        for place, item in enumerate(reversed(self.queue), 1):
-            last = item.event
-            if not isinstance(last, Gap) or item is self._begun:  # whose hook may have looked
-                break
-            if last.topics == gap.topics:
-                since = last.since if gap.since in (last.since, last.position) else None
-                first, previous = min((item.era, item.previous), (era, gap.since), key=_placed)
-                self.queue[-place] = item._replace(
-                    event=last._replace(since=since, position=gap.position),
-                    previous=previous, era=first)
-                return
-        self.queue.append(_Item(gap, (), 0, gap.since, era))
-        self._start()
-
-    def having(self, keys: Iterable[_Key]) -> dict[Subscription, None]:
-        """The subscriptions with any of these, each once."""
-        return {s: None for key in keys for s in self.topics.having(*key)}
-
-    def subscriptions(self) -> Iterator[Subscription]:
-        tables = itertools.chain(self.topics.exact.values(), self.topics.patterns.values())
-        return itertools.chain.from_iterable(tables)
-
-    def queues(self) -> list[_Queue]:
-        return [self.queue, *(subscription._queue for subscription in self.iterators)]
-
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Handle what is queued, in a task, unless one does that already."""
         loop = asyncio.get_running_loop()
         if self.task is None or self.task.done() or self.task.get_loop() is not loop:
-            self.task = asyncio.Task(self._run())
+            self.queue.current = None
+            if not self.is_closed:
+                self.task = asyncio.Task(self._run())
 
     async def _run(self) -> None:
-        _current.set(None)  # whoever published, its deadline is not that of callbacks
-        if self._begun is not None:  # by a task that was cancelled
-            self.queue.done(self._begun)
+        _current_request.set(None)  # the deadline of who published is not that of callbacks
         while self.queue:
-            item = self._begun = self.queue[0]
-            if isinstance(item.event, Gap):
-                await self._missed(item.event)
-            await _run_hooks_logged(item.whom, item.event)
-            self.queue.done(item)
-            self._begun = None
-            if self.full and not self.queue:
-                self._drained()
+            item = self.queue[0]
+            if isinstance(event := self.queue.take(), Gap):
+                await self.on_gap(event)
+            else:
+                await _run_hooks_logged(item.receivers, event)
+            self.queue.current = None
+            if item.number % YIELD_MESSAGES == 0:  # plain callbacks never wait
+                await asyncio.sleep(0)
+        self._on_drained()
+
+    def oldest(self) -> _QueuedEvent | None:
+        """The first that arrived, of what was not handled yet."""
+        queues = (self.queue, *(subscription._queue for subscription in self.iterators))
+        heads = [q.current or q[0] for q in queues if q.current or q]
+        return min(heads, default=None, key=lambda item: item.number)
 
 
-async def _log_gap(gap: Gap) -> None:
-    logger.warning("events were missed: %s", gap)
+class _OptionalAwait(Coroutine[Any, Any, _T]):
+    """What may be awaited or not. A failure that nobody waits for is logged.
 
-
-class _Receipt(Awaitable[_T]):
-    """May be awaited or not: a failure that nobody waits for is logged, once.
-
-    Cancelling one who waits cancels nothing else.
+    Cancelling who waits cancels nothing else. Without a future, awaiting it only lets others run
+    after a burst, so that a loop that only publishes does not outrun the history.
     """
 
-    def __init__(self, task: "asyncio.Future[_T]", what: str) -> None:
-        self._task, self._what, self._awaited = task, what, False
-        task.add_done_callback(self._done)
+    __slots__ = ("_future", "_is_awaited", "_steps", "_what")
 
-    def __await__(self) -> Generator[Any, None, _T]:
-        self._awaited = True
-        return asyncio.shield(self._task).__await__()
+    def __init__(self, future: "asyncio.Future[_T] | None", what: str = "") -> None:
+        self._future, self._what, self._is_awaited = future, what, False
+        self._steps: Generator[Any, Any, _T] | None = None
+        if future is not None:
+            future.add_done_callback(self._log_failure)
 
-    def _done(self, task: "asyncio.Future[_T]") -> None:
-        if not task.cancelled() and (error := task.exception()) and not self._awaited:
+    def __await__(self) -> Generator[Any, Any, _T]:
+        self._is_awaited = True
+        if self._future is not None:
+            return (yield from asyncio.shield(self._future))
+        if self._what:
+            yield
+        return cast(_T, None)
+
+    def _log_failure(self, future: "asyncio.Future[_T]") -> None:
+        if not future.cancelled() and (error := future.exception()) and not self._is_awaited:
             logger.error("%.200s failed, and nobody waited for it: %s", self._what, error)
 
+    # asyncio.create_task(client.publish(...)) needs a coroutine, which has these.
 
-class _Done(Awaitable[None]):
-    def __await__(self) -> Generator[Any, None, None]:
-        yield from ()
+    def send(self, value: Any) -> Any:
+        self._steps = self._steps or self.__await__()
+        return self._steps.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        self._steps = self._steps or self.__await__()
+        return self._steps.throw(*error)
+
+    def close(self) -> None:
+        if self._steps is not None:
+            self._steps.close()
 
 
-_DONE: Final = _Done()
+# The section "backbones" adds a function here. It gets (backbone, channel, history) and returns
+# what makes a shared log for a notifier, on the running loop. That log offers put, ready, close,
+# stats and its length, and calls begin, commit and reset of the notifier.
+_SHARED_LOGS: list[Callable[["str | Backbone", str, int], Callable[["EventNotifier"], Any]]] = []
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class EventNotifier:
-    """Publish and subscribe within a process: an endpoint has one, and it can be used alone.
+    """Publish and subscribe within a process. An endpoint has one, and it can be used alone.
 
-    It serves one event loop at a time. Only `publish` may be called from other threads, and before
-    there is a loop. ``history`` (events) and ``history_bytes`` bound the log, from which slow
-    subscribers are fed; ``max_message_size`` is that of one event, in bytes. With a ``backbone``,
-    the URL of a broker or a Backbone, all that share its ``channel`` are one.
+    It serves one event loop at a time. Only `publish` may be called from other threads.
+
+    Args:
+        history: the number of events that are kept for subscribers that fall behind or come back.
+        history_bytes: the bytes of them that are kept at most.
+        max_message_size: the bytes of one event at most.
+        on_slow: what happens to a subscriber that has fallen behind the history: "gap" tells it and
+            goes on, "close" closes its connection with 1013.
+        backbone: the URL of a broker, or a Backbone. All servers with the same one share a log.
+        channel: the name of that log on the broker.
     """
 
-    def __init__(self, *, history: int = HISTORY_EVENTS, history_bytes: int = HISTORY_BYTES,
-                 max_message_size: int = MAX_MESSAGE_BYTES, codec: Codec | None = None,
-                 on_slow: Literal["gap", "close"] = "gap", backbone: str | Backbone | None = None,
-                 channel: str = CHANNEL) -> None:
-        if isinstance(backbone, str):  # kept there: more than a burst between two reads
-            backbone = _backbone_of(backbone, channel, max(history, HISTORY_EVENTS))
-        self._shared = (
-            None if backbone is None else _Shared(backbone, self._commit, self._lose))
-        if min(history, history_bytes) < 0:
-            raise ValueError(f"history is 0 or more, not {history} of {history_bytes} bytes")
-        if on_slow not in ("gap", "close"):
-            raise ValueError(f"on_slow is 'gap' or 'close', not {on_slow!r}")
-        self._encode, self._decode = _coders(codec)
-        self._on_slow = on_slow
-        self._connected: dict[_Feed, None] = {}
-        self._mark_timer: asyncio.TimerHandle | None = None
-        self._mark_end = self._mark_total = 0
-        self._history, self._max_size = (history, history_bytes), max_message_size
-        self._feeds: _Topics[_Feed] = _Topics()
-        self._inbox = _Inbox(lambda keys: None, _log_gap, self._drained, confirmed=True)
+    history: int = HISTORY_EVENTS
+    history_bytes: int = HISTORY_BYTES
+    max_message_size: int = MAX_MESSAGE_BYTES
+    on_slow: Literal["gap", "close"] = "gap"
+    backbone: str | Backbone | None = None
+    channel: str = "fastapi_ws_lite"
+
+    def __post_init__(self) -> None:
+        if min(self.history, self.history_bytes) < 0:
+            raise ValueError(f"history is 0 or more, not {self.history}, {self.history_bytes}")
+        if self.on_slow not in ("gap", "close"):
+            raise ValueError(f"on_slow is 'gap' or 'close', not {self.on_slow!r}")
+        if self.backbone is not None and not _SHARED_LOGS:
+            raise ValueError("this copy of fastapi_ws_lite has no section 'backbones'")
+        self._make_shared_log = None if self.backbone is None else _SHARED_LOGS[0](
+            self.backbone, self.channel, max(self.history, HISTORY_EVENTS))
+        self._shared: Any = None
+        self.internal: dict[str, Callable[[str], None]] = {}  # handlers of INTERNAL_PREFIX topics
+        self._subscribers: dict[_Cursor, None] = {}
+        self._table: _SubscriptionTable[_Cursor] = _SubscriptionTable()
+        self._dispatcher = _Dispatcher(
+            lambda keys: None, self._log_gap, lambda: None, lambda: None)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._incoming: deque[tuple[tuple[str, ...], str, str | None]] = deque()
+        self._from_threads: deque[tuple[tuple[str, ...], str, str | None]] = deque()
         self._pending: list[_Entry] = []  # published in this turn of the loop
-        self._pending_size = 0
-        self._published = self._delivered = self._slow_closed = self._gaps_told = self._burst = 0
+        self._pending_bytes = self._burst_bytes = 0
+        self._position_timer: asyncio.TimerHandle | None = None
+        self._announced = 1  # the end of the log when quiet subscribers were last told of it
+        self._published = self._delivered = self._slow_closed = self._gaps_told = 0
 
     @functools.cached_property
     def _log(self) -> _Log:
-        return _Log(*self._history)  # made at first use: forked workers must not share its id
+        return _Log(self.history, self.history_bytes)  # made at first use, as forked workers must not share its id
+
+    @property
+    def position(self) -> str:
+        """The position of the newest event, to give to a client with a snapshot of some state."""
+        return self._log.position
 
     def subscribe(self, topics: str | Iterable[str], callback: _Callback | None = None, *,
                   pattern: bool = False) -> Subscription:
-        """Subscribe to topics or, with ``pattern``, to those that fnmatch.fnmatchcase matches.
+        """Subscribe this process to topics or, with ``pattern``, to fnmatch.fnmatchcase patterns.
 
-        The callback takes (data), (data, topic) or (event) and may be ``async def``; a plain one
-        runs on the event loop too. Without one: ``async for event in notifier.subscribe(...)``.
+        Args:
+            callback: takes (data), (data, topic) or (event), and may be ``async def``; a plain one
+                runs on the event loop, too. Without one: ``async for event in
+                notifier.subscribe(...)``.
+
+        Raises InvalidParams for topics, and TypeError for a callback with other parameters.
         """
-        if self._loop is None:
-            with contextlib.suppress(RuntimeError):  # there is no loop yet
-                self._attach()
-        return self._inbox.subscribe(topics, callback, pattern)
+        with contextlib.suppress(RuntimeError):  # there may be no loop yet
+            self._attach()
+        subscription = self._dispatcher.subscribe(topics, callback, pattern)
+        subscription._start()
+        return subscription
 
     def unsubscribe(self, topics: str | Iterable[str], *, pattern: bool = False) -> None:
-        """Cancel all that `subscribe` made for these topics."""
-        self._inbox.unsubscribe(topics, pattern)
+        """Cancel everything that `subscribe` made for these topics."""
+        self._dispatcher.unsubscribe(topics, pattern)
+
+    def subscribers(self, topic: str) -> list[RpcChannel]:
+        """The connections that would get an event of this topic, on this server."""
+        return [subscriber.channel for subscriber in self._table.match(topic)]
 
     def publish(self, topics: str | Iterable[str], data: Any = None, *,
-                notifier_id: str | None = None) -> Awaitable[None]:
-        """Publish an event to each topic; from any thread, and with ``await`` or without.
+                notifier_id: str | None = None) -> _OptionalAwait[None]:
+        """Publish an event to each topic, from any thread, with ``await`` or without.
 
-        ``notifier_id`` is the id of a subscriber that does not get it. When it was awaited on the
-        loop that is served, the event is in the log, that of the backbone if there is one; other
-        threads do not wait. Raises ValueError for data that
-        is not JSON, MessageTooLarge, InvalidParams for a topic, and Overloaded while 10,000 events
-        of other threads, or for a backbone, wait; then nothing was published.
+        When it was awaited, the event is in the log: that of the backbone, if there is one. Other
+        threads do not wait for that.
+
+        Args:
+            data: a JSON value; models and dataclasses are encoded as pydantic does.
+            notifier_id: the id of a subscriber that does not get the event.
+
+        Raises ValueError for data that is not JSON, MessageTooLarge, InvalidParams for a topic,
+        Overloaded while 10,000 events wait for other threads or for a backbone, and RuntimeError
+        where no event loop runs that could deliver it. Then nothing was published.
         """
-        names, text = _check_topics(topics), self._encode(data)
-        size = _size(text) + max((_size(_quoted(name)) for name in names), default=0)
-        if size + EVENT_FRAME_BYTES > self._max_size:
-            raise MessageTooLarge(f"an event of {size} bytes, the limit is {self._max_size}")
-        try:
-            here = self._loop in (None, asyncio.get_running_loop()) or self._loop.is_closed()
-        except RuntimeError:  # a thread that runs no loop
-            here = False
-        waiting = len(self._incoming) + (len(self._shared._queue) if self._shared else 0)
-        if (self._shared or not here) and waiting >= QUEUE_EVENTS:
-            raise Overloaded(f"{waiting} events wait to be published")
-        if self._shared:
-            self._shared.check(size, notifier_id, len(names))
-        if here:
+        names, text = _check_topics(topics), _encode(data)
+        size = _utf8_len(text) + max(map(_utf8_len, names), default=0) + 256  # with what is around
+        if size > self.max_message_size:
+            raise MessageTooLarge(f"an event of {size} bytes, the limit is {self.max_message_size}")
+        if len(self._from_threads) + (len(self._shared) if self._shared else 0) >= QUEUE_EVENTS:
+            raise Overloaded(f"{QUEUE_EVENTS} events wait to be published")
+        if self._is_on_loop():
             self._attach()
             return self._append(names, text, notifier_id)
-        self._incoming.append((names, text, notifier_id))
-        if self._loop is not None:
-            with contextlib.suppress(RuntimeError):  # it is closed: the next one takes them
-                self._loop.call_soon_threadsafe(self._take_incoming)
-        return self
+        assert self._loop is not None
+        self._from_threads.append((names, text, notifier_id))
+        self._loop.call_soon_threadsafe(self._take_from_threads)
+        return _OptionalAwait(None)
 
-    def __await__(self) -> Generator[Any, None, None]:
-        if self._burst > BURST_BYTES:  # a loop that only publishes must not outrun the log
-            self._burst = 0
-            yield
+    def _is_on_loop(self) -> bool:
+        """Whether the caller is on the loop that delivers. Raises RuntimeError if there is none."""
+        try:
+            running = asyncio.get_running_loop()
+        except RuntimeError:
+            running = None
+        if self._loop is None or self._loop.is_closed():
+            if running is not None:
+                return True
+            try:  # a plain def route runs in a thread of anyio, which knows its loop
+                anyio.from_thread.run_sync(self._attach)
+            except RuntimeError:
+                raise RuntimeError(
+                    "publish needs the event loop of the server, and none runs in this process. In "
+                    "a script use asyncio.run; in a worker process connect to the server as a "
+                    "client, with connect()") from None
+        return running is self._loop
 
     def _attach(self) -> None:
+        """Serve the running event loop from now on."""
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
-            self._loop, self._pending, self._pending_size, self._mark_timer = loop, [], 0, None
-            if self._shared is not None:
-                self._shared.start()
-        self._take_incoming()
+            self._loop, self._pending, self._position_timer = loop, [], None
+            if self._make_shared_log is not None:
+                self._shared = self._make_shared_log(self)
+        self._take_from_threads()
 
-    def _take_incoming(self) -> None:
-        while self._incoming:
-            self._append(*self._incoming.popleft())
+    def _take_from_threads(self) -> None:
+        while self._from_threads:
+            self._append(*self._from_threads.popleft())
 
-    def _append(self, topics: tuple[str, ...], data: str, origin: str | None) -> Awaitable[None]:
+    def _append(self, topics: tuple[str, ...], data: str,
+                origin: str | None) -> _OptionalAwait[None]:
         self._published += len(topics)
-        if self._shared is not None:
-            futures = self._shared.put(topics, data, origin)
-            return _Receipt(futures[-1], f"publish to {topics}") if futures else _DONE
-        for topic in topics:
-            self._commit(None, topic, data, origin)
-        return self
+        if self._shared is None:
+            for topic in topics:
+                self.commit(None, topic, data, origin)
+        elif futures := self._shared.put(topics, data, origin):
+            return _OptionalAwait(futures[-1], f"publish to {topics}")
+        is_burst, self._burst_bytes = self._burst_bytes > 2**18, self._burst_bytes % 2**18
+        return _OptionalAwait(None, "burst" if is_burst else "")
 
-    def _commit(self, position: str | None, topic: str | None, data: str, origin: str | None,
-                new: bool = True, hole: str = "") -> None:
-        """Put an entry into the log, and give it to those who keep up if it is new."""
-        entry = self._log.append(topic, data, origin, position, hole)
-        if not new or (topic is None and not hole):
+    # A shared log calls begin, commit and reset; without one, publish calls commit.
+
+    def begin(self, position: str) -> None:
+        """The log is empty, and begins at a position."""
+        self._log = _Log(self.history, self.history_bytes, position)
+
+    def commit(self, position: str | None, topic: str, data: str, origin: str | None,
+               is_new: bool = True) -> None:
+        """Put an event into the log, and give it to the subscribers if it is new."""
+        if topic.startswith(INTERNAL_PREFIX):
+            if is_new and topic in self.internal:
+                self.internal[topic](data)
             return
-        self._burst += entry.size + BURST_EVENT_BYTES
+        entry = self._log.append(topic, data, origin, position)
+        if not is_new:
+            return
         if not self._pending:
             asyncio.get_running_loop().call_soon(self._deliver)
         self._pending.append(entry)
-        self._pending_size += entry.size
-        if self._pending_size > FRAME_BYTES:
+        self._pending_bytes += entry.size
+        self._burst_bytes += entry.size + 2**10  # so that 256 small events are a burst, too
+        if self._pending_bytes > FRAME_BYTES:
             self._deliver()
-        if topic is None:
-            self._inbox.miss(Gap(None, None, hole))
-        elif self._inbox.topics.match(topic):
-            self._inbox.put(Event(topic, self._decode(data), entry.position), entry.size)
+        if self._dispatcher.table.match(topic):
+            self._dispatcher.put(Event(topic, _decode(data), entry.position), entry.size)
 
-    def _lose(self, position: str, reason: str, new: bool) -> None:
-        self._commit(position, None, "", None, new, reason)
+    def reset(self, position: str, reason: str, is_new: bool) -> None:
+        """Events are missing after this position: forget what was before, and tell everybody."""
+        self._deliver()
+        self._log.reset(position)
+        if is_new:
+            for subscriber in list(self._subscribers):
+                subscriber.go_live()
+                if len(subscriber):
+                    subscriber.tell_gap(position, reason)
+            self._dispatcher.put_gap(Gap(None, position, reason))
+
+    async def _log_gap(self, gap: Gap) -> None:
+        logger.warning("events were missed: %s", gap)
 
     async def close(self) -> None:
-        """Leave the backbone, if there is one; what comes later joins it again, without a hole."""
-        if self._shared is not None and self._loop is asyncio.get_running_loop():
+        """Leave the backbone, if there is one. What is published later joins it again."""
+        shared = self._shared
+        if shared is not None and self._loop is asyncio.get_running_loop():
+            self._loop, self._shared = None, None
             try:
-                await self._shared.close()
+                await shared.close()
             finally:
                 self._deliver()
-                self._loop = None
-
-    def _drained(self) -> None:
-        self._inbox.full = False
-        self._inbox.miss(Gap(None, None, "queue"))
 
     def _deliver(self) -> None:
         """Give the events of this turn to the connections that keep up.
 
-        Those of one topic are the same bytes for all, and cost a connection one write: bursts of 16
-        have 8 times the throughput of single events.
+        Those of one topic are the same bytes for all and cost a connection one write: events in
+        bursts of 16 have 8 times the throughput of single ones.
         """
-        entries, size = self._pending, self._pending_size
-        self._pending, self._pending_size = [], 0
-        topics = {entry.topic for entry in entries}
-        if len(topics) != 1 or None in topics or (size > FRAME_BYTES and len(entries) > 1):
-            for entry in entries:
-                feeds = self._connected if entry.topic is None else self._feeds.match(entry.topic)
-                for feed in list(feeds):
-                    if entry.index >= feed.next and len(feed):
-                        feed.offer(entry)
+        entries, self._pending, self._pending_bytes = self._pending, [], 0
+        if not entries:
+            return
+        topic = entries[0].topic
+        if all(entry.topic == topic for entry in entries):
+            self._fan_out(topic, entries)
         else:
-            self._broadcast(entries[0].topic or "", entries, size)
-        if self._log.end >= self._mark_end or self._log.total >= self._mark_total:
-            self._mark()
+            for entry in entries:
+                self._fan_out(entry.topic, [entry])
+        if self._log.end - self._announced > max(4, len(self._log) // 4):
+            self._announce_position()
 
-    def _broadcast(self, topic: str, entries: Sequence[_Entry], size: int) -> None:
-        size += OLD_WIRE_EXTRA_BYTES * len(entries)
+    def _fan_out(self, topic: str, entries: Sequence[_Entry]) -> None:
+        first, count = entries[0].index, len(entries)
+        size = sum(entry.size for entry in entries)
         origins = {entry.origin for entry in entries if entry.origin is not None}
-        first, last, written = entries[0].index, entries[-1].index, 0
-        frames: dict[_Dialect, bytes] = {}
-        for feed in self._feeds.match(topic):
-            direct, dialect = feed.direct, feed.dialect
-            if (direct is None or feed.next > first or size > feed.takes
-                    or (origins and feed.subscriber_id in origins) or not direct.ready()):
-                for entry in entries:
-                    if entry.index >= feed.next:
-                        feed.offer(entry)
+        frames: dict[_WireFormat, bytes] = {}
+        others = []
+        for subscriber in self._table.match(topic):
+            format = subscriber.format
+            if (subscriber.is_lagging or subscriber.next > first or size > subscriber.max_bytes
+                    or not format.has_positions
+                    or (origins and subscriber.subscriber_id in origins)):
+                others.append(subscriber)
                 continue
-            if dialect not in frames:
-                texts = _joined([dialect.event(entry) for entry in entries], dialect)
-                frames[dialect] = b"".join(map(_frame, texts))
-            direct.write(frames[dialect])
-            feed.told = last
-            written += len(entries)
-        self._delivered += written
+            if format not in frames:
+                texts = _coalesce([format.event(entry) for entry in entries], format)
+                frames[format] = b"".join(map(_encode_frame, texts))
+            if subscriber.outbox.write_shared(frames[format]):
+                self._delivered += count
+            else:
+                others.append(subscriber)
+        for subscriber in others:
+            for entry in entries:
+                subscriber.offer(entry)
 
-    def _mark(self) -> None:
-        """Tell those who are live, but hear nothing, where the log is: they can resume there."""
-        if self._pending:
-            self._deliver()
-        log = self._log
-        self._mark_end = log.end + max(1, self._history[0] // MARK_FRACTION)
-        self._mark_total = log.total + self._history[1] // MARK_FRACTION
-        if self._mark_timer is not None:
-            self._mark_timer.cancel()
-            self._mark_timer = None
-        if self._connected and self._loop is not None and self._history[0]:
-            self._mark_timer = self._loop.call_later(MARK_SECONDS, self._mark)
-            text = _notice("position", position=log.position)
-            for feed in self._connected:
-                if not feed.lagging and feed.told < log.end - 1 and len(feed):
-                    feed.mark(text, log.end - 1)
-
-
-def _notice(method: str, **params: Any) -> str:
-    return _JSONRPC.request(None, method, _encode(params), None)
+    def _announce_position(self) -> None:
+        """Tell subscribers how far the log is, so that one that hears little can resume, too."""
+        self._deliver()
+        has_moved, self._announced = self._announced != self._log.end, self._log.end
+        if self._position_timer is not None:
+            self._position_timer.cancel()
+        self._position_timer = None
+        if self._subscribers and self._loop is not None:
+            self._position_timer = self._loop.call_later(POSITION_SECONDS, self._announce_position)
+        for subscriber in self._subscribers if has_moved else ():
+            if len(subscriber) and not subscriber.is_lagging:
+                subscriber.tell("position", position=self._log.position)
 
 
-class _Feed:
-    """A connection's place in the log: live while it keeps up, else fed as its outbox drains.
+def _topic_matcher(topics: Iterable[str], patterns: Iterable[str]) -> Callable[[str], bool]:
+    """Whether a topic is one of these, or matches; it remembers what it was asked for."""
+    wanted = frozenset(topics)
+    expressions = [re.compile(fnmatch.translate(pattern)).match for pattern in patterns]
 
-    Its topics and patterns each have a floor: no older entry is sent because of them. While the
-    log is gone through again for some of them, the others have another: where they were by then.
+    @functools.cache
+    def matches(topic: str) -> bool:
+        return (topic in wanted or ALL_TOPICS in wanted
+                or any(match(topic) for match in expressions))
+
+    return matches
+
+
+class _Cursor:
+    """A connection's subscriptions, and its place in the log: ``next`` while it lags, else the end.
+
+    All its topics and patterns share that place. So a subscription begins where the cursor is, a
+    replay ends there, and a client needs to remember one position only.
     """
 
-    __slots__ = ("_channel", "_notifier", "dialect", "direct", "lagging", "lock", "next",
-                 "patterns", "sent", "subscriber_id", "takes", "told", "topics")
+    __slots__ = ("_notifier", "_waiters", "channel", "format", "hook_calls", "is_lagging", "lock",
+                 "max_bytes", "next", "outbox", "patterns", "subscriber_id", "topics")
 
     def __init__(self, channel: RpcChannel, notifier: EventNotifier) -> None:
-        self._channel, self._notifier, self.subscriber_id = channel, notifier, channel.id
-        self.direct: _Below | None = None  # while the connection keeps up
-        self.dialect, self.takes = channel._speaks, channel._peer_takes
-        self.lagging, self.next = False, 0  # what is in the log before that place is done with
-        self.told = notifier._log.end - 1  # the newest entry whose position the peer knows
-        self.topics: dict[str, int] = {}
-        self.patterns: dict[str, int] = {}
-        self.sent: dict[_Key, int] = {}  # what is before that was sent, because of this key
-        self.lock = asyncio.Lock()  # so that what is asked for later takes effect later
-        notifier._connected[self] = None
-        if notifier._mark_timer is None:
-            notifier._mark()
+        self.channel, self.outbox, self._notifier = channel, channel._outbox, notifier
+        self.subscriber_id = channel.id  # what it publishes does not come back to it
+        self.format, self.max_bytes = channel.format, channel._peer_max_size
+        self.is_lagging, self.next = False, notifier._log.end
+        self.topics, self.patterns = dict[str, None](), dict[str, None]()
+        self.lock = asyncio.Lock()  # so that requests take effect in their order
+        self.hook_calls: deque[Any] = deque()  # calls of on_subscribe and on_unsubscribe to make
+        self._waiters: _Waiters = []  # for the cursor to move
+        notifier._subscribers[self] = None
+        if notifier._position_timer is None:
+            notifier._announce_position()
 
     def __len__(self) -> int:
         return len(self.topics) + len(self.patterns)
 
-    def subscribe(self, topics: Sequence[str], patterns: Sequence[str],
-                  since: str | None) -> bool | None:
-        """Subscribe, from now on or again from ``since`` on; to nothing new: again, with all.
+    def _tables(self, topics: Iterable[str], patterns: Iterable[str],
+                ) -> Iterator[tuple[dict[str, None], str, _Key]]:
+        yield from ((self.topics, name, (name, False)) for name in topics)
+        yield from ((self.patterns, name, (name, True)) for name in patterns)
 
-        Returns whether all that came after ``since`` is there; None if none was given.
+    def add(self, topics: Iterable[str], patterns: Iterable[str]) -> tuple[str, ...]:
+        """Subscribe from the cursor on. Returns what was not subscribed to before."""
+        self._notifier._deliver()
+        added = []
+        for mine, name, key in self._tables(topics, patterns):
+            if name not in mine:
+                mine[name] = None
+                self._notifier._table.add(self, key)
+                added.append(name)
+        return tuple(added)
+
+    def remove(self, topics: Iterable[str], patterns: Iterable[str]) -> tuple[str, ...]:
+        """Unsubscribe. Returns what had been subscribed to."""
+        self._notifier._deliver()
+        removed = []
+        for mine, name, key in self._tables(topics, patterns):
+            if name in mine:
+                del mine[name]
+                self._notifier._table.discard(self, key)
+                removed.append(name)
+        return tuple(removed)
+
+    def clear(self) -> tuple[str, ...]:
+        """Unsubscribe from everything: the connection has ended."""
+        self._notifier._subscribers.pop(self, None)
+        self.outbox.cursor = None
+        _notify_all(self._waiters)
+        return self.remove(tuple(self.topics), tuple(self.patterns))
+
+    def go_live(self) -> None:
+        """Go on at the end of the log."""
+        self.is_lagging, self.next = False, self._notifier._log.end
+        _notify_all(self._waiters)
+
+    def position(self) -> str:
+        """The position of the last entry before the cursor; what has been dropped is told first."""
+        self._notifier._deliver()
+        log = self._notifier._log
+        if not self.is_lagging:
+            return log.position
+        self._skip_dropped()
+        return log.position_before(self.next)
+
+    def resume(self, position: str) -> bool:
+        """Go back behind the entry of a position; if the log does not have it, to its beginning.
+
+        Returns whether the log has it.
         """
         self._notifier._deliver()
         log = self._notifier._log
-        found = None if since is None else log.find(since)
-        floor = log.end if found is None else found + 1
-        reached = self.next if self.lagging else log.end
-        if floor < reached:
-            again = not (topics or patterns)
-            self.sent = {} if again else {
-                (name, mine is self.patterns): max(
-                    reached, self.sent.get((name, mine is self.patterns), 0))
-                for mine in (self.topics, self.patterns) for name in mine}
-            self.next, self.lagging = floor, True
-            self._channel._go_live(None)
-        self.told = min(self.told, floor - 1)
-        for mine, names in ((self.topics, topics), (self.patterns, patterns)):
-            for name in names:
-                self._notifier._feeds.add(self, name, mine is self.patterns)
-                mine[name] = min(floor, mine.get(name, floor))
-                self.sent.pop((name, mine is self.patterns), None)
-        return None if since is None else found is not None
+        index = log.find(position)
+        self.next = log.first if index is None else index
+        self.is_lagging = self.next < log.end
+        return index is not None
 
-    def remove(self, topics: Iterable[str], patterns: Iterable[str]) -> None:
-        self._notifier._deliver()
-        for mine, names in ((self.topics, topics), (self.patterns, patterns)):
-            for name in names:
-                self._notifier._feeds.discard(self, name, mine is self.patterns)
-                mine.pop(name, None)
-                self.sent.pop((name, mine is self.patterns), None)
+    async def wait_for(self, index: int) -> None:
+        """Wait until everything before an index was sent, or the connection ends."""
+        while self.is_lagging and self.next < index and not self.outbox.is_ended:
+            await _wait_notified(self._waiters)
 
-    def clear(self) -> None:
-        self.remove(list(self.topics), list(self.patterns))
-        self._notifier._connected.pop(self, None)
+    def recent(self, matches: Callable[[str], bool], since: str | None,
+               last: int | None) -> tuple[list[str], bool]:
+        """The JSON texts of the events before the cursor, from ``since`` on or the last ones; and
+        whether these are all that were asked for. At most REPLAY_EVENTS and REPLAY_BYTES.
+        """
+        log = self._notifier._log
+        first = log.find(since) if since is not None else log.first
+        is_complete, found = first is not None, list[str]()
+        limit = REPLAY_EVENTS if last is None else min(last, REPLAY_EVENTS)
+        room = min(REPLAY_BYTES, self.max_bytes - 1024)
+        end = self.next if self.is_lagging else log.end
+        for index in range(end - 1, (log.first if first is None else first) - 1, -1):
+            entry = log[index]
+            if not matches(entry.topic) or self._is_own(entry):
+                continue
+            room -= entry.size
+            if len(found) == limit or room < 0:
+                is_complete = is_complete and len(found) == last
+                break
+            found.append(entry.params)
+        return found[::-1], is_complete
+
+    def _is_own(self, entry: _Entry) -> bool:
+        return entry.origin is not None and entry.origin == self.subscriber_id
 
     def _wants(self, entry: _Entry) -> bool:
-        index, topic, known = entry.index, entry.topic, self._notifier._feeds.patterns
-        return bool(entry.hole and len(self)) if topic is None else (
-            self._from(topic, False) <= index or self._from(ALL_TOPICS, False) <= index
-            or any(self._from(name, True) <= index and known[name].matches(topic)
-                   for name in self.patterns))
-
-    def _from(self, name: str, pattern: bool) -> float:
-        """From which entry on it gets what matches this."""
-        floor = (self.patterns if pattern else self.topics).get(name, math.inf)
-        return max(floor, self.sent.get((name, pattern), 0)) if self.sent else floor
+        expressions = self._notifier._table._expressions
+        return (entry.topic in self.topics or ALL_TOPICS in self.topics
+                or any(expressions[pattern](entry.topic) for pattern in self.patterns))
 
     def catch_up(self) -> None:
-        """Have what was published before this moment go before what is said next."""
+        """Have what was published before this moment go before what is sent next."""
         pending, start = self._notifier._pending, self.next
-        if pending and start <= pending[-1].index and not self.lagging:
+        if pending and not self.is_lagging and start <= pending[-1].index:
             self.next = pending[-1].index + 1
             for entry in pending:
-                if entry.index >= start and self._wants(entry):
-                    self.offer(entry)
+                if entry.index >= start and not self.is_lagging and self._wants(entry):
+                    self._offer_new(entry)
 
     def offer(self, entry: _Entry) -> None:
-        if not self.lagging and self._channel._outbox_size > LIVE_BYTES:
-            self.lagging, self.next = True, entry.index
-        if not self.lagging:
+        """Send an event, unless it was sent already or the subscriber lags."""
+        if entry.index >= self.next and not self.is_lagging:
+            self._offer_new(entry)
+
+    def _offer_new(self, entry: _Entry) -> None:
+        if self.outbox.size > LAGGING_BYTES:
+            self.is_lagging, self.next = True, entry.index
+        else:
             self._send(entry)
 
     def _send(self, entry: _Entry) -> None:
-        if entry.origin is not None and entry.origin == self.subscriber_id:
+        if self._is_own(entry):
             return
-        channel, self.told = self._channel, entry.index
-        if entry.topic is None:
-            self._tell_hole(entry.position, entry.hole)
-        elif entry.size + OLD_WIRE_EXTRA_BYTES <= channel._peer_takes:
+        text = self.format.event(entry)
+        size = entry.size if text is entry.text else _utf8_len(text)
+        if size <= self.max_bytes:
             self._notifier._delivered += 1
-            channel._put(channel._speaks.event(entry), entry.size)
-        elif channel._speaks is _OLD_WIRE:
-            logger.warning("an event of %r is too large for %s", entry.topic, channel.id)
+            self.outbox.put(text, size)
+        elif self.format.has_positions:
+            self._notifier._gaps_told += 1
+            self.tell("gap", position=entry.position, reason="size")
+        else:  # as the servers of fastapi_websocket_pubsub do
+            self._close(MESSAGE_TOO_BIG, "an event is too large")
+
+    def tell_gap(self, position: str, reason: str) -> None:
+        """Tell that events are missing, or end the connection because of that."""
+        if self._notifier.on_slow == "gap" and self.format.has_positions:
+            self._notifier._gaps_told += 1
+            self.tell("gap", position=position, reason=reason)
         else:
-            self._tell_gap(entry.position, "size")
+            self._notifier._slow_closed += 1
+            self._close(TOO_SLOW, "too slow")
 
-    def _tell_hole(self, position: str, reason: str) -> bool:
-        """Something was not there for this connection: say so, or end it."""
-        if self._notifier._on_slow == "gap" and self._channel._speaks is not _OLD_WIRE:
-            self._tell_gap(position, reason)
-            return True
-        self._notifier._slow_closed += 1
-        self.clear()
-        self.lagging = False
-        self._channel._spawn(self._channel.close(TOO_SLOW, "too slow"))
-        return False
+    def _close(self, code: int, reason: str) -> None:
+        """Close the connection; without a cursor it is offered and fed nothing any more."""
+        if self.outbox.cursor is self:
+            self.is_lagging, self.outbox.cursor = True, None
+            self.channel._spawn(self.channel.close(code, reason))
 
-    def _tell_gap(self, position: str, reason: str) -> None:
-        self._notifier._gaps_told += 1
-        self._channel._put(_notice("gap", position=position, reason=reason))
+    def tell(self, method: str, **params: Any) -> None:
+        if self.format.has_positions:
+            self.outbox.put(self.format.request(None, method, _encode(params)))
 
-    def mark(self, text: str, index: int) -> None:
-        """Tell a position; not in the old wire, which knows none."""
-        self.told = index
-        if isinstance(self._channel._speaks, _JsonRpc):
-            self._channel._put(text)
-
-    def refill(self) -> None:
-        """Send what there is room for; at the end of the log, be live again."""
-        log, channel = self._notifier._log, self._channel
+    def _skip_dropped(self) -> None:
+        log = self._notifier._log
         if self.next < log.first:
-            if not self._tell_hole(log.before, "history"):
-                return
             self.next = log.first
-        stop = min(log.end, self.next + FEED_EVENTS)
-        while self.next < stop and channel._outbox_size <= LIVE_BYTES:
+            self.tell_gap(log.before, "history")
+
+    def replay(self) -> None:
+        """Send what there is room for; at the end of the log, be live again."""
+        self._skip_dropped()
+        log, outbox = self._notifier._log, self.outbox
+        stop = min(log.end, self.next + CATCH_UP_EVENTS)
+        while outbox.cursor is self and self.next < stop and outbox.size <= LAGGING_BYTES:
             entry = log[self.next]
             self.next += 1
             if self._wants(entry):
                 self._send(entry)
-        self.lagging = self.next < log.end and len(self) > 0
-        if self.lagging and not channel._outbox:
-            channel._side._stir(channel)
+        if outbox.cursor is self:
+            self.is_lagging = self.next < log.end and len(self) > 0
+            outbox.schedule_flush()  # there may be more to look at, and nothing to send
+        _notify_all(self._waiters)
 
 
 # ------------------------------------------------------------------------------------- endpoints
-# An endpoint is what its connections share: methods, settings, notifier. It serves one event loop
-# at a time. Hooks run outside of everything, so that they may call, publish and close.
+# An endpoint is what its connections share: methods, settings, hooks and the notifier. It serves
+# one event loop at a time. A connection is served in the task of its route's handler. Hooks run in
+# tasks of the connection, except those of on_subscribe and on_unsubscribe: these are the endpoint's
+# and run to their end, one after the other for a connection, so that they pair up.
 
-_Authorize: TypeAlias = Callable[[RpcChannel, str, tuple[str, ...]], Any]
-
-
-_Names: TypeAlias = list[str] | str
-_Id: TypeAlias = Annotated[str, StringConstraints(max_length=MAX_TOPIC_CHARACTERS)]
+_HeaderList: TypeAlias = Mapping[str, str] | Sequence[tuple[str, str]]
 
 
-class _EndpointOptions(_Options, total=False):
-    allowed_origins: Iterable[str] | None
+def _origin_pattern(origin: str) -> str:
+    """A regular expression for an allowed origin. Raises ValueError for what no browser sends."""
+    if origin in ("*", "null"):
+        return ".*" if origin == "*" else "null"
+    if not re.fullmatch(r"[a-z][a-z0-9+.-]*://(\*\.)?[][a-z0-9._:-]+", origin) or (
+            re.fullmatch("http:.*:80|https:.*:443", origin)):
+        raise ValueError(f"no browser sends the origin {origin!r}: it is scheme://host or, for "
+                         "another port than the usual, scheme://host:port, in small letters; '*' "
+                         "and 'https://*.host' match many")
+    return re.escape(origin).replace(r"\*", r"[a-z0-9.-]+")
 
 
-class RpcEndpoint(_Side):
+@dataclass(eq=False, repr=False)
+class RpcEndpoint(_Peer):
     """Serves methods on a WebSocket route, and can call those of its clients.
 
     Args:
         methods: an instance of a class derived from RpcMethodsBase.
-        on_connect, on_disconnect: hooks, called with the channel; one or several, ``def`` or
-            ``async def``. If one of on_connect raises, the connection is closed: with 1008 for
-            Forbidden, else 1011.
-        allowed_origins: values of the Origin header that may connect; None for all. A program,
-            which sends none, always may.
-        default_response_timeout: seconds for calls to clients; None for no limit.
-        max_message_size: bytes, of messages in either direction; the server has a limit too.
+        authorize: called with (channel, action, names), as ``def`` or ``async def``. False or a
+            raised RpcError refuses. The actions are "call" (names is one method's name),
+            "subscribe" (topics), "subscribe_pattern" (patterns, and "*" for ALL_TOPICS), "publish"
+            (topics) and "discover" (no names). If several topics are refused together, it is asked
+            for each alone.
+        on_connect: one or several hooks, called with the channel, as ``def`` or ``async def``. No
+            request of the client is served before they have returned, but they may call it. If one
+            raises, the connection is closed: with 1008 for Forbidden, else with 1011.
+        on_disconnect: hooks that are called with the channel after its end.
+        middleware: functions ``async def m(request, call_next)`` around every call of a client, the
+            first one outermost. ``await call_next(request)`` returns the result as a JSON value
+            (None for a stream, when it has ended); what they return is the result.
+        allowed_origins: which web pages may connect, besides those of the host that they connect
+            to: "https://app.example.org", "https://*.example.org", or "*" for all. Programs, which
+            send no Origin, always may.
+        subprotocols: further subprotocols that are accepted and are plain JSON-RPC.
+        default_response_timeout: seconds for calls to clients; None is no limit.
+        max_message_size: bytes of a message in either direction. The server has a limit, too.
+        legacy_max_message_size: bytes of a message that clients of fastapi_websocket_rpc accept.
         max_concurrent_requests: of one connection; more are answered Overloaded.
-        codec: in place of pydantic_core, a module with dumps and loads, like orjson.
+
+    Attributes:
+        channels: the open connections by the id of their channel.
     """
 
-    def __init__(self, methods: RpcMethodsBase | None = None, *,
-                 allowed_origins: Iterable[str] | None = None,
-                 **options: Unpack[_Options]) -> None:
-        super().__init__(methods, **options)
+    methods: RpcMethodsBase | None = None
+    authorize: Callable[[RpcChannel, str, tuple[str, ...]], Any] | None = field(
+        default=None, kw_only=True)
+    allowed_origins: Iterable[str] = field(default=(), kw_only=True)
+    subprotocols: Sequence[str] = field(default=(), kw_only=True)
+    legacy_max_message_size: int = field(default=LEGACY_MESSAGE_BYTES, kw_only=True)
+    _is_server: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for name in ("allowed_origins", "subprotocols"):
+            if isinstance(several := getattr(self, name), str):
+                raise TypeError(f"{name} are several: [{several!r}]")
         self.channels: dict[str, RpcChannel] = {}
-        if isinstance(allowed_origins, str):
-            raise TypeError(f"allowed_origins are several: [{allowed_origins!r}]")
-        self._origins = None if allowed_origins is None else frozenset(allowed_origins)
+        origins = "|".join(map(_origin_pattern, self.allowed_origins or ()))
+        self._origins = re.compile(origins or "(?!)")
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._set_up(self.methods)
 
     def register_route(self, app_or_router: FastAPI | APIRouter, path: str, *,
-                       dependencies: Sequence[Depends] | None = None,
-                       browser_client: str | None = None) -> None:
-        """Add a WebSocket route; the ``dependencies`` run before a connection is accepted.
-
-        At the path ``browser_client``, pages find an ES module that connects to it.
-        """
-        if browser_client is not None:
-            app_or_router.add_api_route(browser_client, _browser_client, include_in_schema=False)
-
+                       dependencies: Sequence[Depends] | None = None) -> None:
+        """Add a WebSocket route. ``dependencies`` are FastAPI's, and run before it is accepted."""
         @app_or_router.websocket(path, dependencies=dependencies)
         async def route(websocket: WebSocket) -> None:
             await self.main_loop(websocket)
 
-    async def main_loop(self, websocket: WebSocket, **context: Any) -> None:
-        """Accept a connection, in a route of one's own, and serve it to its end.
-
-        The keyword arguments become ``channel.context``. A connection that was accepted already is
-        served without the subprotocol, with a warning. Cancelling it closes the connection.
-        """
-        self._attach()
-        if websocket.application_state is WebSocketState.CONNECTING:
-            subprotocol = await self._accept(websocket)
-        else:
-            subprotocol = None
-            logger.warning("leave accept() to main_loop(), which negotiates %s", SUBPROTOCOL)
-        if websocket.application_state is not WebSocketState.CONNECTED:
-            return
-        channel = RpcChannel(_ServerSocket(websocket, subprotocol), self,
-                             _WS_LITE if subprotocol else None, context)
-        self.channels[channel.id] = channel
-        try:
-            await channel._run(lambda: _run_hooks(self._on_connect, channel))
-        finally:
-            del self.channels[channel.id]
-            if channel._feed is not None:
-                channel._feed.clear()
-            await _run_hooks_logged(self._on_disconnect, channel)
-
-    async def _accept(self, websocket: WebSocket) -> str | None:
-        origin = websocket.headers.get("origin", "")
-        if self._origins is not None and origin and origin not in self._origins:
-            logger.warning("refused a connection from the origin %r", origin)
-            await websocket.close(POLICY_VIOLATION)
-            return None
-        offered = websocket.scope.get("subprotocols", ())
-        chosen = SUBPROTOCOL if SUBPROTOCOL in offered else None
-        await websocket.accept(chosen)
-        return chosen
-
-    def _attach(self) -> None:
-        loop = asyncio.get_running_loop()
-        if self._loop is not loop:
-            if self.channels:
-                raise RuntimeError("this endpoint serves another event loop already; with "
-                                   "starlette's TestClient, use it as a context manager")
-            self._loop = loop
-            self._make_limiters()
-
-    def stats(self) -> dict[str, Any]:
-        """Gauges and counters by name."""
-        channels = self.channels.values()
-        return {"channels": len(channels), "pending_calls": sum(len(c._calls) for c in channels),
-                "stalled_closed": self._stalled}
-
-    async def close(self, code: int = 1012, reason: str = "") -> None:
-        """Close all connections, staggered over two seconds at most.
-
-        By 1012 clients know that the server restarts, and come back spread over two seconds.
-        """
-        channels = list(self.channels.values())
-        async with asyncio.TaskGroup() as group:
-            for channel in channels:
-                channel._spared.append(asyncio.current_task())
-                group.create_task(channel.close(code, reason))
-                await asyncio.sleep(min(0.001, RESTART_SPREAD_SECONDS / len(channels)))
-
-
-class PubSubEndpoint(RpcEndpoint):
-    """An RpcEndpoint whose clients can also subscribe and publish.
-
-    Args, beside those of RpcEndpoint:
-        authorize: called with (channel, action, topics), where action is "subscribe", "publish", or
-            "discover", which has no topics; ``def`` or ``async def``. False, or a raised RpcError,
-            refuses the whole call.
-        on_subscribe, on_unsubscribe: hooks, called with (channel, topics) after the fact.
-        history, history_bytes: what is kept, once for all, for subscribers that fall behind or
-            come back: a number of events (0 for none), and bytes.
-        on_slow: what becomes of a subscriber that falls behind by more: it is told a "gap" and goes
-            on after it, or "close": it is disconnected with 1013. Those of the old wire always are.
-        backbone: a broker's URL, or a Backbone: all servers that name the same are one.
-        channel: the name of the log on that broker; two deployments need two.
-    """
-
-    _own: ClassVar[Mapping[str, str]] = {"subscribe": "_subscribe", "unsubscribe": "_unsubscribe",
-                                         "publish": "_publish", "ping": "_pong"}
-
-    def __init__(self, methods: RpcMethodsBase | None = None, *,
-                 authorize: _Authorize | None = None,
-                 on_subscribe: _Hooks = (), on_unsubscribe: _Hooks = (),
-                 history: int = HISTORY_EVENTS, history_bytes: int = HISTORY_BYTES,
-                 on_slow: Literal["gap", "close"] = "gap", backbone: str | Backbone | None = None,
-                 channel: str = CHANNEL, **options: Unpack[_EndpointOptions]) -> None:
-        super().__init__(methods, **options)
-        self.notifier = EventNotifier(
-            history=history, history_bytes=history_bytes, max_message_size=self._max_size,
-            codec=options.get("codec"), on_slow=on_slow, backbone=backbone, channel=channel)
-        self.publish, self.subscribe = self.notifier.publish, self.notifier.subscribe
-        self.unsubscribe = self.notifier.unsubscribe
-        self._authorize = authorize
-        self._on_subscribe, self._on_unsubscribe = _hooks(on_subscribe), _hooks(on_unsubscribe)
-
-    def _attach(self) -> None:
-        super()._attach()
-        self.notifier._attach()
-
-    def stats(self) -> dict[str, Any]:
-        """Gauges and counters by name."""
-        notifier = self.notifier
-        feeds = [c._feed for c in self.channels.values() if c._feed is not None]
-        return super().stats() | {
-            "topics": len(notifier._feeds.exact) + len(notifier._feeds.patterns),
-            "subscriptions": sum(map(len, feeds)),
-            "lagging": sum(feed.lagging for feed in feeds),
-            "log_events": len(notifier._log), "log_bytes": notifier._log.size,
-            "events_published": notifier._published, "events_delivered": notifier._delivered,
-            "gaps_told": notifier._gaps_told, "slow_closed": notifier._slow_closed,
-            **({"backbone": notifier._shared.stats()} if notifier._shared else {})}
-
-    async def close(self, code: int = 1012, reason: str = "") -> None:
-        """Close all connections, staggered over two seconds at most, then leave the backbone."""
-        leaving = set(self.channels)
-        try:
-            await super().close(code, reason)
-        finally:
-            if self.channels.keys() <= leaving:  # nobody came meanwhile, to be served
-                await self.notifier.close()
-
-    def register_route(self, app_or_router: FastAPI | APIRouter, path: str, *,
-                       dependencies: Sequence[Depends] | None = None,
-                       browser_client: str | None = None) -> None:
-        """As `RpcEndpoint.register_route`.
-
-        A backbone is joined when the app starts, and left when it ends, if its lifespan is run;
-        else at first use, and by `close`.
-        """
-        super().register_route(app_or_router, path, dependencies=dependencies,
-                               browser_client=browser_client)
         router = app_or_router.router if isinstance(app_or_router, FastAPI) else app_or_router
         inner = router.lifespan_context
 
@@ -3763,108 +2959,347 @@ class PubSubEndpoint(RpcEndpoint):
                 finally:
                     await self.close()
 
-        if self.notifier._shared is not None:
-            router.lifespan_context = lifespan
+        router.lifespan_context = lifespan
 
-    async def _check(self, channel: RpcChannel, action: str, topics: tuple[str, ...]) -> None:
-        """Raises Forbidden, whose data names the topics that are refused."""
-        if not await self._allows(channel, action, topics):
-            refused = [topic for topic in topics
-                       if len(topics) == 1 or not await self._allows(channel, action, (topic,))]
-            raise Forbidden(f"{action} is forbidden: {', '.join(refused or topics):.200}",
-                            {"topics": refused or topics})
+    async def main_loop(self, websocket: WebSocket, /, *, identity: str | None = None,
+                        accept_headers: _HeaderList | None = None, **context: Any) -> None:
+        """Accept a connection in a route of your own, and serve it to its end.
 
-    async def _allows(self, channel: RpcChannel, action: str, topics: tuple[str, ...]) -> bool:
+        Args:
+            identity: who the client is; it becomes ``channel.identity``.
+            accept_headers: headers for the answer to the handshake, such as Set-Cookie.
+            context: any other keyword arguments become ``channel.context``.
+
+        Cancelling it closes the connection. If the connection was accepted already, it is served
+        without the subprotocol, with a warning.
+        """
+        self._attach()
+        if websocket.application_state is WebSocketState.CONNECTING:
+            subprotocol = await self._accept(websocket, accept_headers)
+        else:
+            subprotocol = None
+            logger.warning("leave accept() to main_loop(), which negotiates %s", SUBPROTOCOL)
+        if websocket.application_state is not WebSocketState.CONNECTED:
+            return
+        format = _WS_LITE if subprotocol == SUBPROTOCOL else _JSONRPC if subprotocol else None
+        channel = RpcChannel(_ServerSocket(websocket, subprotocol), self, format,
+                             context=context, identity=identity, websocket=websocket)
+        self.channels[channel.id] = channel
         try:
-            allowed = self._authorize is None or self._authorize(channel, action, topics)
+            await channel._serve(lambda: _run_hooks(self.on_connect, channel))
+        finally:
+            await _run_hooks_logged(self.on_disconnect, channel)
+
+    async def _is_allowed(self, channel: RpcChannel, action: str, names: tuple[str, ...]) -> bool:
+        if self.authorize is None:
+            return True
+        try:
+            allowed = self.authorize(channel, action, names)
             return bool(await allowed if inspect.isawaitable(allowed) else allowed)
-        except RpcError as error:
-            logger.info("%s of %s is refused: %s", action, topics, error)
+        except (RpcError, HTTPException, WebSocketException) as error:
+            logger.info("%s of %s is refused: %s", action, names, error)
             return False
 
-    def _check_hooks(self, channel: RpcChannel) -> None:
-        if len(channel._tasks) > self._max_requests:
-            raise Overloaded("too many hooks of this connection are running")
+    async def _check_allowed(self, channel: RpcChannel, action: str,
+                             names: tuple[str, ...]) -> None:
+        if not await self._is_allowed(channel, action, names):
+            raise Forbidden(f"{action} is forbidden: {', '.join(names):.200}",
+                            {"action": action, "methods" if action == "call" else "topics": names})
+
+    def _on_channel_closed(self, channel: RpcChannel) -> None:
+        self.channels.pop(channel.id, None)
+
+    async def _accept(self, websocket: WebSocket, headers: _HeaderList | None) -> str | None:
+        origin, host = (websocket.headers.get(name, "") for name in ("origin", "host"))
+        if origin and origin.partition("://")[2] != host.lower() and (
+                not self._origins.fullmatch(origin)):
+            logger.warning("refused a connection from a page of %r to %r: allowed_origins does not "
+                           "name it", origin, host)
+            await websocket.close(POLICY_VIOLATION)
+            return None
+        offered = websocket.scope.get("subprotocols", ())
+        chosen = next((n for n in (SUBPROTOCOL, *self.subprotocols) if n in offered), None)
+        pairs = headers.items() if isinstance(headers, Mapping) else headers or ()
+        await websocket.accept(chosen, [(n.lower().encode("latin-1"), v.encode("latin-1"))
+                                        for n, v in pairs])
+        return chosen
+
+    def _attach(self) -> None:
+        """Serve the running event loop from now on. Raises RuntimeError while it has another."""
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            if self.channels:
+                raise RuntimeError("this endpoint serves another event loop already; with "
+                                   "starlette's TestClient, use it as a context manager")
+            self._loop = loop
+            self._threads = anyio.CapacityLimiter(METHOD_THREADS)
+
+    def stats(self) -> dict[str, Any]:
+        """Gauges and counters by name."""
+        channels = self.channels.values()
+        return {"channels": len(channels),
+                "pending_calls": sum(len(channel._calls) for channel in channels),
+                "running_requests": sum(len(channel._runner.running) for channel in channels),
+                "stalled_closed": self._slow_peers}
+
+    async def close(self, code: int = 1012, reason: str = "") -> None:
+        """Close all connections, staggered over two seconds at most.
+
+        By 1012 clients know that the server restarts, and come back spread over two seconds.
+        """
+        channels = list(self.channels.values())
+        async with asyncio.TaskGroup() as group:
+            for channel in channels:
+                channel._spared.add(asyncio.current_task())
+                group.create_task(channel.close(code, reason))
+                await asyncio.sleep(min(0.001, RESTART_SPREAD_SECONDS / len(channels)))
+
+
+_Names: TypeAlias = list[str] | str
+_Id: TypeAlias = Annotated[str, StringConstraints(max_length=MAX_TOPIC_CHARACTERS)]
+
+
+def _check_count(names: _Names | None, limit: int, what: str) -> None:
+    """Count before looking: to check a million names would hold up everybody."""
+    if isinstance(names, list) and len(names) > limit:
+        raise InvalidParams(f"there are at most {limit} {what}, not {len(names)}")
+
+
+@dataclass(eq=False, repr=False)
+class PubSubEndpoint(RpcEndpoint):
+    """An RpcEndpoint whose clients can also subscribe and publish.
+
+    Args:
+        methods, authorize, on_connect, on_disconnect, middleware, allowed_origins, subprotocols,
+            default_response_timeout, max_message_size, legacy_max_message_size,
+            max_concurrent_requests: as in RpcEndpoint.
+        on_subscribe, on_unsubscribe: hooks that are called with (channel, topics): each topic or
+            pattern once when it is really added, and once when it is really gone, also by the end
+            of the connection.
+        history, history_bytes, on_slow, backbone, channel: as in EventNotifier. ``history`` is one
+            for all topics. Old clients are always closed with 1013, as they know no gaps.
+
+    Attributes:
+        channels: the open connections by the id of their channel.
+        notifier: the EventNotifier.
+    """
+
+    on_subscribe: _Hooks = field(default=(), kw_only=True)
+    on_unsubscribe: _Hooks = field(default=(), kw_only=True)
+    history: int = field(default=HISTORY_EVENTS, kw_only=True)
+    history_bytes: int = field(default=HISTORY_BYTES, kw_only=True)
+    on_slow: Literal["gap", "close"] = field(default="gap", kw_only=True)
+    backbone: str | Backbone | None = field(default=None, kw_only=True)
+    channel: str = field(default="fastapi_ws_lite", kw_only=True)
+    _built_in: ClassVar[Mapping[str, str]] = {
+        "subscribe": "_subscribe", "unsubscribe": "_unsubscribe", "publish": "_publish"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.notifier = EventNotifier(
+            history=self.history, history_bytes=self.history_bytes, on_slow=self.on_slow,
+            max_message_size=self.max_message_size, backbone=self.backbone, channel=self.channel)
+        self.publish, self.subscribe = self.notifier.publish, self.notifier.subscribe
+        self.unsubscribe, self.subscribers = self.notifier.unsubscribe, self.notifier.subscribers
+        self._hook_tasks: set[_Task] = set()
+
+    @property
+    def position(self) -> str:
+        """As `EventNotifier.position`."""
+        return self.notifier.position
+
+    def _attach(self) -> None:
+        super()._attach()
+        self.notifier._attach()
+
+    def _on_channel_closed(self, channel: RpcChannel) -> None:
+        super()._on_channel_closed(channel)
+        if (subscriber := channel._subscriber) is not None:
+            self._run_topic_hooks(subscriber, self.on_unsubscribe, subscriber.clear())
+
+    def stats(self) -> dict[str, Any]:
+        """Gauges and counters by name."""
+        notifier = self.notifier
+        return super().stats() | {
+            "topics": len(notifier._table.topics) + len(notifier._table.patterns),
+            "subscriptions": sum(map(len, notifier._subscribers)),
+            "lagging": sum(subscriber.is_lagging for subscriber in notifier._subscribers),
+            "log_events": len(notifier._log), "log_bytes": notifier._log.size,
+            "events_published": notifier._published, "events_delivered": notifier._delivered,
+            "gaps_told": notifier._gaps_told, "slow_closed": notifier._slow_closed,
+            **({} if (shared := notifier._shared) is None else {"backbone": shared.stats()})}
+
+    async def close(self, code: int = 1012, reason: str = "") -> None:
+        """Close all connections, staggered over two seconds at most, then leave the backbone."""
+        leaving = set(self.channels)
+        try:
+            await super().close(code, reason)
+            if self._hook_tasks:
+                await asyncio.wait(self._hook_tasks, timeout=GRACE_SECONDS)
+        finally:
+            if self.channels.keys() <= leaving:  # nobody has connected meanwhile
+                await self.notifier.close()
+
+    def _run_topic_hooks(self, subscriber: _Cursor, hooks: _Hooks,
+                         topics: tuple[str, ...]) -> None:
+        """Call hooks after those that were queued before for this connection."""
+        if hooks != () and topics:
+            subscriber.hook_calls.append((hooks, subscriber.channel, topics))
+            if len(subscriber.hook_calls) == 1:
+                _spawn_into(self._hook_tasks, self._make_hook_calls(subscriber))
+
+    async def _make_hook_calls(self, subscriber: _Cursor) -> None:
+        _current_request.set(None)
+        while subscriber.hook_calls:
+            try:
+                await _run_hooks_logged(*subscriber.hook_calls[0])
+            finally:
+                subscriber.hook_calls.popleft()
+
+    async def _allowed_topics(self, channel: RpcChannel, action: str,
+                              names: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of the topics or patterns that authorize grants."""
+        if not names or await self._is_allowed(channel, action, names):
+            return names
+        allowed = []
+        for count, name in enumerate(names if len(names) > 1 else ()):
+            if await self._is_allowed(channel, action, (name,)):
+                allowed.append(name)
+            if count % YIELD_MESSAGES == 0:
+                await asyncio.sleep(0)
+        return tuple(allowed)
+
+    async def _granted(self, channel: RpcChannel, topics: tuple[str, ...],
+                       patterns: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The topics and patterns that authorize grants, and those that no client can have."""
+        exact = tuple(t for t in topics if t != ALL_TOPICS and not t.startswith(INTERNAL_PREFIX))
+        granted = await self._allowed_topics(channel, "subscribe", exact)
+        wide = (*patterns, *(("*",) if ALL_TOPICS in topics and "*" not in patterns else ()))
+        globs = await self._allowed_topics(channel, "subscribe_pattern", wide)
+        if ALL_TOPICS in topics and "*" in globs:
+            granted = (*granted, ALL_TOPICS)
+        return granted, tuple(glob for glob in globs if glob in patterns)
 
     async def _subscribe(self, channel: RpcChannel, topics: _Names | None = None,
-                         patterns: _Names | None = None, since: str | None = None,
-                         subscriber_id: _Id | None = None, max_size: int | None = None) -> Any:
-        names, globs = _check_topics(topics or ()), _check_topics(patterns or (), pattern=True)
-        self._check_hooks(channel)
-        if channel._feed is None:
-            channel._feed = _Feed(channel, self.notifier)
-        feed = channel._feed
-        async with feed.lock:
-            new = [name for name in names if name not in feed.topics]
-            new_patterns = [name for name in globs if name not in feed.patterns]
-            if (len(feed) + len(new) + len(new_patterns) > MAX_SUBSCRIPTIONS
-                    or len(feed.patterns) + len(new_patterns) > MAX_PATTERNS):
-                raise InvalidParams(f"a connection has at most {MAX_SUBSCRIPTIONS} subscriptions, "
-                                    f"{MAX_PATTERNS} of them patterns")
-            if names or globs:  # else it is to be sent again what it was allowed before
-                await self._check(channel, "subscribe", names + globs)
-            if self.notifier._shared is not None:
-                await self.notifier._shared.ready(since, self.notifier._log.find)
-            if channel._closed is not None:  # and its feed cleared
+                         patterns: _Names | None = None, resume: str | None = None,
+                         since: str | None = None, last: NonNegativeInt | None = None,
+                         subscriber_id: _Id | None = None,
+                         max_size: NonNegativeInt | None = None) -> Any:
+        request, subscriber = _current_request.get(), self._subscriber_of(channel)
+        assert request is not None
+        _check_count(topics, MAX_SUBSCRIPTIONS, "topics in a subscribe")
+        _check_count(patterns, MAX_PATTERNS, "patterns in a subscribe")
+        if sum(value is not None for value in (resume, since, last)) > 1:
+            raise InvalidParams("a subscribe has one of resume, since and last")
+        names, globs = _check_topics(topics or ()), _check_topics(patterns or (), is_pattern=True)
+        if len(subscriber.hook_calls) > self.max_concurrent_requests:
+            raise Overloaded("too many hooks of this connection wait to be called")
+        async with subscriber.lock:
+            granted, granted_globs = await self._granted(channel, names, globs)
+            refused = [n for n in (*names, *globs) if n not in {*granted, *granted_globs}]
+            if refused and not (granted or granted_globs):
+                raise Forbidden(f"subscribe is forbidden: {', '.join(refused):.200}",
+                                {"action": "subscribe", "topics": refused})
+            self._check_room(subscriber, granted, granted_globs)
+            if (shared := self.notifier._shared) is not None:
+                await shared.ready(resume or since, lambda p: self.notifier._log.find(p) is not None)
+            matches = _topic_matcher(granted, granted_globs)
+            if since is not None or last is not None:
+                await self._match_history(matches, granted_globs)
+            if resume is None:
+                await subscriber.wait_for(self.notifier._log.end)
+                await channel._outbox.wait_for_room(LAGGING_BYTES)
+            if channel._closed is not None or request._has_ended:
                 raise ChannelClosed
-            # from here on there is no await until the answer is queued: no event falls between
-            feed.subscriber_id = subscriber_id or feed.subscriber_id
+            # Everything from here to the answer is one step, so nothing comes between.
+            subscriber.subscriber_id = subscriber_id or subscriber.subscriber_id
             if max_size is not None:
-                feed.takes = channel._peer_takes = min(channel._peer_takes, max_size)
-            recovered = feed.subscribe(names, globs, since)
-            request = _current.get()
-            if request is not None and (request.batch is not None or not request.open):
-                self._stir(channel)  # for what it has to send again: there is no answer yet
-            if self._on_subscribe:
-                channel._spawn(_run_hooks_logged(self._on_subscribe, channel, names + globs))
-            position = since if recovered else self.notifier._log.position
-            return channel._speaks is _OLD_WIRE or {"position": position, "recovered": recovered}
+                channel._peer_max_size = min(channel._peer_max_size, max_size)
+                subscriber.max_bytes = channel._peer_max_size
+            recovered = None if resume is None else subscriber.resume(resume)
+            position, events = subscriber.position(), list[str]()
+            if since is not None or last is not None:
+                events, recovered = subscriber.recent(matches, since, last)
+            added = subscriber.add(granted, granted_globs)
+            self._answer_subscribe(channel, request, position, recovered, refused, events)
+            self._run_topic_hooks(subscriber, self.on_subscribe, added)
+
+    def _answer_subscribe(self, channel: RpcChannel, request: RpcRequest, position: str,
+                          recovered: bool | None, refused: list[str], events: list[str]) -> None:
+        text = _encode({"position": position, "recovered": recovered, "refused": refused})
+        text = f'{text[:-1]},"events":[{",".join(events)}]}}'
+        channel._runner.answer(request, text if channel.format.has_positions else "true")
+
+    def _subscriber_of(self, channel: RpcChannel) -> _Cursor:
+        if channel._subscriber is None:
+            channel._subscriber = channel._outbox.cursor = _Cursor(channel, self.notifier)
+        return channel._subscriber
+
+    def _check_room(self, subscriber: _Cursor, topics: Sequence[str],
+                    patterns: Sequence[str]) -> None:
+        all_patterns = len(subscriber.patterns.keys() | patterns)
+        if (all_patterns > MAX_PATTERNS
+                or all_patterns + len(subscriber.topics.keys() | topics) > MAX_SUBSCRIPTIONS):
+            raise InvalidParams(f"a connection has at most {MAX_SUBSCRIPTIONS} subscriptions, "
+                                f"{MAX_PATTERNS} of them patterns")
+
+    async def _match_history(self, matches: Callable[[str], bool],
+                             patterns: Sequence[str]) -> None:
+        """Match what is in the log, so that this takes nothing of the one step. Others may run."""
+        for count, entry in enumerate(list(self.notifier._log.values()) if patterns else ()):
+            matches(entry.topic)
+            if count % YIELD_MESSAGES == 0:
+                await asyncio.sleep(0)
 
     async def _unsubscribe(self, channel: RpcChannel, topics: _Names | None = None,
                            patterns: _Names | None = None) -> bool:
+        _check_count(topics, MAX_SUBSCRIPTIONS, "topics in an unsubscribe")
+        _check_count(patterns, MAX_SUBSCRIPTIONS, "patterns in an unsubscribe")
         names, globs = _check_topics(topics or ()), _check_topics(patterns or ())
-        self._check_hooks(channel)
-        if channel._feed is not None:
-            async with channel._feed.lock:
-                channel._feed.remove(names, globs)
-            if self._on_unsubscribe:
-                channel._spawn(_run_hooks_logged(self._on_unsubscribe, channel, names + globs))
+        if (subscriber := channel._subscriber) is not None:
+            async with subscriber.lock:
+                removed = subscriber.remove(names, globs)
+                self._run_topic_hooks(subscriber, self.on_unsubscribe, removed)
         return True
 
     async def _publish(self, channel: RpcChannel, topics: _Names, data: Any = None,
-                       sync: bool = True, notifier_id: _Id | None = None) -> bool:
-        if len(names := _check_topics(topics)) > MAX_TOPICS:
-            raise InvalidParams(f"one publishes to at most {MAX_TOPICS} topics, not {len(names)}")
-        await self._check(channel, "publish", names)
-        own = channel.id if channel._feed is None else channel._feed.subscriber_id
-        try:
-            published = self.notifier.publish(topics, data, notifier_id=notifier_id or own)
-        except ValueError as error:  # 1e999 was read as infinite
-            raise InvalidParams("the data is not JSON: a number may be infinite") from error
-        await published
+                       notifier_id: _Id | None = None) -> bool:
+        _check_count(topics, MAX_PUBLISH_TOPICS, "topics in a publish")
+        names = _check_topics(topics)
+        if any(name.startswith(INTERNAL_PREFIX) for name in names):
+            raise Forbidden("these topics are for servers only")
+        await self._check_allowed(channel, "publish", names)
+        own = channel.id if channel._subscriber is None else channel._subscriber.subscriber_id
+        published = []
+        for start in range(0, len(names), YIELD_MESSAGES):  # others have their turn in between
+            try:
+                published.append(self.notifier.publish(
+                    names[start:start + YIELD_MESSAGES], data, notifier_id=notifier_id or own))
+            except ValueError as error:  # 1e999 was read as infinite
+                raise InvalidParams("the data is not JSON: a number may be infinite") from error
+            if start:
+                await asyncio.sleep(0)
+        for one in published:
+            await one
         return True
-
-    async def _pong(self) -> str:
-        return "pong"
-
-    async def _discover(self, channel: RpcChannel) -> Any:
-        if not await self._allows(channel, "discover", ()):
-            raise Forbidden("discover is forbidden")
-        return {**await super()._discover(channel), "x-events": True}
 
 
 # ------------------------------------------------------------------------------------ transports
-# A transport opens connections for a client; a socket is one of them.
-
-_Headers: TypeAlias = Mapping[str, str] | Sequence[tuple[str, str]]
+# A transport opens connections for a client, and a socket is one of them. The socket of a route
+# stands here, too. What a library raises for a broken connection becomes ChannelClosed, an OSError
+# or a TimeoutError, after which a client tries again; its other errors are told as they are.
 
 
 class Transport(Protocol):
-    """Opens connections. Raises Refused, or ChannelClosed, OSError or TimeoutError: try again."""
+    """What opens connections for a client."""
 
     async def open(self, uri: str, *, headers: Sequence[tuple[str, str]], subprotocols: list[str],
                    max_size: int) -> Socket:
-        """Connect, offering the subprotocols, to accept messages of at most max_size bytes."""
+        """Connect, offering the subprotocols, and accept messages of at most max_size bytes.
+
+        Raises Refused with the HTTP status; ChannelClosed, OSError or TimeoutError if trying again
+        may help. Cancelling it leaves no connection.
+        """
 
 
 class _ServerSocket:
@@ -3872,8 +3307,8 @@ class _ServerSocket:
 
     def __init__(self, websocket: WebSocket, subprotocol: str | None) -> None:
         self._websocket, self.subprotocol = websocket, subprotocol
-        self._receive = websocket._receive  # its own receive() would check each message: 0.5 us
-        self.below = _uvicorn(websocket._send)
+        self._receive = websocket._receive  # receive() would check each message again: 0.5 us
+        self.transport = _uvicorn_transport(websocket._send)
 
     async def send(self, text: str) -> None:
         await self._websocket.send({"type": "websocket.send", "text": text})
@@ -3882,20 +3317,16 @@ class _ServerSocket:
         return _received(await self._receive())
 
     async def close(self, code: int, reason: str) -> None:
-        try:
-            if self.below is None or not self.below.closing():
-                await self._websocket.close(code, reason)
-        finally:
-            if self.below is not None:
-                self.below.finish()
+        if self.transport is None or not self.transport.is_closing():
+            await self._websocket.close(code, reason)
 
 
-class _Uvicorn:
-    """The connection of uvicorn below an ASGI send, for two things that ASGI has no way to say.
+class _UvicornTransport:
+    """uvicorn's transport. Unlike ASGI it can write without awaiting, report unsent bytes, and
+    abort a connection whose peer reads nothing.
 
-    To write without waiting is 1.5 times the fan-out, as one turn of the loop is one write to the
-    socket, of bytes that all subscribers share. And to abort a connection is the only way to be rid
-    of a peer that reads nothing: a close waits until it has read all, as does the server's exit.
+    Writing without awaiting is 5 times the fan-out: one turn of the loop is one write of bytes that
+    all subscribers share.
     """
 
     __slots__ = ("_protocol", "_transport", "abort", "takes_frames", "unsent", "write")
@@ -3904,33 +3335,29 @@ class _Uvicorn:
         self._protocol, self._transport = protocol, protocol.transport
         self.write, self.abort = self._transport.write, self._transport.abort
         self.unsent = self._transport.get_write_buffer_size
-        sansio = type(protocol).__module__ == "uvicorn.protocols.websockets.websockets_sansio_impl"
-        self.takes_frames = sansio and not protocol.conn.extensions  # compression is one
+        self.takes_frames = (
+            type(protocol).__module__ == "uvicorn.protocols.websockets.websockets_sansio_impl")
 
-    def ready(self) -> bool:
+    def is_ready(self) -> bool:
         return not (self.unsent() or self._transport.is_closing() or self._protocol.close_sent)
 
-    def closing(self) -> bool:
+    def is_closing(self) -> bool:
         server = getattr(self._protocol, "ws_server", None)  # of --ws websockets
         return self._transport.is_closing() or getattr(server, "closing", False)
 
-    def finish(self, before: float = math.inf) -> None:
-        """The connection is closed: when the peer takes no more, drop what it has not taken."""
-        unsent = self.unsent()
-        if unsent >= before:
-            self.abort()
-        elif unsent:
-            asyncio.get_running_loop().call_later(CLOSE_SECONDS, self.finish, unsent)
 
-
-def _uvicorn(send: Any) -> _Uvicorn | None:
-    """None for other servers and versions, and for middleware that is to see what is sent."""
-    with contextlib.suppress(Exception):  # whatever those have in its place
+def _uvicorn_transport(send: Any) -> _UvicornTransport | None:
+    """The transport below an ASGI send; None for other servers, and where a middleware of the app
+    is to see what is sent.
+    """
+    try:
         while getattr(send, "__module__", None) == "starlette._exception_handler":
             variables = dict(zip(send.__code__.co_freevars, send.__closure__, strict=True))
             send = variables["send"].cell_contents
         if type(send.__self__).__module__.startswith("uvicorn.protocols.websockets."):
-            return _Uvicorn(send.__self__)
+            return _UvicornTransport(send.__self__)
+    except (AttributeError, KeyError, TypeError, ValueError):  # another server's, or version
+        pass
     return None
 
 
@@ -3944,11 +3371,12 @@ def _received(message: Message) -> str | bytes:
 
 
 class NetworkTransport:
-    """The default: a connection of the websockets library.
+    """The default transport: a connection of the websockets library, 14.1 or later.
 
-    Takes the options of ``websockets.connect``, like ``ssl``, ``proxy``, ``unix`` and ``path``,
-    ``open_timeout`` (10 s), ``ping_interval`` and ``ping_timeout`` (20 s each). Compression is off
-    unless asked for.
+    Args:
+        options: those of ``websockets.connect``, such as ``ssl``, ``proxy``, ``unix`` and ``path``,
+            ``open_timeout`` (10 s), ``ping_interval`` and ``ping_timeout`` (20 s each), and
+            ``compression``, which is off unless asked for.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -3956,20 +3384,31 @@ class NetworkTransport:
 
     async def open(self, uri: str, *, headers: Sequence[tuple[str, str]], subprotocols: list[str],
                    max_size: int) -> Socket:
-        try:
-            library = importlib.import_module("websockets")
-            connect = importlib.import_module("websockets.asyncio.client").connect
-        except ImportError as error:
-            raise ImportError("a client needs the websockets library: pip install websockets, "
-                              "or 'fastapi-ws-lite[standard]'") from error
+        """As `Transport.open`. Raises ImportError without websockets 14.1 or later."""
+        library, connect = self._library()
         try:
             return _NetworkSocket(await connect(
                 uri, additional_headers=headers, subprotocols=subprotocols, max_size=max_size,
                 **self._options), library.ConnectionClosed)
         except library.InvalidStatus as error:
             raise Refused(error.response.status_code) from error
+        except library.InvalidURI as error:
+            raise ValueError(f"{uri!r} is no address of a WebSocket: it begins with ws:// or "
+                             f"wss:// ({error})") from error
         except library.InvalidHandshake as error:
             raise ChannelClosed(1006, str(error)) from error
+
+    @staticmethod
+    def _library() -> tuple[Any, Any]:
+        how = "pip install 'websockets>=14.1'"
+        try:
+            library = importlib.import_module("websockets")
+            version = importlib.import_module("websockets.version").version
+        except ImportError as error:
+            raise ImportError(f"a client needs the websockets library: {how}") from error
+        if tuple(map(int, version.split(".")[:2])) < (14, 1):
+            raise ImportError(f"websockets {version} is too old for a client: {how}")
+        return library, importlib.import_module("websockets.asyncio.client").connect
 
 
 class _NetworkSocket:
@@ -3977,35 +3416,39 @@ class _NetworkSocket:
         self._connection, self._closed = connection, closed
         self.subprotocol: str | None = connection.subprotocol
 
-    async def _do(self, work: Awaitable[Any]) -> Any:
-        try:
-            return await work
-        except self._closed as error:
-            raise ChannelClosed(self._connection.close_code or 1006,
-                                self._connection.close_reason or "") from error
-
     async def send(self, text: str) -> None:
-        await self._do(self._connection.send(text))
+        try:
+            await self._connection.send(text)
+        except self._closed as error:
+            raise self._error() from error
 
     async def recv(self) -> str | bytes:
-        data: bytes = await self._do(self._connection.recv(decode=False))
+        try:
+            data: bytes = await self._connection.recv(decode=False)
+        except self._closed as error:
+            raise self._error() from error
         return data
+
+    def _error(self) -> ChannelClosed:
+        return ChannelClosed(self._connection.close_code or 1006,
+                             self._connection.close_reason or "")
 
     async def close(self, code: int, reason: str) -> None:
         try:
             await self._connection.close(code, reason)
         finally:
-            self._connection.transport.abort()  # if it is not closed, as a full buffer prevents it
+            self._connection.transport.abort()  # if a full buffer prevents the closing handshake
 
 
 class ASGITransport:
-    """Connects to an ASGI app in this process, without a network: for tests."""
+    """Connects to an ASGI app in this process, without a network; for tests."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def open(self, uri: str, *, headers: Sequence[tuple[str, str]], subprotocols: list[str],
                    max_size: int) -> Socket:
+        """As `Transport.open`. Raises what the app raises."""
         url = urlsplit(uri)
         named = [("host", url.netloc.rpartition("@")[2]), *headers]
         socket = _ASGISocket(self._app, {
@@ -4021,35 +3464,32 @@ class ASGITransport:
 
 
 class _ASGISocket:
-    """Runs the app in a task; what it sends waits in a queue that makes it wait when it is full."""
+    """Runs the app in a task. The app waits while 16 of its messages were not received."""
 
     def __init__(self, app: ASGIApp, scope: dict[str, Any]) -> None:
         self.subprotocol: str | None = None
         self._to_app: asyncio.Queue[Message] = asyncio.Queue()
-        self._from_app: deque[Message] = deque()
-        self._waiters: list[asyncio.Future[None]] = []
-        self._closed: Message | None = None  # what we closed it with
-        self._task = asyncio.ensure_future(app(scope, self._to_app.get, self._app_sends))
-        self._task.add_done_callback(lambda _: _wake(self._waiters))
+        self._from_app: asyncio.Queue[Message] = asyncio.Queue(16)
+        self._is_closed = False
+        self._task = asyncio.ensure_future(self._run(app, scope))
 
-    async def _app_sends(self, message: Message) -> None:
-        while len(self._from_app) >= 16 and self._closed is None:
-            await _next_wake(self._waiters)
-        if self._closed is not None:
+    async def _run(self, app: ASGIApp, scope: dict[str, Any]) -> None:
+        try:
+            await app(scope, self._to_app.get, self._send_from_app)
+        finally:
+            if not self._is_closed:
+                await self._from_app.put({"type": "websocket.close", "code": 1006})
+
+    async def _send_from_app(self, message: Message) -> None:
+        if self._is_closed:
             raise OSError("the client has disconnected")
-        self._from_app.append(message)
-        _wake(self._waiters)
+        await self._from_app.put(message)
 
     async def _receive(self) -> Message:
-        while not self._from_app:
-            if self._closed is not None:
-                return self._closed
-            if self._task.done():
-                self._task.result()  # raises what the app raised
-                return {"type": "websocket.close", "code": 1006}
-            await _next_wake(self._waiters)
-        _wake(self._waiters)
-        return self._from_app.popleft()
+        message = await self._from_app.get()
+        if message.get("code") == 1006:
+            await self._task  # raises what the app has raised
+        return message
 
     async def connect(self) -> None:
         self._to_app.put_nowait({"type": "websocket.connect"})
@@ -4070,51 +3510,54 @@ class _ASGISocket:
         return _received(await self._receive())
 
     async def close(self, code: int, reason: str) -> None:
-        self._closed = {"type": "websocket.disconnect", "code": code, "reason": reason}
-        self._to_app.put_nowait(self._closed)
-        _wake(self._waiters)
+        self._is_closed = True
+        self._to_app.put_nowait(
+            {"type": "websocket.disconnect", "code": code, "reason": reason})
+        while not self._from_app.empty():  # the app may wait for room
+            self._from_app.get_nowait()
         await asyncio.wait([self._task], timeout=GRACE_SECONDS)
         self._task.cancel()
 
 
-class _SessionOver(Refused):
-    """There is nothing to connect with, ever again."""
+class _SessionEnded(Refused):
+    """A session is one connection, so that there is nothing to connect again with."""
 
 
 class SessionTransport:
-    """Takes a session that is open already: of httpx-ws (async), or of starlette's TestClient.
+    """Uses a session that is open already: of httpx-ws (async), or of starlette's TestClient.
 
-    For one connection: a client that loses it is refused another. The session must have offered
-    the subprotocol ``ws-lite.1``, or the client speaks the old wire.
+    It is good for one connection. Offer the subprotocol ``ws-lite.1`` when you open the session;
+    without it the client speaks plain JSON-RPC.
     """
 
     def __init__(self, session: Any) -> None:
         self._session: Any = session
         self._is_async = inspect.iscoroutinefunction(session.receive_text)
-        self._used = False
+        self._is_used = False
         self.subprotocol = getattr(session, "accepted_subprotocol", None) or getattr(
             session, "subprotocol", None)
 
     async def open(self, uri: str, *, headers: Sequence[tuple[str, str]], subprotocols: list[str],
                    max_size: int) -> Socket:
-        if self._used:
-            raise _SessionOver(reason="a session is one connection, and it has ended")
-        self._used = True
+        """As `Transport.open`; at the second time it raises Refused."""
+        if self._is_used:
+            raise _SessionEnded(reason="a session is one connection, and it has ended")
+        self._is_used = True
         return self
 
-    async def _do(self, function: Callable[..., Any], *args: Any) -> Any:
+    async def _call(self, function: Callable[..., Any], *args: Any) -> Any:
         if self._is_async:
             return await function(*args)
         call = functools.partial(function, *args)
         return await anyio.to_thread.run_sync(call, abandon_on_cancel=True)
 
     async def send(self, text: str) -> None:
-        await self._do(self._session.send_text, text)
+        await self._call(self._session.send_text, text)
 
     async def recv(self) -> str | bytes:
         try:
-            text: str = await self._do(self._session.receive_text)
-        except Exception as error:  # each library has its own
+            text: str = await self._call(self._session.receive_text)
+        except Exception as error:  # each library has its own one for a close, with code and reason
             code, reason = getattr(error, "code", 1006), getattr(error, "reason", "")
             raise ChannelClosed(code, reason or "") from error
         return text
@@ -4124,36 +3567,42 @@ class SessionTransport:
             events = importlib.import_module("wsproto.events")  # which comes with httpx-ws
             await self._session.send(events.CloseConnection(code, reason))
         else:
-            await self._do(self._session.close, code, reason)
+            await self._call(self._session.close, code, reason)
 
 
 # --------------------------------------------------------------------------------------- clients
 # A client is one task, which connects, serves the connection, and waits before it connects again.
-# It alone writes the state. `close` cancels it; whoever is in a call waits on the state or on the
-# channel, so that cancelling a caller touches nothing else.
+# It alone writes the state, but for `close`. Callers wait on the state or on the channel, so that
+# cancelling a caller touches nothing else.
+#
+# A PubSubClient keeps the subscriptions of the program in its dispatcher. `_agreed` is what the
+# server has granted on this connection, and one task (`_sync`) sends the difference: one request at
+# a time, until there is none. `_position` is the client's place in the server's log, the position
+# of the last thing that was received. A new connection first subscribes to what had been agreed
+# before, and resumes there. The same happens on a connection whose client has fallen behind: when
+# the queue for callbacks is full, nothing more is taken until it is empty, and then the client
+# resumes. Answers take effect where they are read, in the order of the server's stream.
 
 
-class _ClientOptions(_Options, total=False):
-    headers: _Headers | Callable[[], _Headers | Awaitable[_Headers]]
-    transport: Transport | None
-    wire: Literal["old", "jsonrpc"]
-    connect_timeout: float | None
-
-
-class RpcClient(_Side, _Caller):
+@dataclass(eq=False, repr=False)
+class RpcClient(_Peer, _Caller):
     """Calls the methods of a server and serves its calls, through reconnects.
 
     Args:
         server_uri: ws:// or wss://.
         methods: an instance of a class derived from RpcMethodsBase, for the server to call.
-        headers: for the handshake; or a callable, ``def`` or ``async def``, that returns them
-            and is asked anew at every connection.
+        headers: for the handshake; or a callable, as ``def`` or ``async def``, that returns them
+            and is called anew for every connection.
         transport: what opens connections; NetworkTransport() by default.
-        wire: what a server without the subprotocol is spoken to in: "old", the wire of
-            fastapi_websocket_rpc, or "jsonrpc".
-        connect_timeout: seconds that ``async with`` waits for the connection; None for ever.
-        on_connect, on_disconnect, default_response_timeout, max_message_size,
-            max_concurrent_requests, codec: as in RpcEndpoint.
+        connect_timeout: seconds that ``async with`` waits for the connection; None is no limit.
+        retry: seconds of the shortest and the longest back-off, of which a random part is waited.
+        on_connect, on_disconnect: hooks that are called with the channel, when it is ready and
+            after its end.
+        middleware, default_response_timeout, max_message_size, max_concurrent_requests: as in
+            RpcEndpoint.
+
+    HTTP status 401, 403 and 404 are final until the client has once been ready, and close code 1008
+    always is. If ``headers`` is a callable, one more attempt with fresh headers is made first.
 
     Attributes:
         state: "new", "connecting", "ready", "waiting" (to connect again) or "closed".
@@ -4161,48 +3610,47 @@ class RpcClient(_Side, _Caller):
         channel: the connection, or None.
     """
 
-    def __init__(self, server_uri: str = "ws://localhost", methods: RpcMethodsBase | None = None, *,
-                 headers: _Headers | Callable[[], _Headers | Awaitable[_Headers]] = (),
-                 transport: Transport | None = None, wire: Literal["old", "jsonrpc"] = "old",
-                 connect_timeout: float | None = None, **options: Unpack[_Options]) -> None:
-        super().__init__(methods, **options)
-        self.server_uri, self.state = server_uri, "new"
-        url = urlsplit(server_uri)  # for the log, where user, password and query do not belong
+    server_uri: str = "ws://localhost"
+    methods: RpcMethodsBase | None = None
+    headers: _HeaderList | None | Callable[
+        [], _HeaderList | None | Awaitable[_HeaderList | None]] = field(default=None, kw_only=True)
+    transport: Transport = field(default_factory=NetworkTransport, kw_only=True)
+    connect_timeout: float | None = field(default=None, kw_only=True)
+    retry: tuple[float, float] = field(default=RETRY_SECONDS, kw_only=True)
+
+    def __post_init__(self) -> None:
+        self.state = "new"
+        url = urlsplit(self.server_uri)  # the log shows neither the password nor the query
         self._name = f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}"
         self.last_error: Exception | None = None
         self.channel: RpcChannel | None = None
-        self._headers, self._transport = headers, transport or NetworkTransport()
-        if wire not in ("old", "jsonrpc"):
-            raise ValueError(f"wire is 'old' or 'jsonrpc', not {wire!r}")
-        self._fallback = _JSONRPC if wire == "jsonrpc" else _OLD_WIRE
-        self._connect_timeout = connect_timeout
         self._task: asyncio.Task[None] | None = None
         self._closer: asyncio.Task[None] | None = None
-        self._spared: set[asyncio.Task[Any] | None] = set()  # called close, and go on after it
-        self._waiters: list[asyncio.Future[None]] = []
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._fatal: Exception | None = None  # why it gave up
+        self._callers_of_close: set[_Task | None] = set()  # they are not cancelled
+        self._waiters: _Waiters = []  # for the state to change
+        self._fatal: Exception | None = None  # why the client gave up
         self._failures, self._ready_at = 0, math.inf
-        self._was_ready = self._tried_fresh_headers = self._serving = False
+        self._was_ready = self._has_tried_fresh_headers = self._is_serving = False
+        self._set_up(self.methods)
 
-    # its life
+    # Its life.
 
     def start(self) -> None:
         """Begin to connect, in the background. Raises RuntimeError if it was started before."""
         if self._task is not None:
             raise RuntimeError("a client is started once; make another one")
-        self._make_limiters()
+        self._threads = anyio.CapacityLimiter(METHOD_THREADS)
         self._set_state("connecting")
         self._task = asyncio.create_task(self._run())
 
     async def __aenter__(self) -> Self:
         self.start()
         try:
-            async with asyncio.timeout(self._connect_timeout):
+            async with asyncio.timeout(self.connect_timeout):
                 await self.wait_until_ready()
         except TimeoutError as error:
             await self.close()
-            raise RequestTimeout(f"no connection to {self._name} in {self._connect_timeout} s: "
+            raise RequestTimeout(f"no connection to {self._name} in {self.connect_timeout} s: "
                                  f"{self.last_error!r}") from error
         except BaseException:
             await self.close()
@@ -4217,44 +3665,45 @@ class RpcClient(_Side, _Caller):
         while self.state != "ready":
             if self.state == "closed":
                 raise self._why_closed()
-            await _next_wake(self._waiters)
+            await _wait_notified(self._waiters)
 
     async def wait_until_done(self) -> None:
         """Wait until the client is closed. Raises Refused if the server refused it."""
         while self.state != "closed":
-            await _next_wake(self._waiters)
+            await _wait_notified(self._waiters)
         if not isinstance(error := self._why_closed(), ChannelClosed) or isinstance(error, Refused):
             raise error
 
     async def close(self) -> None:
         """Close the connection and connect no more. Returns soon, in every state.
 
-        It may be called from a method, hook or callback of this client, which goes on afterwards.
-        Cancelling it cancels nothing else.
+        A method, hook or callback of this client may call it and goes on afterwards. Cancelling it
+        cancels nothing else.
         """
-        self._spared.add(asyncio.current_task())
+        task = asyncio.current_task()
+        self._callers_of_close.add(task)
+        if self.channel is not None:
+            self.channel._spared.add(task)
         if self._closer is None:
             self._closer = asyncio.create_task(self._close())
         await asyncio.wait([self._closer])
 
     async def _close(self) -> None:
-        channel, task = self.channel, self._task
-        if channel is not None:
-            if under_way := self._tasks - self._spared:  # publishes that nobody waited for
-                await asyncio.wait(under_way, timeout=GRACE_SECONDS)
-            channel._spared += self._spared
+        if (channel := self.channel) is not None:
+            channel._spared |= self._callers_of_close
             await channel.close()
-        if task is not None and task not in self._spared:
-            if not self._serving:  # else it has to close the socket, and to run hooks
+        task = self._task
+        if task is not None and task not in self._callers_of_close:
+            if not self._is_serving:  # otherwise it has to close the socket and to run hooks
                 task.cancel()
             await asyncio.wait([task], timeout=CLOSE_SECONDS + GRACE_SECONDS)
             task.cancel()
         self._set_state("closed")
 
-    def _ended(self, channel: RpcChannel) -> None:
+    def _on_channel_closed(self, channel: RpcChannel) -> None:
         self.channel = None
         if asyncio.get_running_loop().time() - self._ready_at >= READY_SECONDS:
-            self._failures = 0
+            self._failures, self._has_tried_fresh_headers = 0, False
         self._ready_at = math.inf
         self._set_state("waiting")
 
@@ -4262,13 +3711,13 @@ class RpcClient(_Side, _Caller):
         if self.state not in (state, "closed"):
             logger.debug("%s: %s, then %s", self._name, self.state, state)
             self.state = state
-            _wake(self._waiters)
+            _notify_all(self._waiters)
 
     def _why_closed(self) -> Exception:
         return self._fatal or ChannelClosed(1000, "the client is closed")
 
     async def _run(self) -> None:
-        _current.set(None)  # a method that starts a client does not pass its deadline on
+        _current_request.set(None)  # the deadline of a method that starts a client is not ours
         try:
             while self._closer is None:
                 self._set_state("connecting")
@@ -4279,7 +3728,7 @@ class RpcClient(_Side, _Caller):
                                    type(error).__name__, delay)
                     self._set_state("waiting")
                     await asyncio.sleep(delay)
-        except Exception as error:  # Refused, or what trying again would not mend
+        except Exception as error:  # Refused, or what trying again would not mend: the user is told
             logger.warning("%s: %s: given up", self._name, error or repr(error))
             self.last_error = self._fatal = error
         finally:
@@ -4289,51 +3738,55 @@ class RpcClient(_Side, _Caller):
         """Seconds until the next attempt: full jitter. Raises Refused if there is to be none."""
         status = error.status if isinstance(error, Refused) else None
         code = error.code if isinstance(error, ChannelClosed) else None
-        if isinstance(error, _SessionOver):
+        if isinstance(error, _SessionEnded):
             raise error
-        if (status in FINAL_STATUS or code == POLICY_VIOLATION) and not self._was_ready:
-            if not callable(self._headers) or self._tried_fresh_headers:
+        if code == POLICY_VIOLATION or (status in FINAL_STATUS and not self._was_ready):
+            if not callable(self.headers) or self._has_tried_fresh_headers:
                 raise Refused(status, code or 1006, getattr(error, "reason", "")) from error
-            self._tried_fresh_headers = True
-        first = self._failures == 0
+            self._has_tried_fresh_headers = True
+        is_first = self._failures == 0
         self._failures += 1
-        if first and code in RESTART_CODES:
+        if is_first and code in RESTART_CODES:
             return random.uniform(0, RESTART_SPREAD_SECONDS)
-        longest = BACKOFF_FIRST_SECONDS * 2 ** min(self._failures - 1, 20)
-        return random.uniform(0, min(BACKOFF_MAX_SECONDS, longest))
+        shortest, longest = self.retry
+        return random.uniform(0, min(longest, shortest * 2 ** min(self._failures - 1, 20)))
 
     async def _connect(self) -> Exception:
         """One connection, from its opening to its end; returns why it ended."""
         try:
-            headers = self._headers() if callable(self._headers) else self._headers
+            headers = self.headers() if callable(self.headers) else self.headers
             headers = await headers if inspect.isawaitable(headers) else headers
-        except Exception as error:  # a token cannot be had now: later, perhaps
-            return error
-        if self._closer is not None:  # it was closed by what was called for headers
+        except _PROGRAMMING_ERRORS:
+            raise
+        except Exception as error:  # a token cannot be had at the moment
+            return ChannelClosed(1006, f"the headers could not be had: {error!r}")
+        if self._closer is not None:  # what was called for headers has closed the client
             return ChannelClosed(1000)
-        pairs = list(headers.items() if isinstance(headers, Mapping) else headers)
+        pairs = list(headers.items() if isinstance(headers, Mapping) else headers or ())
         try:
-            socket = await self._transport.open(
+            socket = await self.transport.open(
                 self.server_uri, headers=pairs, subprotocols=[SUBPROTOCOL],
-                max_size=self._max_size)
-        except Exception as error:  # what else it is, a redirect perhaps, may pass if it was ready
+                max_size=self.max_message_size)
+        except _PROGRAMMING_ERRORS:
+            raise
+        except Exception as error:  # others of the library may pass, if it once was ready
             if not self._was_ready and not isinstance(error, (ChannelClosed, OSError)):
                 raise
             return error
-        dialect = _WS_LITE if socket.subprotocol == SUBPROTOCOL else self._fallback
-        self.channel = channel = RpcChannel(socket, self, dialect, {})
-        self._serving = True
+        format = _WS_LITE if socket.subprotocol == SUBPROTOCOL else _JSONRPC
+        self.channel = channel = RpcChannel(socket, self, format)
+        self._is_serving = True
         try:
-            return await channel._run(lambda: self._opened(channel))
+            return await channel._serve(lambda: self._opened(channel))
         finally:
-            await _run_hooks_logged(self._on_disconnect, channel)
-            self._serving = False
+            await _run_hooks_logged(self.on_disconnect, channel)
+            self._is_serving = False
 
     async def _opened(self, channel: RpcChannel) -> None:
         await self._greet(channel)
         self._was_ready, self._ready_at = True, asyncio.get_running_loop().time()
         self._set_state("ready")
-        await _run_hooks(self._on_connect, channel)
+        await _run_hooks(self.on_connect, channel)
 
     async def _greet(self, channel: RpcChannel) -> None:
         """A first round trip: a server that accepts and then closes was never ready."""
@@ -4341,22 +3794,36 @@ class RpcClient(_Side, _Caller):
             await channel.call("_ping_", timeout=GREETING_SECONDS)
         except (ChannelClosed, RequestTimeout):
             raise
-        except RpcError:  # of a server of another kind; it is an answer
+        except RpcError:  # a server of another kind has no such method, but it has answered
             pass
 
-    # calling the server
+    # Calling the server.
 
-    async def _response(self, method: str, args: _Arguments, timeout: _Timeout) -> RpcResponse:
+    async def call(self, method: str, args: _Arguments = None, *, timeout: _Timeout = _UNSET,
+                   meta: Mapping[str, Any] | None = None) -> RpcResponse:
+        """Call a method of the server, as `RpcChannel.call`.
+
+        While there is no connection it waits for one, within the timeout. Raises RuntimeError if
+        the client was not started.
+        """
         channel, seconds = await self._ready_channel(timeout)
-        return await channel._response(method, args, seconds)
+        return await channel.call(method, args, timeout=seconds, meta=meta)
+
+    async def stream(self, method: str, args: _Arguments = None, *, timeout: _Timeout = _UNSET,
+                     meta: Mapping[str, Any] | None = None) -> AsyncGenerator[Any, None]:
+        """Iterate over a stream of the server, as `RpcChannel.stream`."""
+        channel, _ = await self._ready_channel(timeout)
+        items = channel.stream(method, args, timeout=timeout, meta=meta)
+        async with contextlib.aclosing(items):
+            async for item in items:
+                yield item
 
     async def _ready_channel(self, timeout: _Timeout) -> tuple[RpcChannel, float | None]:
+        """The connection, and what is left of the timeout."""
         if self.channel is not None and self.state == "ready":
             return self.channel, self._seconds(timeout)
-        if self.state == "new":
-            raise RuntimeError("the client is not started: use 'async with', or start()")
-        seconds = self._seconds(timeout)
-        began = asyncio.get_running_loop().time()
+        self._check_started()
+        seconds, began = self._seconds(timeout), asyncio.get_running_loop().time()
         try:
             async with asyncio.timeout(seconds):
                 while self.channel is None or self.state != "ready":
@@ -4366,485 +3833,1542 @@ class RpcClient(_Side, _Caller):
         spent = asyncio.get_running_loop().time() - began
         return self.channel, None if seconds is None else seconds - spent
 
+    def _check_started(self) -> None:
+        if self.state == "new":
+            raise RuntimeError("the client is not started: use 'async with', or start()")
+
     def notify(self, method: str, args: _Arguments = None) -> None:
-        """Call a method of the server and do not wait. Raises ChannelClosed if there is none."""
+        """Call a method of the server and do not wait. Raises ChannelClosed without a connection."""
         if self.channel is None:
             raise ChannelClosed(1006, "there is no connection now")
         self.channel.notify(method, args)
 
 
-class _PubSubOptions(_ClientOptions, total=False):
-    on_gap: _Hooks
-    since: str | None
+class _SyncStep(NamedTuple):
+    """The next request that brings the server nearer to what the program wants."""
+    method: str
+    keys: set[_Key]
+    args: dict[str, Any]
+    subscription: Subscription | None = None  # whose replay is asked for
+
+    @property
+    def is_resume(self) -> bool:
+        return "resume" in self.args
 
 
-def _is_passing(error: RpcError) -> bool:
-    return isinstance(error, (ChannelClosed, RequestTimeout, Overloaded))
-
-
+@dataclass(eq=False, repr=False)
 class PubSubClient(RpcClient):
-    """An RpcClient that can also subscribe and publish; it subscribes again at each connection.
+    """An RpcClient that can also subscribe and publish.
 
-    Callbacks run one at a time, in the order of the events, across all subscriptions. What was
-    published while the connection was away arrives when it is back, or a gap is told.
+    Callbacks run one at a time, in the order of the events, across all subscriptions. After a
+    reconnect the client resumes: what was published meanwhile arrives, or a gap is told.
 
-    Args, beside those of RpcClient:
-        on_gap: hooks, called with a Gap where events are missing, before the first one after it.
-        since: where subscriptions begin, unless they say so themselves: a position, as of an
-            earlier process.
+    Args:
+        server_uri, methods, headers, transport, connect_timeout, retry, on_connect, on_disconnect,
+            middleware, default_response_timeout, max_message_size, max_concurrent_requests: as in
+            RpcClient.
+        on_gap: hooks that are called with a Gap where events are missing, before the first event
+            after it.
+        since: a position that an earlier process has kept: the first subscribe resumes there. Make
+            all subscriptions that shall do so before the client is started.
+
+    Attributes:
+        state, last_error, channel: as in RpcClient.
     """
 
-    def __init__(self, server_uri: str = "ws://localhost", methods: RpcMethodsBase | None = None, *,
-                 on_gap: _Hooks = (), since: str | None = None,
-                 **options: Unpack[_ClientOptions]) -> None:
-        super().__init__(server_uri, methods, **options)
-        own: dict[str, _Inline] = {"notify": self._on_event, "gap": self._on_gap_told,
-                                   "position": self._on_position}
+    on_gap: _Hooks = field(default=(), kw_only=True)
+    since: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        own: dict[str, _InlineHandler] = {
+            "notify": self._on_event, "gap": self._on_gap_told, "position": self._on_position}
         if taken := own.keys() & self._table.keys():
             raise ValueError(f"a client that subscribes has a method {min(taken)!r} of its own")
         self._table.update(own)
-        self._id = uuid.uuid4().hex  # by which the server knows what it has published
-        self._on_gap, self._since = _hooks(on_gap), since
-        self._inbox = _Inbox(self._tell, self._missed, self._drained, confirmed=False)
-        self._received = since  # all up to there was taken into the queues
-        self._top = _offset(since)  # the newest place that is known of
-        self._greeted: RpcChannel | None = None
-        self._told: dict[_Key, int] = {}  # what the server was asked for, and by which question
-        self._known: set[_Key] = set()  # what some server has agreed to: it is resumed
-        self._resumed = True  # on this connection; else what comes is not looked at
-        self._asking: dict[int, asyncio.Task[None]] = {}  # the questions that are not answered
-        self._questions = 0
-        self._later: set[_Key] = set()  # what to tell when there is less to be answered
-        self._publishing = asyncio.Semaphore(REQUESTS_AT_ONCE)
+        self._id = uuid.uuid4().hex  # by which the server knows what this client has published
+        self._dispatcher = _Dispatcher(
+            self._on_change, self._tell_gap, self._on_drained, self._check_started)
+        self._position = self.since
+        self._starts_at_since = self.since is not None  # until the first subscribe is sent
+        self._is_behind = False  # nothing is taken until a resume is answered
+        self._is_draining = False  # the queue was full, and is not empty yet
+        self._changed: set[_Key] = set()  # where wanted and agreed may differ
+        self._agreed: set[_Key] = set()  # what the server has granted on this connection
+        self._resumable: set[_Key] = set()  # what goes on at _position on the next connection
+        self._syncing: asyncio.Task[None] | None = None
+        self._publishes: set[_Task] = set()
+        self._publish_slots = asyncio.Semaphore(256)  # the server runs a limited number at once
 
     @property
     def position(self) -> str | None:
-        """All up to there was handled: callbacks have returned, iterators have asked for the next.
+        """The position before the first event that is not handled yet.
 
-        Keep it, and give it as ``since`` to the client of a later process. None while not known.
+        An event is handled when its callback has returned, or when its iterator was asked for the
+        next one. Keep the position, and give it as ``since`` to the client of a later process.
+        It may be None; in that case keep your previously saved position.
         """
-        queues = self._inbox.queues()
-        places = [(q[0].era, q[0].previous) for q in queues if q]
-        places += [q.again for q in queues if q.behind]
-        places.append((self._inbox.era, self._received))  # it may be the least, after a rewind
-        era, position = min(places, key=_placed)
-        wishes = (s._since for s in self._inbox.unconfirmed if s._since is not None)
-        return position if era >= 0 and all(s == self._received for s in wishes) else None
+        oldest = self._dispatcher.oldest()
+        return self._position if oldest is None else oldest.previous
 
     def subscribe(self, topics: str | Iterable[str], callback: _Callback | None = None, *,
-                  pattern: bool = False, since: str | None = None) -> Subscription:
+                  pattern: bool = False, last: int | None = None,
+                  since: str | None = None) -> Subscription:
         """Subscribe, now and at each connection; await what it returns to have it confirmed.
 
-        As `EventNotifier.subscribe`: the callback takes (data), (data, topic) or (event), and
-        without one, iterate over what is returned. ``since`` is a position: what the server still
-        has of the events after it comes first. Cancelling the wait leaves it subscribed. Raises
-        Overloaded while 64 MiB wait to be sent.
+        Args:
+            topics: one or several; with ``pattern``, patterns as of fnmatch.fnmatchcase.
+            callback: takes (data), (data, topic) or (event), and may be ``async def``; a plain one
+                runs on the event loop, too. Without one, iterate over what is returned.
+            last: the last so many events that the server still has come first.
+            since: all events after this position come first. At most 1,000 events and 1 MiB come
+                by ``last`` or ``since``; if more are due, a gap is told first. At a reconnect the
+                subscription resumes, and this replay is not repeated.
+
+        Cancelling the wait leaves it subscribed. Raises InvalidParams for topics, TypeError for a
+        callback with other parameters, and RuntimeError in another thread than the client's.
         """
-        if self.channel is not None and self.channel._outbox_size > OUTBOX_BYTES:
-            raise Overloaded("too much waits to be sent to this peer")
-        since = self._since if since is None else since
-        subscription = self._inbox.subscribe(topics, callback, pattern, since)
-        if self._greeted is self.channel and subscription._since is None and any(
-                (topic, pattern) in self._known for topic in subscription.topics):
-            subscription._place = self._top  # what is sent again of those is not for this one
-        self._inbox.unconfirmed[subscription] = math.inf if self._later else self._questions
-        self._confirm()
+        self._check_thread()
+        if last is not None and (last < 1 or since is not None):
+            raise ValueError("last is 1 or more, and does not go together with since")
+        replay = {"last": last} if last is not None else {"since": since} if since else None
+        subscription = self._dispatcher.subscribe(topics, callback, pattern, replay)
         if self.state == "closed":
-            self._end_subscriptions()
+            subscription._end(self._why_closed())
+        self._start_agreed(subscription)
         return subscription
 
-    def unsubscribe(self, topics: str | Iterable[str], *, pattern: bool = False) -> Awaitable[None]:
-        """Cancel all subscriptions to these topics; await it for the server's answer."""
-        self._inbox.unsubscribe(topics, pattern)
-        if not self._asking:
-            return _DONE
-        return _Receipt(_hold(self._tasks, self._asked()), "unsubscribe")
+    def unsubscribe(self, topics: str | Iterable[str], *,
+                    pattern: bool = False) -> _OptionalAwait[None]:
+        """Cancel all subscriptions to these topics. Await it for the server's answer, or do not."""
+        self._check_thread()
+        self._dispatcher.unsubscribe(topics, pattern)
+        return _OptionalAwait(self._syncing, "unsubscribe")
 
     def publish(self, topics: str | Iterable[str], data: Any = None, *,
-                include_self: bool = False) -> Awaitable[RpcResponse]:
-        """Publish an event to each topic; a subscription of this client gets it if include_self.
+                include_self: bool = False) -> _OptionalAwait[RpcResponse]:
+        """Publish an event to each topic, with ``await`` or without.
 
-        With ``await`` it is in the server's log, or raises Forbidden, MessageTooLarge, or what
-        `call` does. Without, a failure is logged.
+        When it was awaited, the event is in the server's log. Without ``await``, a failure is
+        logged. Subscriptions of this client get the event only with ``include_self``.
+
+        Raises InvalidParams for topics, Overloaded while 10,000 publishes wait, and RuntimeError in
+        another thread; and when awaited Forbidden, MessageTooLarge, and what `call` raises.
         """
+        self._check_thread()
         args = {"topics": _check_topics(topics), "data": data,
                 "notifier_id": uuid.uuid4().hex if include_self else self._id}
-        return _Receipt(_hold(self._tasks, self._publish(args)), f"publish to {args['topics']}")
+        if len(self._publishes) >= QUEUE_EVENTS:
+            raise Overloaded(f"{QUEUE_EVENTS} events wait to be published")
+        publishing = _spawn_into(self._publishes, self._publish(args))
+        return _OptionalAwait(publishing, f"publish to {args['topics']}")
 
     async def _publish(self, args: dict[str, Any]) -> RpcResponse:
-        async with self._publishing:
-            channel, seconds = await self._ready_channel(_UNSET)
-            if channel._speaks is _OLD_WIRE and args["notifier_id"] == self._id:
-                args["notifier_id"] = None  # there, the channel's own stands for it
-            elif channel._speaks is _OLD_WIRE:
-                args["sync"] = False  # or the server waits for us to answer it before it reads on
-            return await channel.call("publish", args, timeout=seconds)
+        seconds = self._seconds(_UNSET)
+        try:
+            async with asyncio.timeout(seconds), self._publish_slots:
+                return await self.call("publish", args)
+        except TimeoutError as error:
+            raise error if isinstance(error, RequestTimeout) else RequestTimeout(
+                f"publish was not answered in {seconds} s") from error
 
-    # what the server tells
+    def _check_thread(self) -> None:
+        """Raises RuntimeError in another thread than that of the client's loop."""
+        if self._task is not None and self.state != "closed":
+            with contextlib.suppress(RuntimeError):
+                if asyncio.get_running_loop() is self._task.get_loop():
+                    return
+            raise RuntimeError("a client belongs to its event loop and its thread; for use in "
+                               "threads there is connect(), which returns a Remote")
+
+    # What the server tells, in the order of its log.
 
     def _on_event(self, channel: RpcChannel, params: Any) -> None:
         fields = params if type(params) is dict else {}
-        old = fields.get("subscription")
-        topic = old.get("topic") if type(old) is dict else fields.get("topic")
-        if type(topic) is str and self._resumed:
-            position = fields.get("position")
-            place = _offset(position) if type(position) is str else -1
-            event = Event(topic, fields.get("data"), position if place >= 0 else None)
-            if self._inbox.put(event, channel._share, self._received, place) and place >= 0:
-                self._received = position
-            self._top = max(self._top, place)
+        topic, position = fields.get("topic"), fields.get("position")
+        if self._position is not None and self._dispatcher.queue.is_full() and not self._is_behind:
+            self._is_behind = self._is_draining = True
+        if self._is_behind:
+            self._dispatcher.start()  # a callback may have cancelled the task
+        elif type(topic) is str:
+            event = Event(topic, fields.get("data"), position if type(position) is str else None)
+            self._dispatcher.put(event, channel._message_size, self._position)
+            self._position = event.position
 
     def _on_position(self, channel: RpcChannel, params: Any) -> None:
         position = params.get("position") if type(params) is dict else None
-        if type(position) is str and self._resumed and not self._inbox.full:
-            self._received, self._top = position, max(self._top, _offset(position))
+        if type(position) is str and not self._is_behind:
+            self._position = position
 
     def _on_gap_told(self, channel: RpcChannel, params: Any) -> None:
         fields = params if type(params) is dict else {}
         position, reason = fields.get("position"), fields.get("reason")
-        takes = self._resumed and not self._inbox.full
-        if takes and type(position) is str and type(reason) is str:
-            self._lose(self._received, position, reason)
-            if reason == "log":
-                self._restart_at(position)
+        if type(position) is str and type(reason) is str and not self._is_behind:
+            self._put_gap(position, reason)
 
-    def _lose(self, since: str | None, position: str | None, reason: str) -> None:
-        self._inbox.miss(Gap(since, position, reason))
-        self._received = position
+    def _put_gap(self, position: str | None, reason: str) -> None:
+        self._dispatcher.put_gap(Gap(self._position, position, reason))
+        self._position = position
 
-    def _restart_at(self, position: str) -> None:
-        """The places of before mean nothing in the log that is there now."""
-        self._top, self._inbox.era = _offset(position), self._inbox.era + 1
-        for subscription in self._inbox.subscriptions():
-            if subscription._since is None and subscription._place >= 0:
-                subscription._place = self._top
+    async def _tell_gap(self, gap: Gap) -> None:
+        logger.log(logging.DEBUG if self.on_gap else logging.WARNING, "missed: %s", gap)
+        await _run_hooks_logged(self.on_gap, gap)
 
-    async def _missed(self, gap: Gap) -> None:
-        logger.log(logging.DEBUG if self._on_gap else logging.WARNING, "missed: %s", gap)
-        await _run_hooks_logged(self._on_gap, gap)
+    def _on_drained(self) -> None:
+        if self._is_draining:
+            self._is_draining = False
+            self._start_sync()
 
-    def _drained(self) -> None:
-        """The callbacks have caught up: have sent again what the queue did not take."""
+    # What the server is asked for.
+
+    async def _greet(self, channel: RpcChannel) -> None:
+        self._agreed, self._changed = set(), self._dispatcher.table.keys()
+        self._is_behind = self._position is not None and bool(self._resumable)
+        await self._sync(channel)
+        if channel._closed is not None:
+            raise ChannelClosed(channel._closed.code, channel._closed.reason)
+        if not self._agreed:  # otherwise the server has answered already
+            await super()._greet(channel)
+
+    def _on_change(self, keys: set[_Key]) -> None:
+        """A subscription has come or gone with these topics or patterns."""
+        gone = {key for key in keys if not self._dispatcher.table.subscribers_of(key)}
+        self._changed |= keys
+        self._resumable -= gone
+        if self._starts_at_since:
+            self._resumable |= keys - gone
+            self._is_behind = True
+        self._start_sync()
+
+    def _start_sync(self) -> None:
         channel = self.channel
-        if channel is None or channel is not self._greeted:
-            return  # the next connection begins with it
-        if channel._speaks is _OLD_WIRE or self._received is None:
-            self._inbox.full = False
-            self._lose(None, None, "queue")
-        else:
-            channel._spawn_vital(self._rewind(channel))
+        if channel is not None and self.state == "ready" and (
+                self._syncing is None or self._syncing.done()):
+            self._syncing = channel._spawn_vital(self._sync(channel))
 
-    async def _rewind(self, channel: RpcChannel) -> None:
-        taken: list[str | None] = []
-        while self._inbox.full and not taken:
-            since = self._received
-            args = {"since": since, "subscriber_id": self._id, "max_size": self._max_size}
-            then = functools.partial(self._rewound, since, taken)
+    async def _sync(self, channel: RpcChannel) -> None:
+        """Send the difference between what is wanted and what is agreed, until there is none."""
+        _current_request.set(None)  # the deadline of who subscribed is not that of this task
+        at_once = MAX_SUBSCRIPTIONS  # keys in a request: fewer, where it is too large or refused
+        while channel._closed is None and (step := self._next_step(at_once)) is not None:
             try:
-                await channel._outcome(
-                    "subscribe", *channel._start("subscribe", args, _UNSET, then))
-            except RpcError as error:  # of the end of the connection, this task does not hear
-                logger.warning("subscribe: %s", error)
-                if not _is_passing(error):
-                    self._inbox.full = False
-                    self._lose(since, None, "queue")
-                    return
-                await asyncio.sleep(random.uniform(0, ASK_AGAIN_SECONDS))
+                await channel._await_response(step.method, *channel._send_call(
+                    step.method, step.args, _UNSET if self.state != "ready" else None,
+                    on_response=functools.partial(self._on_synced, step)))
+                at_once = min(2 * at_once, MAX_SUBSCRIPTIONS)
+            except Overloaded as error:
+                logger.warning("%s: %s: again", step.method, error)
+                if step.method == "unsubscribe":
+                    self._agreed |= step.keys
+                await asyncio.sleep(random.uniform(0, 1))
+            except (ChannelClosed, RequestTimeout) as error:  # nobody knows what the server has
+                await channel.close(SERVER_ERROR, error.message)
+            except RpcError as error:
+                if step.method == "subscribe" and not self._refuse(step, error):
+                    if not step.keys:
+                        await channel.close(SERVER_ERROR, error.message)
+                    at_once = max(1, len(step.keys) // 2)  # to find out which it is
 
-    def _rewound(self, since: str | None, taken: list[str | None], outcome: _Outcome) -> None:
-        """Take events again; unless a subscription has wished for older ones meanwhile."""
-        if isinstance(outcome, RpcResponse) and since == self._received:
-            taken.append(since)
-            self._inbox.full = False
-            self._placed(self._known, self._known, set(), since, outcome)
+    def _next_step(self, at_once: int) -> _SyncStep | None:
+        """The next request to send, or None if the server has what is wanted."""
+        table = self._dispatcher.table
+        if gone := {k for k in self._changed & self._agreed if not table.subscribers_of(k)}:
+            gone = set(itertools.islice(gone, at_once))
+            self._agreed -= gone
+            return _SyncStep("unsubscribe", gone, self._named(gone))
+        new = {key for key in self._changed - self._agreed
+               if any(s._replay is None for s in table.subscribers_of(key))}
+        own = {"subscriber_id": self._id, "max_size": self.max_message_size}
+        may_resume = self._is_behind and not self._is_draining
+        resumed = new & self._resumable
+        if keys := set(itertools.islice(resumed or new, at_once)):
+            args = {**self._named(keys), **own}
+            if may_resume and keys == resumed:
+                args["resume"] = self._position
+            if resumed or not may_resume or not self._agreed:
+                self._starts_at_since = False
+                return _SyncStep("subscribe", keys, args)
+        if may_resume and self._agreed:
+            return _SyncStep("subscribe", set(), {"resume": self._position, **own})
+        replays = (s for key in self._changed for s in table.subscribers_of(key) if s._replay)
+        if (subscription := next(replays, None)) is not None:
+            keys = subscription._keys()
+            args = {**self._named(keys), **own, **(subscription._replay or {})}
+            return _SyncStep("subscribe", keys, args, subscription)
+        self._changed.clear()
+        return None
 
-    def _placed(self, keys: set[_Key], whole: set[_Key], left: set[_Key], since: str | None,
-                outcome: _Outcome) -> None:
-        """The answer to a subscribe, before anything that comes after it is looked at.
+    @staticmethod
+    def _named(keys: set[_Key]) -> dict[str, Any]:
+        return {"topics": [name for name, is_pattern in keys if not is_pattern],
+                "patterns": [name for name, is_pattern in keys if is_pattern]}
 
-        It may have been one of several questions, which were asked instead of one for the whole:
-        who has topics in several is served when none is left.
+    def _on_synced(self, step: _SyncStep, outcome: _Outcome) -> None:
+        """Take the answer to a request, before anything that the server sends after it."""
+        if not isinstance(outcome, RpcResponse) or step.method != "subscribe":
+            return
+        result: dict[str, Any] = outcome.result if type(outcome.result) is dict else {}
+        position = result.get("position")
+        position = position if type(position) is str else None
+        if step.is_resume:
+            if result.get("recovered") is not True:
+                self._put_gap(position, "history")
+            self._is_behind, self._position = False, position
+        elif step.subscription is not None and self._is_behind:
+            # The replay ends at this position, and what other subscriptions had to come before it
+            # does not fit into the queue.
+            self._put_gap(position, "queue")
+            self._is_behind = self._is_draining = False
+        elif not self._is_behind:
+            self._position = position
+        refused = {key for key in step.keys if key[0] in result.get("refused", ())}
+        self._grant(step.keys - refused)
+        if step.subscription is not None and not refused:
+            self._take_replay(step.subscription, result)
+        if refused:
+            self._end_refused(refused, Forbidden("subscribe is forbidden: " + ", ".join(
+                name for name, _ in refused)[:200], {"topics": [name for name, _ in refused]}))
+
+    def _grant(self, keys: set[_Key]) -> None:
+        self._agreed |= keys
+        self._resumable |= {k for k in keys if self._dispatcher.table.subscribers_of(k)}
+        for subscription in self._dispatcher.subscribers_of(keys):
+            self._start_agreed(subscription)
+
+    def _start_agreed(self, subscription: Subscription) -> None:
+        """Start a subscription whose topics the server has agreed to; one with a replay is not
+        started before the answer to its own request.
         """
-        result = outcome.result if isinstance(outcome, RpcResponse) else False
-        if result is False:
+        if (self.channel is not None and subscription._replay is None
+                and subscription._keys() <= self._agreed):
+            subscription._start()
+
+    def _take_replay(self, subscription: Subscription, result: dict[str, Any]) -> None:
+        since = (subscription._replay or {}).get("since")
+        subscription._start()
+        if subscription._has_ended:
             return
-        fresh = self._received is None or not self._known  # there is no place to go on from
-        self._known |= {key for key in keys if self._inbox.topics.having(*key)}
-        self._resumed = True
-        left -= keys
-        there = self._inbox.having(keys)
-        if type(result) is not dict or type(position := result.get("position")) is not str:
-            if any(s._since is not None for s in there):
-                self._lose(None, None, "reconnect")
-                for subscription in there:
-                    subscription._since = None
-            return
-        lost = since is not None and result.get("recovered") is not True
-        ours = fresh or since == self._received  # else it is the wish of some
-        goes_on = since is None or (ours and not fresh)
-        if lost:
-            self._inbox.miss(Gap(since, position, "history"), self._inbox.era if ours else -1)
-        if ours and (lost or fresh):
-            self._received = position
-            self._restart_at(position)
-        elif not lost and since is not None and _offset(since) < _offset(self._received):
-            self._received = position
-            for queue in self._inbox.queues():
-                queue.rewound(self._inbox.era, position)
-        self._top = max(self._top, _offset(position))
-        for subscription in there:
-            mine = subscription._keys()
-            wished = subscription._since == since and mine <= whole and not mine & left
-            if (goes_on and subscription._place < 0) or (lost and wished):
-                subscription._place = self._top
-            if wished:
-                subscription._since = None
-        if since is not None and keys != whole and not left and not lost:
-            self._inbox.miss(Gap(since, None, "size"), self._inbox.era if ours else -1)
+        if result.get("recovered") is not True:
+            gap = Gap(since, None, "history", subscription.topics)
+            self._dispatcher.put_gap(gap, only=subscription)
+        for fields in result.get("events", ()):
+            event = Event(fields.get("topic"), fields.get("data"), fields.get("position"))
+            size = len(_json_string(event.topic)) + 256
+            self._dispatcher.put(event, size, self._position, only=subscription)
+
+    def _refuse(self, step: _SyncStep, error: RpcError) -> bool:
+        """End what the server refuses. Returns whether it is known what that is."""
+        named = error.data.get("topics") if isinstance(error.data, dict) else None
+        refused = {key for key in step.keys if isinstance(named, list) and key[0] in named}
+        if step.subscription is not None or len(step.keys) == 1:
+            refused = step.keys
+        self._end_refused(refused, error)
+        return bool(refused)
+
+    def _end_refused(self, keys: set[_Key], error: RpcError) -> None:
+        self._resumable -= keys
+        for subscription in self._dispatcher.subscribers_of(keys):
+            logger.warning("the subscription to %s is refused: %s", subscription.topics, error)
+            self._dispatcher.remove(subscription, subscription.topics, error)
+
+    # Its end.
 
     async def _close(self) -> None:
+        if self.channel is not None and (under_way := self._publishes - self._callers_of_close):
+            await asyncio.wait(under_way, timeout=GRACE_SECONDS)
         await super()._close()
-        task = self._inbox.task
-        if task is not None and task not in self._spared:
-            task.cancel()
-            await asyncio.wait([task], timeout=GRACE_SECONDS)
+        self._dispatcher.is_closed = True
+        for task in {self._dispatcher.task, *self._publishes} - self._callers_of_close:
+            if task is not None and not task.done():
+                task.cancel()
+                await asyncio.wait([task], timeout=GRACE_SECONDS)
+
+    def _on_channel_closed(self, channel: RpcChannel) -> None:
+        self._agreed = set()
+        super()._on_channel_closed(channel)
 
     def _set_state(self, state: str) -> None:
         super()._set_state(state)
-        if state == "closed":
-            self._end_subscriptions()
+        if state == "ready":
+            self._start_sync()  # something may have changed during the greeting
+        elif state == "closed":
+            for subscription in self._dispatcher.subscribers_of(self._dispatcher.table.keys()):
+                subscription._end(self._why_closed())
 
-    def _end_subscriptions(self) -> None:
-        for subscription in self._inbox.subscriptions():
-            subscription._settle(ended=True, error=self._why_closed())
 
-    # Telling the server. What is wanted and what it was told are kept apart, and questions make the
-    # one the other. They are numbered; the server answers them in any order. A subscription is
-    # confirmed when all questions are answered that were asked before it was made, and its own.
-    # On a new connection, what was subscribed to before is resumed first, and alone: only the
-    # answer tells whether places still mean what they did. Until then nothing else is asked, and
-    # what comes, because of a question that was given up as late, is not looked at.
+# ------------------------------------------------------------- the wire of fastapi_websocket_rpc
+# Lets clients of fastapi_websocket_rpc 0.1 and fastapi_websocket_pubsub 1.0 connect to an endpoint,
+# which recognises them by their first message. They know arguments by name only, and no timeouts,
+# cancelling, streams, positions or gaps. They keep the websockets library's limit of 1 MiB for a
+# message unless told otherwise: raise ``legacy_max_message_size`` together with theirs. An event
+# over it closes such a client with 1009, as its own server would, so that it comes back.
 
-    async def _greet(self, channel: RpcChannel) -> None:
-        self._greeted, self._told, self._later, self._inbox.full = channel, {}, set(), False
-        exact, patterns = self._inbox.topics.exact, self._inbox.topics.patterns
-        keys = {(name, False) for name in exact} | {(name, True) for name in patterns}
-        self._known &= keys
-        lost = channel._speaks is _OLD_WIRE or self._received is None
-        self._resumed = lost or not self._known
-        if lost and self._known:
-            self._lose(None, None, "reconnect")
-        self._tell(keys)
-        for subscription in self._inbox.unconfirmed:
-            self._inbox.unconfirmed[subscription] = math.inf if self._later else self._questions
-        if self._asking:
-            await self._asked()
-        else:
-            await super()._greet(channel)
-        self._confirm()
 
-    async def _asked(self) -> None:
-        while self._later and self._asking:
-            await asyncio.wait(self._asking.values(), return_when=asyncio.FIRST_COMPLETED)
-        for task in list(self._asking.values()):
-            await asyncio.wait([task])
+class _LegacyFormat(_WireFormat):
+    """{"request": {method, arguments, call_id}, "response": {result, result_type, call_id}}."""
 
-    def _tell(self, keys: set[_Key]) -> None:
-        """Ask the server for those of the keys that it does not know of, and to end the others."""
-        ended = {key for key in keys if not self._inbox.topics.having(*key)}
-        self._known -= ended
-        self._resumed = self._resumed or not self._known
-        channel = self.channel
-        if channel is None or self._greeted is not channel:
-            return
-        if not self._resumed:
-            again = (keys & self._known) - self._told.keys()
-            self._ask(channel, "subscribe", again, self._received)
-        if not self._resumed or len(self._asking) >= REQUESTS_AT_ONCE:
-            self._postpone(keys)
-            return
-        wanted = {key for key in keys if self._inbox.topics.having(*key)}
-        if channel._speaks is _OLD_WIRE:
-            if patterns := {key for key in wanted if key[1]}:
-                self._refuse(patterns, InvalidParams("fastapi_websocket_pubsub has no patterns"))
-            # those servers send an event once for each match, so ask for all topics or for some
-            everything = ALL_TOPICS in self._inbox.topics.exact
-            keys = self._told.keys() | {(name, False) for name in self._inbox.topics.exact}
-            if wishing := [s for s in self._inbox.subscriptions() if s._since is not None]:
-                self._lose(None, None, "reconnect")  # nor have they positions
-                for subscription in wishing:
-                    subscription._since = None
-            wanted = {key for key in keys if everything == (key[0] == ALL_TOPICS)}
-        gone = (keys - wanted) & self._told.keys()
-        for since, asked in self._beginnings(wanted, channel._speaks).items():
-            self._ask(channel, "subscribe", asked, since)
-        self._ask(channel, "unsubscribe", gone)
+    has_positions = False
+    is_limited = True
 
-    def _postpone(self, keys: set[_Key]) -> None:
-        self._later |= keys
-        for subscription in self._inbox.having(keys):
-            if subscription in self._inbox.unconfirmed:
-                self._inbox.unconfirmed[subscription] = math.inf
+    def understands(self, message: Any) -> bool:
+        return type(message) is dict and "jsonrpc" not in message and super().understands(message)
 
-    def _beginnings(self, keys: set[_Key], dialect: _Dialect) -> dict[str | None, set[_Key]]:
-        """What to ask for, by where it is to begin: now (this first), or after a position.
+    def request(self, id: int | None, method: str, params: str | None, *, meta: str | None = None,
+                timeout: float | None = None, credit: int = 0) -> str:
+        if credit:
+            raise RpcError(-32600, "the wire of fastapi_websocket_rpc has no streams")
+        if params is not None and params[0] != "{":
+            raise TypeError("the wire of fastapi_websocket_rpc takes arguments by name only")
+        call_id = "null" if id is None else f'"{id}"'
+        return (f'{{"request":{{"method":{_json_string(method)},"arguments":{params or "{}"},'
+                f'"call_id":{call_id}}},"response":null}}')
 
-        A key may have several: places of different logs cannot be compared.
+    def result(self, id: Any, result: str) -> str:
+        kind = type(_decode(result)).__name__
+        return (f'{{"request":null,"response":{{"result":{result},"result_type":"{kind}",'
+                f'"call_id":{_encode(id)}}}}}')
+
+    def error(self, id: Any, error: RpcError) -> str:
+        return (f'{{"request":null,"response":{{"result":null,"result_type":null,'
+                f'"call_id":{_encode(id)},"error":{_error_object(error)}}}}}')
+
+    def event(self, entry: _Entry) -> str:
+        arguments = (f'{{"subscription":{{"topic":{_json_string(entry.topic)}}},'
+                     f'"data":{entry.data}}}')
+        return self.request(None, "notify", arguments)
+
+    def parse(self, message: Any) -> Sequence[_Message]:
+        fields = message if type(message) is dict else {}
+        found: list[_Message] = []
+        if type(request := fields.get("request")) is dict:
+            found.append(self._parse_call(request))
+        if type(response := fields.get("response")) is dict:
+            id, error, result = (response.get(k) for k in ("call_id", "error", "result"))
+            own = int(id) if type(id) is str and re.fullmatch("[0-9]{1,18}", id) else None
+            found.append(_Response(own, RpcResponse(result) if error is None
+                                   else self._parse_error(error)))
+        return found or (_invalid(),)
+
+    def _parse_call(self, call: dict[str, Any]) -> RpcRequest:
+        id, method, arguments = (call.get(k) for k in ("call_id", "method", "arguments"))
+        id = id if type(id) is str else None
+        if type(method) is not str or type(arguments or {}) is not dict:
+            return _invalid(id)
+        arguments = arguments or {}
+        if method == "publish":
+            arguments.pop("sync", None)  # they are answered when the event is in the log
+        return RpcRequest(id, method, arguments, True)
+
+
+_WIRE_FORMATS.append(_LegacyFormat())
+
+
+# --------------------------------------------------------------------------------------- OpenRPC
+# This section describes methods in an OpenRPC document (https://spec.open-rpc.org). The core calls
+# `_discover` when a peer calls `rpc.discover`, and `register_openrpc` serves the same document over
+# HTTP. The schemas are made from the adapters that validate arguments and serialise results, so
+# the document always agrees with what the server does. Making a document changes no state.
+
+_SCHEMA_REF: Final = "#/components/schemas/"
+
+
+class _Schemas(GenerateJsonSchema):
+    """Pydantic's generator, except that a type without a schema gets an empty one."""
+
+    def emit_warning(self, kind: Any, detail: str) -> None:
+        """Leave out a default that is not JSON, without a warning."""
+
+    def normalize_name(self, name: str) -> str:
+        """Name the schema of ``Page[int]`` PageInt."""
+        return re.sub(r"[^a-zA-Z0-9_]+(\w?)", lambda match: match[1].upper(), name)
+
+    def generate_inner(self, schema: Any) -> dict[str, Any]:
+        try:
+            return super().generate_inner(schema)
+        except PydanticInvalidForJsonSchema:
+            return {}
+
+    def bytes_schema(self, schema: Any) -> dict[str, Any]:
+        """Describe bytes inside a model as its configuration has it, in FastAPI's words."""
+        encodings = {"base64": {"contentEncoding": "base64"}, "hex": {"contentEncoding": "base16"}}
+        name = "ser_json_bytes" if self.mode == "serialization" else "val_json_bytes"  # since 2.9
+        described = {"type": "string", "contentMediaType": "application/octet-stream",
+                     **encodings.get(getattr(self._config, name, ""), {})}
+        self.update_with_validations(described, schema, self.ValidationsMapping.bytes)
+        return described
+
+    def arguments_schema(self, schema: Any) -> dict[str, Any]:
+        """Describe the arguments of a method by name, including those that go by position."""
+        if schema.get("metadata", {}).get("pydantic_js_prefer_positional_arguments"):
+            return super().arguments_schema(schema)  # a named tuple, in an older pydantic
+        named = {self.get_argument_name(a): a["schema"] for a in schema["arguments_schema"]}
+        required = [name for name, inner in named.items() if inner["type"] != "default"]
+        named |= {rest: schema[rest] for rest in ("var_args_schema", "var_kwargs_schema")
+                  if rest in schema}
+        return {"required": required, "properties": {
+            name: self._argument_schema(inner) for name, inner in named.items()}}
+
+    def _argument_schema(self, schema: Any) -> dict[str, Any]:
+        try:
+            return self.generate_inner(schema)
+        except PydanticOmit:  # SkipJsonSchema leaves out a model's field, but not an argument
+            return {}
+
+
+def _document(peer: RpcEndpoint | RpcClient) -> dict[str, Any]:
+    """The document of a side's own methods, whose class gives its title, text and version."""
+    owner = type(peer if peer.methods is None else peer.methods)
+    methods = {name: method for name, method in peer._table.items()
+               if isinstance(method, _ExposedMethod) and not method.is_built_in}
+    inputs: list[tuple[str, Literal["validation", "serialization"], TypeAdapter[Any]]] = []
+    for name, method in methods.items():
+        inputs.append((name, "validation", method.adapter))
+        inputs.append((name, "serialization", method.result_adapter or TypeAdapter(Any)))
+    schemas, shared = TypeAdapter.json_schemas(
+        inputs, ref_template=_SCHEMA_REF + "{model}", schema_generator=_Schemas)
+    doc = None if owner.__module__ == __name__ else owner.__doc__  # ours describes no methods
+    about = {"description": inspect.cleandoc(doc)} if doc else {}
+    version = getattr(sys.modules.get(owner.__module__), "__version__", "0")
+    document = {"openrpc": "1.3.2",
+                "info": {"title": owner.__name__, "version": str(version), **about},
+                "methods": [_method_object(name, method, schemas[name, "validation"],
+                                           schemas[name, "serialization"])
+                            for name, method in methods.items()],
+                "components": {"schemas": shared.get("$defs", {})}}
+    return _with_plain_schema_names(document)
+
+
+def _method_object(name: str, method: _ExposedMethod, arguments: dict[str, Any],
+                   result: dict[str, Any]) -> dict[str, Any]:
+    """Describe a method as OpenRPC's Method Object, with its required parameters first."""
+    kind, params = inspect.Parameter, []
+    variadic = (kind.VAR_POSITIONAL, kind.VAR_KEYWORD)
+    parameters = sorted(method.parameters, key=lambda p: p.kind in variadic)
+    for p, (own, schema) in zip(parameters, arguments["properties"].items(), strict=True):
+        params.append({"name": own, "schema": schema, "required": own in arguments["required"]})
+        if p.kind in variadic:
+            params[-1] |= {"name": p.name, "x-variadic": True}
+    kinds, text = {p.kind for p in parameters}, inspect.getdoc(method.function) or ""
+    return {"name": name,
+            **({"summary": text.partition("\n")[0], "description": text} if text else {}),
+            "paramStructure": "by-position" if kinds & {kind.POSITIONAL_ONLY, kind.VAR_POSITIONAL}
+            else "by-name" if kinds & {kind.KEYWORD_ONLY, kind.VAR_KEYWORD} else "either",
+            "params": sorted(params, key=lambda param: not param["required"]),
+            "result": {"name": "result", "schema": result},
+            **({"x-stream": True} if method.is_stream else {})}
+
+
+def _with_plain_schema_names(document: dict[str, Any]) -> dict[str, Any]:
+    """Rename schemas such as User-Input to UserInput, of which code generators make a class."""
+    schemas, names = document["components"]["schemas"], dict[str, str]()
+    for name in sorted(schemas, key=lambda name: "-" in name):  # plain names stay as they are
+        names[name] = name.replace("-", "")
+        while len(set(names.values())) < len(names):
+            names[name] += "_"
+    document["components"]["schemas"] = {names[name]: schemas[name] for name in schemas}
+    # Renaming in the text also reaches the mappings of discriminators. Infinity becomes null.
+    text = to_json(document, inf_nan_mode="null").decode()
+    renamed: dict[str, Any] = from_json(re.sub(
+        f'"{_SCHEMA_REF}([^"]+)"', lambda m: f'"{_SCHEMA_REF}{names.get(m[1], m[1])}"', text))
+    return renamed
+
+
+def register_openrpc(app_or_router: FastAPI | APIRouter, endpoint: RpcEndpoint, path: str, *,
+                     dependencies: Sequence[Depends] | None = None) -> None:
+    """Serve the OpenRPC document of an endpoint over HTTP, for code generators and for people.
+
+    Args:
+        app_or_router: gets a GET route, which FastAPI's own OpenAPI document does not list.
+        endpoint: its methods are described as `rpc.discover` does, anew for each request.
+        path: of the route, such as "/openrpc.json". The answer is JSON.
+        dependencies: are solved by FastAPI before each answer. The endpoint's ``authorize`` is
+            not asked, as there is no connection, so they alone decide who may read the document.
+    """
+    def openrpc() -> Response:
+        return Response(to_json(_document(endpoint)), media_type="application/json")
+
+    app_or_router.add_api_route(path, openrpc, dependencies=dependencies, include_in_schema=False)
+
+
+async def _discover(channel: RpcChannel) -> Any:
+    await channel._peer._check_allowed(channel, "discover", ())
+    return _document(cast(RpcEndpoint, channel._peer))
+
+
+_BUILT_IN_METHODS["rpc.discover"] = _discover
+__all__ += ["register_openrpc"]
+
+
+def _typescript(document: Mapping[str, Any]) -> str:
+    """Write the methods of an OpenRPC document as TypeScript, for ``ws.proxy<Api>()`` in a page.
+
+    Methods go by position there, so one whose arguments go by name only becomes a comment.
+    """
+    schemas = document.get("components", {}).get("schemas", {})
+    lines = [f"// Made by fastapi-ws-lite types: {json.dumps(document['info']['title'])}"]
+    lines += [f"export type {name} = {_ts_type(schema)};" for name, schema in schemas.items()]
+    lines += [f"export interface {'Api_' if 'Api' in schemas else 'Api'} {{"]
+    for method in document["methods"]:
+        name, params = _ts_name(method["name"]), ", ".join(map(_ts_parameter, method["params"]))
+        result = "AsyncIterable" if method.get("x-stream") else "Promise"
+        if text := method.get("description"):
+            lines.append("  /** " + text.replace("*/", "*\\/").replace("\n", "\n   * ") + " */")
+        lines.append(f"  {name}({params}): {result}<{_ts_type(method['result']['schema'])}>;")
+        if method.get("paramStructure") == "by-name":
+            lines[-1] = f"  // by name only: ws.call({json.dumps(method['name'])}, {{...}})"
+    return "\n".join([*lines, "}"])
+
+
+def _ts_name(name: str) -> str:
+    """A property's name, in quotes unless it is an identifier."""
+    return name if re.fullmatch(r"[A-Za-z_$][\w$]*", name, re.ASCII) else json.dumps(name)
+
+
+_TS_KEYWORDS: Final = re.compile(
+    "break|case|catch|class|const|continue|debugger|default|delete|do|else|enum|export|extends|false|"
+    "finally|for|function|if|import|in|instanceof|new|null|return|super|switch|this|throw|true|try|"
+    "typeof|var|void|while|with")
+
+
+def _ts_parameter(param: Mapping[str, Any]) -> str:
+    """A parameter of a method. One that is named as a keyword of TypeScript gets an underscore."""
+    name, kind = re.sub(r"\W|^(?=\d)", "_", param["name"]), _ts_type(param["schema"])
+    if _TS_KEYWORDS.fullmatch(name):
+        name += "_"
+    return f"...{name}: Array<{kind}>" if param.get("x-variadic") else (
+        f"{name}{'' if param.get('required') else '?'}: {kind}")
+
+
+def _ts_type(schema: Any) -> str:
+    """The TypeScript type of the values that a JSON schema allows; unknown if it does not say."""
+    schema = schema if isinstance(schema, dict) else {}
+    if "$ref" in schema:
+        return str(schema["$ref"]).rpartition("/")[2]
+    if values := schema.get("enum", [schema["const"]] if "const" in schema else []):
+        return " | ".join(map(json.dumps, values))
+    if union := schema.get("anyOf") or schema.get("oneOf"):
+        return " | ".join(map(_ts_type, union))
+    if "allOf" in schema:
+        return " & ".join(f"({_ts_type(inner)})" for inner in schema["allOf"])
+    if isinstance(schema.get("type"), list):
+        return " | ".join(_ts_type({**schema, "type": kind}) for kind in schema["type"])
+    if schema.get("type") == "array":
+        first = [_ts_type(inner) for inner in schema.get("prefixItems", ())]
+        return f"[{', '.join(first)}]" if first else f"Array<{_ts_type(schema.get('items'))}>"
+    if schema.get("type") == "object":
+        required = schema.get("required", ())
+        fields = [f"{_ts_name(name)}{'' if name in required else '?'}: {_ts_type(inner)}"
+                  for name, inner in schema.get("properties", {}).items()]
+        return f"{{ {'; '.join(fields)} }}" if fields else (
+            f"{{ [key: string]: {_ts_type(schema.get('additionalProperties'))} }}")
+    kind = "number" if schema.get("type") == "integer" else str(schema.get("type"))
+    return kind if kind in ("string", "number", "boolean", "null") else "unknown"
+
+
+# ------------------------------------------------------------------------------------- backbones
+# With a backbone, all servers that name the same channel share one append-only log on a broker.
+# What one of them publishes is appended there, and every server commits it to its own local log
+# when it reads it back, so all of them have one order. `EventNotifier` makes a `_SharedLog` for its
+# event loop. That runs one writer task and one reader task above the four methods of a `Backbone`.
+# The writer repeats an entry until the broker has it, so an entry may be stored twice. The reader
+# drops repeats, and it tells every hole and every replacement of the log to the notifier, so no
+# event is lost in silence. An error of programming is never taken for an outage of the broker.
+
+BROKER_SECONDS: Final = (5.0, 20.0)  # for an answer, a handshake included. The first is doubled by
+# every failure up to the second, because large entries take their time on a slow network.
+BROKER_RETRY_SECONDS: Final = (0.1, 5.0)  # the shortest and the longest back-off in an outage
+READ_SECONDS: Final = 2.0  # that a read waits for new entries; then we check that the log is there
+READ_ENTRIES: Final = 16  # in a page; more brings little speed, and one entry may have 16 MiB
+ENTRY_BYTES: Final = 64 * 2**10  # of events that share an entry; more brings no more speed
+ENTRY_EVENTS: Final = 4096  # the same for very small events, whose handling holds up the loop
+RETAINED_BYTES: Final = 64 * 2**20  # of a log, where the broker does not count entries
+REACH_SECONDS: Final = 5.0  # that a resuming client waits for what another server had read before
+REMEMBERED_WRITERS: Final = 1000  # whose last numbers are known; each start of a server is one
+
+_BACKBONE_BUGS: Final = (*_PROGRAMMING_ERRORS, ImportError, LookupError, NotImplementedError)
+
+
+class _Broker:
+    """What the four brokers share: the driver, and one connection, opened when it is needed.
+
+    A `_SharedLog` has one object for reading and one for appending. It bounds the time of every
+    call, and it calls ``close`` after each one that failed, so that the next one connects again.
+    Therefore no class below handles an error or a timeout of its connection.
+    """
+
+    modules: ClassVar[tuple[str, ...]]  # of the driver; the first one has its version
+    oldest: ClassVar[tuple[int, ...]]  # the oldest version that works
+    extra: ClassVar[str]  # of this package, which installs the driver
+
+    def __init__(self, url: str, channel: str, history: int) -> None:
+        self._url, self._channel, self._history = url, channel, history
+        name = re.sub("[^A-Za-z0-9_-]", "_", channel[:40])  # every broker takes such a name
+        digest = hashlib.sha256(channel.encode()).hexdigest()[:16]
+        self._name = name if name == channel else f"{name}-{digest}"
+        self._stack, self._client = AsyncExitStack(), None
+        self._driver = self._import_driver()
+
+    def _import_driver(self) -> Any:
+        """Raises ImportError if the driver is missing or too old, and says what to install."""
+        oldest, found = ".".join(map(str, self.oldest)), "it is not installed"
+        with contextlib.suppress(ImportError):
+            driver, *_ = map(importlib.import_module, self.modules)
+            found = f"{driver.__version__} is installed"
+            if tuple(map(int, re.findall(r"\d+", found)[:3])) >= self.oldest:
+                return driver
+        raise ImportError(f"this backbone needs {self.modules[0]} {oldest} or later, and {found}: "
+                          f"pip install 'fastapi-ws-lite[{self.extra}]'")
+
+    async def _connect(self, use: str) -> Any:
+        """Open a connection to "append" or "read", and make the log if there is none.
+
+        What it puts on the stack is called by ``close``, also if this fails half way.
         """
-        new: dict[str | None, set[_Key]] = {None: set()}
-        for key in keys:
-            there = self._inbox.topics.having(*key)
-            if dialect is _OLD_WIRE:
-                now = key not in self._told
-            else:  # what was told may be a wish for older ones: that does not say where now is
-                now = any(s._since is None and (s._place < 0 or key not in self._told)
-                          for s in there)
-            if now:
-                new.setdefault(self._received if key in self._known else None, set()).add(key)
-            for subscription in there:
-                since = subscription._since
-                if since is not None and dialect is not _OLD_WIRE:
-                    new.setdefault(since, set()).update(subscription._keys())  # all of it at once
-        return new
+        raise NotImplementedError
 
-    def _ask(self, channel: RpcChannel, method: str, keys: set[_Key], since: str | None = None,
-             whole: set[_Key] | None = None, left: set[_Key] | None = None) -> None:
-        if method == "subscribe":  # a part may have been refused meanwhile
-            keys = {key for key in keys if self._inbox.topics.having(*key)}
-        if not keys:
-            return
-        if whole is None or left is None:
-            whole, left = keys, set(keys)
-        args: dict[str, Any] = {"topics": [name for name, pattern in keys if not pattern]}
-        then = None
-        if method == "subscribe":
-            then = functools.partial(self._placed, keys, whole, left, since)
-        if channel._speaks is not _OLD_WIRE:
-            args["patterns"] = [name for name, pattern in keys if pattern]
-            if then is not None:
-                args |= {"since": since, "subscriber_id": self._id, "max_size": self._max_size}
+    async def _connection(self, use: str) -> Any:
+        if self._client is None:
+            self._client = await self._connect(use)
+        return self._client
+
+    async def close(self) -> None:
+        """Close the connection, and what a `_connect` that failed or was cancelled has left."""
+        self._client = None
+        await self._stack.pop_all().aclose()
+
+
+class _RedisBroker(_Broker):
+    """A stream of Redis 7.0 or later, with redis-py 5.0.1 or later. The URL is redis-py's.
+
+    The key is the channel. About the last 4096 entries are kept, in memory, so Redis must not evict
+    keys (maxmemory-policy noeviction). An entry has at most proto-max-bulk-len bytes. After a
+    failover, what the new primary does not have is told as a gap.
+    """
+
+    modules, oldest, extra = ("redis", "redis.asyncio", "redis.backoff"), (5, 0, 1), "redis"
+
+    async def _connect(self, use: str) -> Any:
+        retry = self._driver.asyncio.retry.Retry(self._driver.backoff.NoBackoff(), 0)
+        client = self._driver.asyncio.Redis.from_url(self._url, retry=retry)  # `_SharedLog` retries
+        self._stack.push_async_callback(client.aclose)
+        return client
+
+    async def ends(self) -> tuple[int, int]:
+        client = await self._connection("read")
+        first, last = [await find(self._channel, count=1) for find in (
+            client.xrange, client.xrevrange)]
+        return (int(first[0][0][2:]), int(last[0][0][2:]) + 1) if first and last else (1, 1)
+
+    async def append(self, entry: bytes) -> None:
+        client, setting = await self._connection("append"), "proto-max-bulk-len"
+        if len(entry) >= 2**20:  # ask first, because Redis cuts a connection that passes its limit
+            with contextlib.suppress(self._driver.ResponseError):  # some servers refuse CONFIG
+                if len(entry) > int((await client.config_get(setting))[setting]):
+                    raise MessageTooLarge(f"{len(entry)} bytes are over the {setting} of Redis")
+        await client.xadd(self._channel, {b"": entry}, id="0-*", maxlen=self._history)
+
+    async def read(self, start: int) -> Sequence[tuple[int, bytes]]:
+        client = await self._connection("read")
+        answer = await client.xread({self._channel: f"0-{start - 1}"}, count=READ_ENTRIES,
+                                    block=int(READ_SECONDS * 1000))
+        if isinstance(answer, dict):  # RESP3 has other shapes, {key: [page]} for [[key, page]]
+            answer = [(key, *pages) for key, pages in answer.items()]
+        return [(int(id[2:]), fields.get(b"", b"")) for _, entries in answer or ()
+                for id, fields in entries]
+
+
+class _PostgresBroker(_Broker):
+    """Two tables of PostgreSQL 10 or later, with asyncpg 0.27 or later. The URL is asyncpg's.
+
+    They are made where they are missing. The head row of a channel is locked until the commit, and
+    that makes the order; numbers of a sequence would become visible in any order. NOTIFY, on a
+    channel that is this log's own, wakes readers. Where pgbouncer pools transactions it is lost,
+    and events come within two seconds. The last 4096 entries are kept. An entry has at most 1 GB,
+    or what a check on the table allows.
+    """
+
+    modules, oldest, extra = ("asyncpg",), (0, 27), "postgres"
+    _CREATE: Final = """SELECT pg_advisory_xact_lock(7817260511);  -- IF NOT EXISTS has a race
+        CREATE TABLE IF NOT EXISTS fastapi_ws_lite_head (
+            channel text PRIMARY KEY, last bigint NOT NULL);
+        CREATE TABLE IF NOT EXISTS fastapi_ws_lite_log (
+            channel text, id bigint, payload bytea NOT NULL, PRIMARY KEY (channel, id))"""
+    _APPEND: Final = """WITH head AS (
+        INSERT INTO fastapi_ws_lite_head AS head VALUES ($1, 1)
+        ON CONFLICT (channel) DO UPDATE SET last = head.last + 1 RETURNING last
+    ), added AS (INSERT INTO fastapi_ws_lite_log SELECT $1, last, $2 FROM head
+    ), trimmed AS (
+        DELETE FROM fastapi_ws_lite_log USING head WHERE channel = $1 AND id <= last - $3
+    ) SELECT pg_notify($4, '')"""
+    _ENDS: Final = """SELECT (SELECT min(id) FROM fastapi_ws_lite_log WHERE channel = $1), last + 1
+        FROM fastapi_ws_lite_head WHERE channel = $1"""
+    _PAGE: Final = f"""SELECT id, payload FROM fastapi_ws_lite_log
+        WHERE channel = $1 AND id >= $2 ORDER BY id LIMIT {READ_ENTRIES}"""
+
+    async def _connect(self, use: str) -> Any:
+        connection = await self._driver.connect(  # some pgbouncers forbid prepared statements
+            self._url, timeout=60, statement_cache_size=0)
+        self._stack.callback(connection.terminate)
+        if await connection.fetchval("SELECT to_regclass('fastapi_ws_lite_log') IS NULL"):
+            await connection.execute(self._CREATE)
+        self._notified = asyncio.Event()
+        if use == "read":
+            await connection.add_listener(self._name, lambda *_: self._notified.set())
+        return connection
+
+    async def ends(self) -> tuple[int, int]:
+        connection = await self._connection("read")
+        first, end = await connection.fetchrow(self._ENDS, self._channel) or (1, 1)
+        return end if first is None else first, end
+
+    async def append(self, entry: bytes) -> None:
+        connection, driver = await self._connection("append"), self._driver
         try:
-            asked = channel._start(method, args, _UNSET, then)
-        except MessageTooLarge as error:
-            if len(keys) == 1:
-                self._refuse(keys, error)
-                return
-            # what the second half is sent again may be late
-            for subscription in self._inbox.having(() if self._resumed else keys):
-                subscription._since = subscription._since or since
-                self._inbox.unconfirmed[subscription] = math.inf
-            half = set(itertools.islice(keys, len(keys) // 2))
-            self._ask(channel, method, half, since, whole, left)
-            self._ask(channel, method, keys - half, since, whole, left)
-        except Overloaded as error:  # by what waits to be sent
-            logger.warning("%s: %s: soon", method, error)
-            self._postpone(keys)
-            self._hold_on(channel, asyncio.sleep(ASK_AGAIN_SECONDS))
-        else:
-            number = self._questions + 1
-            for key in keys:
-                if method == "subscribe":
-                    self._told[key] = number
-                else:
-                    del self._told[key]
-            self._hold_on(channel, self._answered(channel, method, keys, number, *asked))
+            await connection.execute(self._APPEND, self._channel, entry, self._history, self._name)
+        except (driver.ProgramLimitExceededError, driver.CheckViolationError) as error:
+            raise MessageTooLarge(f"PostgreSQL refused an entry: {error}") from error
 
-    def _hold_on(self, channel: RpcChannel, work: Coroutine[Any, Any, None]) -> None:
-        self._questions += 1
-        task = self._asking[self._questions] = channel._spawn_vital(work)
-        task.add_done_callback(functools.partial(self._after, self._questions))
+    async def read(self, start: int) -> Sequence[tuple[int, bytes]]:
+        connection = await self._connection("read")
+        self._notified.clear()
+        page: list[Any] = await connection.fetch(self._PAGE, self._channel, start)
+        if not page:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._notified.wait(), READ_SECONDS)
+            page = await connection.fetch(self._PAGE, self._channel, start)
+        return page
 
-    async def _answered(self, channel: RpcChannel, method: str, keys: set[_Key], number: int,
-                        id: int, future: "asyncio.Future[_Outcome]") -> None:
+
+class _RabbitBroker(_Broker):
+    """A stream queue of RabbitMQ 3.9 or later, with aio-pika 9.0 or later. The URL is aio-pika's.
+
+    A queue that is missing is made, and keeps at least 48 MiB. An entry has at most the
+    max_message_size of RabbitMQ, which is 16 MiB by default in RabbitMQ 4.
+    """
+
+    modules, oldest, extra = ("aio_pika",), (9, 0), "rabbitmq"
+
+    async def _connect(self, use: str) -> Any:
+        connection = await self._driver.connect(self._url)
+        self._stack.push_async_callback(connection.close)
+        self._next, self._consumer = -1, None
+        try:  # without arguments, because other ones than those of the queue are an error
+            channel = await connection.channel(on_return_raises=True)
+            await channel.get_queue(self._name)
+        except self._driver.exceptions.ChannelNotFoundEntity:  # the error has closed the channel
+            channel = await connection.channel(on_return_raises=True)
+            await channel.declare_queue(self._name, durable=True, arguments={
+                "x-queue-type": "stream", "x-max-length-bytes": RETAINED_BYTES,
+                "x-stream-max-segment-size-bytes": RETAINED_BYTES // 4})
+        await channel.set_qos(READ_ENTRIES)
+        return channel
+
+    async def append(self, entry: bytes) -> None:
+        channel = await self._connection("append")
         try:
-            response = await channel._outcome(method, id, future)
-            if response.result is False:  # so do the servers of fastapi_websocket_pubsub refuse
-                raise Forbidden(f"{method} is refused", {"topics": [name for name, _ in keys]})
-        except RpcError as error:
-            named = error.data.get("topics") if isinstance(error.data, dict) else None
-            named = named if isinstance(named, list) else []
-            refused = {key for key in keys if key[0] in named} or keys
-            mine = {key for key in keys if self._told.get(key) == number}  # not asked for since
-            for key in mine:
-                del self._told[key]
-            if _is_passing(error):
-                logger.warning("%s: %s: again", method, error)
-                await asyncio.sleep(random.uniform(0, ASK_AGAIN_SECONDS))
+            await channel.default_exchange.publish(self._driver.Message(entry), self._name)
+        except self._driver.exceptions.ChannelPreconditionFailed as error:
+            await self.close()  # the error has closed the channel
+            if "message size" not in str(error):
+                raise
+            raise MessageTooLarge(f"RabbitMQ refused an entry: {error}") from error
+
+    async def _consume(self, offset: int | str) -> Any:
+        """Receive entries from an offset on, in a new inbox. Acknowledging them bounds it."""
+        channel, self._inbox = await self._connection("read"), asyncio.Queue[Any]()
+        queue = await channel.get_queue(self._name, ensure=False)
+        if self._consumer is not None:
+            await queue.cancel(self._consumer)
+        self._consumer = await queue.consume(
+            self._inbox.put, arguments={"x-stream-offset": offset})
+        return channel
+
+    async def ends(self) -> tuple[int, int]:
+        channel, self._next, end = await self._consume("last"), -1, 0  # the last chunk, as a whole
+        for seconds in (0, 0.05, 0.2, 0.5):  # it comes at once; silence means an empty stream
+            await asyncio.sleep(0 if end else seconds)
+            await channel.get_queue(self._name)  # what was sent before this answer has come
+            while not self._inbox.empty():
+                end = self._inbox.get_nowait().headers["x-stream-offset"] + 1
+        return max(0, end - self._history), end
+
+    async def read(self, start: int) -> Sequence[tuple[int, bytes]]:
+        if self._client is None or self._next != start:
+            await self._consume(start)
+        messages, self._next = list[Any](), start
+        with contextlib.suppress(TimeoutError):
+            messages.append(await asyncio.wait_for(self._inbox.get(), READ_SECONDS))
+        while not self._inbox.empty():
+            messages.append(self._inbox.get_nowait())
+        page = [(message.headers["x-stream-offset"], message.body) for message in messages]
+        if page:
+            self._next = page[-1][0] + 1
+            await messages[-1].ack(multiple=True)
+        return page
+
+
+class _KafkaBroker(_Broker):
+    """A topic of one partition of Kafka 2.4 or later, with aiokafka 0.10 or later.
+
+    The URL is kafka://user:password@host:port,host:port/?option=value. Options are arguments of
+    aiokafka's clients, such as security_protocol (SASL_SSL if there is a user), sasl_mechanism and
+    max_request_size; ssl_cafile, ssl_certfile and ssl_keyfile name files. A topic that is missing
+    is made, and keeps 64 MiB. An entry has at most max_request_size bytes (1 MiB), and what the
+    topic's max.message.bytes allows.
+    """
+
+    modules, oldest, extra = ("aiokafka", "aiokafka.admin", "aiokafka.helpers"), (0, 10), "kafka"
+
+    def __init__(self, url: str, channel: str, history: int) -> None:
+        super().__init__(url, channel, history)
+        parts = urlsplit(url)
+        login, _, hosts = parts.netloc.rpartition("@")
+        options: dict[str, Any] = {"bootstrap_servers": hosts.split(","),
+                                   "request_timeout_ms": 3500}
+        if login:
+            user, _, password = map(unquote, login.partition(":"))
+            options |= {"security_protocol": "SASL_SSL", "sasl_plain_username": user,
+                        "sasl_plain_password": password}
+        options |= {k: int(v) if v.isdecimal() else v for k, v in parse_qsl(parts.query)}
+        files = {k: options.pop(f"ssl_{k}", None) for k in ("cafile", "certfile", "keyfile")}
+        if "SSL" in options.get("security_protocol", ""):
+            options["ssl_context"] = self._driver.helpers.create_ssl_context(**files)
+        self._size = options.pop("max_request_size", 2**20)
+        self.max_size = self._size - 2**9  # what surrounds an entry in a request is less
+        self._options, self._partition = options, self._driver.TopicPartition(self._name, 0)
+
+    async def _start(self, client: Any, stop: Callable[[], Awaitable[None]]) -> Any:
+        self._stack.push_async_callback(stop)
+        await client.start()
+        return client
+
+    async def _connect(self, use: str) -> Any:
+        kafka = self._driver
+        admin = kafka.admin.AIOKafkaAdminClient(**self._options)
+        await self._start(admin, admin.close)
+        answer = await admin.create_topics([kafka.admin.NewTopic(self._name, 1, -1, {}, {
+            "retention.bytes": str(RETAINED_BYTES), "segment.bytes": str(RETAINED_BYTES // 4),
+            "max.message.bytes": str(self._size)})])
+        code = answer.topic_errors[0][1]
+        if code not in (0, 29, 36):  # 36: it exists; 29: we may not make one, but it may exist
+            raise kafka.errors.for_code(code)(self._name)
+        await self.close()
+        if use == "append":
+            producer = kafka.AIOKafkaProducer(
+                acks="all", max_request_size=self._size, **self._options)
+            return await self._start(producer, producer.stop)
+        consumer, self._next = kafka.AIOKafkaConsumer(
+            auto_offset_reset="none", enable_auto_commit=False,
+            max_partition_fetch_bytes=self._size, **self._options), -1
+        await self._start(consumer, consumer.stop)
+        consumer.assign([self._partition])
+        return consumer
+
+    async def append(self, entry: bytes) -> None:
+        producer, errors = await self._connection("append"), self._driver.errors
+        try:
+            for _ in range(100):  # Tansu fails with this while it counts past entries that it took
+                with contextlib.suppress(errors.UnknownError):  # before the topic was made
+                    await producer.send_and_wait(self._name, entry, partition=0)
+                    return
+                await asyncio.sleep(0.01)
+            raise errors.UnknownError
+        except (errors.MessageSizeTooLargeError, errors.RecordListTooLargeError) as error:
+            raise MessageTooLarge(f"Kafka refused an entry: {error}") from error
+
+    async def ends(self) -> tuple[int, int]:
+        consumer, partition = await self._connection("read"), self._partition
+        first = (await consumer.beginning_offsets([partition]))[partition]
+        end = (await consumer.end_offsets([partition]))[partition]
+        return max(first, end - self._history), end
+
+    async def read(self, start: int) -> Sequence[tuple[int, bytes]]:
+        consumer = await self._connection("read")
+        if self._next != start:
+            first, end = await self.ends()
+            if start > end:  # to seek there would be an error
+                return ()
+            consumer.seek(self._partition, max(first, start))
+        found = await consumer.getmany(
+            self._partition, timeout_ms=int(READ_SECONDS * 1000), max_records=READ_ENTRIES)
+        page = [(record.offset, record.value or b"") for record in found.get(self._partition, ())]
+        self._next = page[-1][0] + 1 if page else start
+        return page
+
+
+_BROKERS: Final[dict[str, Callable[[str, str, int], Backbone]]] = {
+    "redis": _RedisBroker, "rediss": _RedisBroker, "postgresql": _PostgresBroker,
+    "postgres": _PostgresBroker, "amqp": _RabbitBroker, "amqps": _RabbitBroker,
+    "kafka": _KafkaBroker}
+
+
+class _UnsentEvent(NamedTuple):
+    """An event that the broker does not have yet, as it will stand in an entry."""
+    text: str
+    size: int
+    stored: "asyncio.Future[None]"  # for its publisher
+
+
+class _SharedLog:
+    """The log of a backbone, as one server reads and writes it, on one event loop.
+
+    An entry is a header, "writer number", and two lines for each event that it has: all those that
+    were queued while the entry before was on its way. An entry is repeated unchanged until the
+    broker has it. The reader knows the last number of each writer, so it drops repeats and sees
+    holes. It also knows the entry that it read last, its anchor: after every outage, silence and
+    jump it looks whether that is still in its place. If it is not, entries were trimmed before they
+    were read, or the log is another one; then the local log is reset.
+    """
+
+    def __init__(self, make_backbone: Callable[[], Backbone], sink: EventNotifier) -> None:
+        self._reading, self._writing, self._sink = make_backbone(), make_backbone(), sink
+        self._max_entry = getattr(self._writing, "max_size", MAX_MESSAGE_BYTES) - 2**6  # the header
+        self._writer, self._number = uuid.uuid4().hex[:12], 0  # of the next entry
+        self._queue: deque[_UnsentEvent] = deque()
+        self._queued_bytes, self._entry_events = 0, ENTRY_EVENTS
+        self._next = -1  # the offset to read on from; -1 until the log is joined
+        self._live_from, self._is_ready = 0, False  # what is before that offset is new to nobody
+        self._anchor: tuple[int, int] | None = None  # the offset and hash of the last entry
+        self._last_numbers = {self._writer: -1}
+        self._waiters: list[asyncio.Future[None]] = []
+        self._outages = 0
+        self._failing: set[asyncio.Task[Any] | None] = set()  # those of our tasks that wait for it
+        self._last_error: str | None = None
+        self._ended: RpcError | None = None
+        self._calls: set[asyncio.Task[Any]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        for work in (self._read, self._write):
+            _spawn_into(self._tasks, self._run(work))
+
+    def __len__(self) -> int:
+        """The number of events that the broker does not have yet."""
+        return len(self._queue)
+
+    def stats(self) -> dict[str, Any]:
+        newest = self._number - 1
+        return {"connected": self._next >= 0 and not self._failing and not self._ended,
+                "queued": len(self), "last_error": self._last_error,
+                "behind": max(0, newest - self._last_numbers.get(self._writer, newest))}
+
+    def put(self, topics: Sequence[str], data: str,
+            origin: str | None) -> list["asyncio.Future[None]"]:
+        """Queue an event for each topic; each future is done when the broker has that event.
+
+        Raises Overloaded while 64 MiB wait, MessageTooLarge, and InternalError or
+        ChannelClosed if this log has ended.
+        """
+        if self._ended is not None:
+            raise self._ended.with_traceback(None)
+        new_future = asyncio.get_running_loop().create_future
+        source = "null" if origin is None else _json_string(origin)
+        texts = [f"\n[{_json_string(topic)},{source}]\n{data}" for topic in topics]
+        new = [_UnsentEvent(text, _utf8_len(text), new_future()) for text in texts]
+        if (largest := max((event.size for event in new), default=0)) > self._max_entry:
+            raise MessageTooLarge(f"{largest} bytes, the backbone takes {self._max_entry}")
+        size = sum(event.size for event in new)
+        if self and self._queued_bytes + size > OUTBOX_BYTES:
+            raise Overloaded(f"{self._queued_bytes} bytes wait to be published")
+        self._queue.extend(new)
+        self._queued_bytes += size
+        _notify_all(self._waiters)
+        return [event.stored for event in new]
+
+    async def ready(self, position: str | None, has: Callable[[str], bool]) -> None:
+        """Wait until the log was read to its end, and to a position that another server has told.
+
+        For the latter at most five seconds, because the position may be of another log. Raises
+        InternalError or ChannelClosed when this log ends.
+        """
+        while not self._is_ready:
+            await self._progress()
+        found = re.match(r"(\d{1,40})[.-]", position or "")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(REACH_SECONDS):
+                while position and found and int(found[1]) >= self._next and not has(position):
+                    await self._progress()
+
+    async def _progress(self) -> None:
+        if self._ended is not None:
+            raise self._ended.with_traceback(None)
+        await _wait_notified(self._waiters)
+
+    async def close(self) -> None:
+        """Give what is queued a second to leave, then fail the rest with ChannelClosed and stop."""
+        try:
+            if self:
+                await asyncio.wait([self._queue[-1].stored], timeout=GRACE_SECONDS)
+        finally:
+            self._end(ChannelClosed(1001, "the endpoint was closed"))
+            if tasks := self._tasks | self._calls:
+                await asyncio.wait(tasks, timeout=GRACE_SECONDS)
+            await asyncio.gather(self._release(self._reading), self._release(self._writing))
+
+    def _end(self, error: RpcError) -> None:
+        self._ended, self._is_ready = error, False
+        for task in self._tasks - {asyncio.current_task()}:
+            task.cancel()
+        self._settle(len(self), error)
+        _notify_all(self._waiters)
+
+    def _settle(self, count: int, error: RpcError | None = None) -> None:
+        """Take the first events from the queue, and tell their publishers how it went."""
+        for _ in range(count):
+            _, size, stored = self._queue.popleft()
+            self._queued_bytes -= size
+            if stored.done():  # the publisher was cancelled
+                continue
+            if error is None:
+                stored.set_result(None)
             else:
-                self._refuse(mine & refused, error)
-            forgotten = {key for key in keys if key not in self._told or any(
-                s._since is not None or s._place < 0 for s in self._inbox.topics.having(*key))}
-            if method == "unsubscribe" and _is_passing(error):  # what nobody wants is still sent
-                self._told |= {k: 0 for k in forgotten if not self._inbox.topics.having(*k)}
-            self._tell(forgotten)
-            again = [self._asking[n] for key in keys if (n := self._told.get(key)) in self._asking]
-            if again:  # and until these are answered, so is this one not
-                await asyncio.wait(again)
+                stored.set_exception(error)
+                stored.exception()  # nobody may be waiting for it
 
-    def _after(self, number: int, task: "asyncio.Task[None]") -> None:
-        del self._asking[number]
-        later, self._later = self._later, set()
-        if later:
-            self._tell(later)
-            for subscription, question in self._inbox.unconfirmed.items():
-                if question == math.inf and not self._later:
-                    self._inbox.unconfirmed[subscription] = self._questions
-        self._confirm()
+    async def _run(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Read or write for ever. A mistake, ours or a driver's, ends both: repeating is no use."""
+        _current_request.set(None)  # this task belongs to no request, whoever published first
+        try:
+            await work()
+        except Exception as error:
+            logger.exception("an error of programming has ended the backbone")
+            self._last_error = f"{type(error).__name__}: {error}"
+            self._end(InternalError(f"the backbone was ended by {self._last_error}"))
 
-    def _refuse(self, keys: set[_Key], error: RpcError) -> None:
-        for name, pattern in keys:
-            for subscription in list(self._inbox.topics.having(name, pattern)):
-                logger.warning("the subscription to %s is refused: %s", subscription.topics, error)
-                self._inbox.remove(subscription, subscription.topics, error)
+    async def _ask(self, backbone: Backbone, call: Callable[..., Coroutine[Any, Any, _T]],
+                   *args: Any) -> _T:
+        """Call a method of a backbone until it succeeds. An outage is logged once.
 
-    def _confirm(self) -> None:
-        channel = self.channel if self.channel is self._greeted else None
-        if channel is not None:
-            unanswered = min(self._asking, default=math.inf)
-            confirmed = list(itertools.takewhile(
-                lambda item: item[1] < unanswered, self._inbox.unconfirmed.items()))
-            for subscription, _ in confirmed:
-                del self._inbox.unconfirmed[subscription]
-                subscription._settle()
+        Raises MessageTooLarge, and errors of programming.
+        """
+        (seconds, most), (delay, longest) = BROKER_SECONDS, BROKER_RETRY_SECONDS
+        while failure := _failure(task := await self._attempt(call(*args), seconds)):
+            self._last_error = f"{type(failure).__name__}: {failure}"
+            logger.log(logging.DEBUG if self._failing else logging.WARNING,
+                       "the backbone is away, and is tried again: %s", self._last_error)
+            self._outages += 1
+            self._failing.add(asyncio.current_task())
+            await self._release(backbone)
+            await asyncio.sleep(random.uniform(delay / 2, delay))
+            seconds, delay = min(2 * seconds, most), min(2 * delay, longest)
+        self._failing.discard(asyncio.current_task())
+        return task.result()
+
+    async def _attempt(self, call: Coroutine[Any, Any, _T], seconds: float,
+                       *, is_cancelled: bool = True) -> "asyncio.Task[_T]":
+        """Run a call in a task of its own, so that no driver can hold up or cancel ours."""
+        task = _spawn_into(self._calls, call)
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())  # retrieves it
+        try:
+            await asyncio.wait([task], timeout=seconds)
+        finally:
+            if is_cancelled and not task.done():
+                task.cancel()
+        return task
+
+    async def _release(self, backbone: Backbone) -> None:
+        """Close connections. Some drivers flush first, so this may go on while we do, too."""
+        _failure(await self._attempt(backbone.close(), GRACE_SECONDS, is_cancelled=False))
+
+    async def _write(self) -> None:
+        """Append what is queued. Our first entry comes after the end that the reader has seen."""
+        while True:
+            while self._next < 0 or not self._queue:
+                await _wait_notified(self._waiters)
+            count, entry = self._make_entry()
+            try:
+                await self._ask(self._writing, self._writing.append, entry)
+            except MessageTooLarge as error:
+                if count == 1:
+                    self._settle(1, error)
+                self._entry_events = max(1, count // 2)  # the others are tried without it
+            else:
+                self._settle(count)
+                self._number += 1
+                self._entry_events = min(2 * self._entry_events, ENTRY_EVENTS)
+
+    def _make_entry(self) -> tuple[int, bytes]:
+        """An entry of the first events in the queue, and their number."""
+        texts, room = [f"{self._writer} {self._number}"], min(ENTRY_BYTES, self._max_entry)
+        for text, size, _ in itertools.islice(self._queue, self._entry_events):
+            room -= size
+            if room < 0 and len(texts) > 1:
+                break
+            texts.append(text)
+        return len(texts) - 1, "".join(texts).encode()
+
+    async def _read(self) -> None:
+        """Join the log, then follow it."""
+        self._next, self._live_from = await self._ask(self._reading, self._reading.ends)
+        is_whole = self._next <= 1  # then the beginning has the same name on all servers
+        self._sink.begin("0-0" if is_whole else f"{self._next}-{uuid.uuid4().hex[:12]}")
+        self._is_ready = self._next >= self._live_from
+        while True:
+            _notify_all(self._waiters)
+            outages = self._outages
+            page = await self._ask(self._reading, self._reading.read, self._next)
+            must_check = (not page or page[0][0] != self._next or outages != self._outages
+                         or not self._is_expected(page[0][1]))
+            if must_check:
+                page = await self._read_after_anchor()
+            for offset, entry in page:
+                if offset != self._next and not must_check:
+                    break  # so that the next page begins with this jump
+                self._take(offset, entry)
+                await asyncio.sleep(0)  # an entry may have thousands of events
+            self._is_ready = self._is_ready or not page or self._next >= self._live_from
+
+    async def _read_after_anchor(self) -> Sequence[tuple[int, bytes]]:
+        """What follows the anchor. If that is not in its place any more, reset the local log."""
+        start = self._next if self._anchor is None else self._anchor[0]
+        page = await self._ask(self._reading, self._reading.read, start)
+        offset = page[0][0] if page else -1
+        if page and (offset, hash(page[0][1])) == self._anchor:
+            return page[1:]
+        if offset > start or (offset == start and self._anchor is None):
+            if offset > self._next:  # else only what we have read was trimmed
+                self._reset(offset, "history")
+            return page
+        _, end = await self._ask(self._reading, self._reading.ends)
+        if page or end < self._next:
+            self._next = self._live_from = end
+            self._anchor, self._last_numbers = None, {}
+            self._reset(end, "log")
+        return ()
+
+    def _reset(self, offset: int, reason: str) -> None:
+        """Tell a hole before an offset. Its name is the same on all servers that see the same."""
+        before = uuid.uuid4().hex[:12] if self._anchor is None else self._anchor[0]
+        self._sink.reset(f"{offset}-{before}", reason, offset >= self._live_from)
+
+    def _is_expected(self, entry: bytes) -> bool:
+        """Whether a writer that we know has written this next; it hints at the log being ours."""
+        found = _ENTRY_HEADER.match(entry)
+        return found is not None and (
+            self._last_numbers.get(found[1].decode(), -2) == int(found[2]) - 1)
+
+    def _take(self, offset: int, entry: bytes) -> None:
+        """Commit the events of an entry, after a hole if one before it is missing."""
+        writer, number, events = _parse_entry(entry)
+        last = self._last_numbers.pop(writer, number - 1)
+        self._last_numbers[writer] = max(number, last)
+        if len(self._last_numbers) > REMEMBERED_WRITERS:
+            del self._last_numbers[next(iter(self._last_numbers))]
+        if number > last + 1:
+            self._reset(offset, "history")
+        if number > last:  # else it was stored twice
+            for place, (topic, origin, data) in enumerate(events):
+                self._sink.commit(f"{offset}.{place}-{writer}:{number}", topic, data, origin,
+                                  offset >= self._live_from)
+        self._anchor, self._next = (offset, hash(entry)), offset + 1
 
 
-# -------------------------------------------------------------------------- without an event loop
-# A PubSubClient on a loop of its own, in a thread of its own (anyio's blocking portal). A thread
-# that asks for something waits for a future; interrupted there, by Ctrl-C, it cancels the work.
-# Work is handed over under a lock, and none when the client is closed: no thread waits for a loop
-# that has ended.
+_ENTRY_HEADER: Final = re.compile(rb"([0-9a-f]{12}) ([0-9]{1,18})\n")
+_EVENT_HEADER: Final = TypeAdapter(tuple[str, str | None])  # the topic and its publisher
 
-_END: Final = object()  # of an iterator
+
+def _parse_entry(entry: bytes) -> tuple[str, int, list[tuple[str, str | None, str]]]:
+    """The writer, its number and the events; none if the entry is not one of ours."""
+    events = list[tuple[str, str | None, str]]()
+    try:
+        if (found := _ENTRY_HEADER.match(entry)) is None:
+            raise ValueError("no header")
+        lines = entry[found.end():].decode().split("\n")
+        for header, data in zip(lines[::2], lines[1::2], strict=True):
+            _decode(data)  # what is not JSON must not get to clients
+            events.append((*_EVENT_HEADER.validate_json(header), data))
+        return found[1].decode(), int(found[2]), events
+    except (ValueError, RecursionError) as error:
+        logger.warning("an entry of the backbone is not one of ours (%s): %.60r", error, entry)
+        return "", 0, []
+
+
+def _failure(task: "asyncio.Task[Any]") -> BaseException | None:
+    """Why a call failed, or None. Raises MessageTooLarge and errors of programming."""
+    if not task.done() or task.cancelled():
+        return TimeoutError("the broker does not answer")
+    error = task.exception()
+    if isinstance(error, (MessageTooLarge, *_BACKBONE_BUGS)):
+        raise error
+    return error
+
+
+def _shared_log(backbone: str | Backbone, channel: str,
+                history: int) -> Callable[[EventNotifier], _SharedLog]:
+    """What makes the shared log of a notifier, anew for each event loop.
+
+    Raises ValueError for the URL of an unknown broker, TypeError for an object without the methods
+    of Backbone, and ImportError if the driver is missing or too old.
+    """
+    if not isinstance(backbone, str):
+        if missing := {"ends", "append", "read", "close"} - set(dir(backbone)):
+            raise TypeError(f"{backbone!r:.80} is no URL and no Backbone: it has no {missing}")
+        return functools.partial(_SharedLog, lambda: backbone)
+    scheme = backbone.partition("://")[0]
+    if scheme not in _BROKERS:
+        raise ValueError(f"no backbone is built in for {scheme!r}, only for {', '.join(_BROKERS)}; "
+                         "pass an object with the methods of Backbone")
+    make_broker = functools.partial(
+        _BROKERS[scheme], backbone, channel, max(history, HISTORY_EVENTS))
+    make_broker()  # which raises where the driver cannot work
+    return functools.partial(_SharedLog, make_broker)
+
+
+_SHARED_LOGS.append(_shared_log)
+
+
+# ----------------------------------------------------------------------------------------- fleet
+# All servers on one backbone as one: call a client by its identity, wherever it is connected, and
+# know who is online. Servers tell each other on two internal topics, which no client can name:
+# their roster (whole, every 5 s and 50 ms after a change), and calls with their answers. A server
+# whose roster is 15 s old is gone, and calls under way to it fail. What was written before a server
+# joined is not acted upon, and the log drops repeated entries, so a call is performed once.
+
+FLEET_BEAT_SECONDS: Final = 5.0
+FLEET_SILENCE_SECONDS: Final = 15.0  # three missed beats
+FLEET_CALLS: Final = 100  # of one call_all that are under way at once
+_ROSTER: Final = INTERNAL_PREFIX + "roster"
+_CALLS: Final = INTERNAL_PREFIX + "calls"
+
+
+class Fleet:
+    """Makes the servers that share a backbone one. Without a backbone it is this server alone.
+
+    Make one for each endpoint, when the program starts, and give clients an identity by
+    ``main_loop(identity=...)``. Where an identity has several connections, the newest is called.
+    """
+
+    def __init__(self, endpoint: PubSubEndpoint) -> None:
+        self._endpoint, self._notifier, self._id = endpoint, endpoint.notifier, ""
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._heard: dict[str, float] = {}  # when each server was heard last
+        self._clients: dict[tuple[str, str], list[str]] = {}  # topics by server and identity,
+        # in the order in which the clients came
+        self._calls: dict[str, tuple[str, asyncio.Future[Any]]] = {}  # by id: server, answer
+        self._running: dict[str, asyncio.Task[Any]] = {}  # calls of other servers, by id
+        self._tasks: set[_Task] = set()
+        self._is_changed = False
+        self._notifier.internal |= {_ROSTER: self._on_roster, _CALLS: self._on_call}
+        for name in ("on_connect", "on_disconnect", "on_subscribe", "on_unsubscribe"):
+            hooks = getattr(endpoint, name)
+            hooks = (hooks,) if callable(hooks) else tuple(hooks)
+            setattr(endpoint, name, (*hooks, self._on_change))
+
+    def online(self, topic: str | None = None) -> list[str]:
+        """The identities of the clients of all servers, or of a topic's subscribers."""
+        self._start()
+        return list(dict.fromkeys(identity for (_, identity), topics in self._clients.items()
+                                  if topic is None or topic in topics))
+
+    async def call(self, identity: str, method: str, args: _Arguments = None, *,
+                   timeout: _Timeout = _UNSET) -> RpcResponse:
+        """Call a method of a client, wherever it is connected; as `RpcChannel.call`.
+
+        Raises what the client raised, RequestTimeout, and ChannelClosed at once if nobody has this
+        identity, or when its connection or its server is lost. Cancelling it cancels the method.
+        """
+        loop, seconds = self._start(), self._endpoint._seconds(timeout)
+        while not (servers := [s for s, name in self._clients if name == identity]):
+            if loop.time() > self._started_at + 1.0:
+                raise ChannelClosed(1006, f"no client {identity!r} is online")
+            await asyncio.sleep(0.02)  # other servers have not answered our first roster yet
+        if (server := servers[-1]) == self._id:
+            return await self._channels(identity)[-1].call(method, args, timeout=timeout)
+        id, answer = uuid.uuid4().hex, loop.create_future()
+        self._calls[id] = server, answer
+        try:
+            async with asyncio.timeout(seconds):
+                await self._tell(_CALLS, to=server, id=id, call=[identity, method, args, seconds])
+                outcome = await answer
+        except TimeoutError:
+            raise RequestTimeout(f"{method} was not answered in {seconds} s") from None
+        finally:
+            del self._calls[id]
+            if not answer.done() or answer.cancelled():
+                self._tell(_CALLS, to=server, id=id, cancel=True)
+        if isinstance(outcome, RpcError):
+            raise outcome
+        return RpcResponse(outcome)
+
+    async def call_all(self, method: str, args: _Arguments = None, *, timeout: _Timeout = _UNSET,
+                       ) -> dict[str, RpcResponse | RpcError]:
+        """Call a method of every client that is online, 100 at once; the outcome by identity."""
+        slots = asyncio.Semaphore(FLEET_CALLS)
+
+        async def call(identity: str) -> RpcResponse | RpcError:
+            async with slots:
+                try:
+                    return await self.call(identity, method, args, timeout=timeout)
+                except RpcError as error:
+                    return error
+
+        names = self.online()
+        return dict(zip(names, await asyncio.gather(*map(call, names)), strict=True))
+
+    def _channels(self, identity: str) -> list[RpcChannel]:
+        return [c for c in self._endpoint.channels.values() if c.identity == identity]
+
+    def _start(self) -> asyncio.AbstractEventLoop:
+        """Begin, once on each event loop: tell our roster, which others answer with theirs."""
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            self._loop, self._id, self._started_at = loop, uuid.uuid4().hex[:12], loop.time()
+            self._heard, self._clients, self._told_at = {self._id: loop.time()}, {}, 0.0
+            self._tell_roster(is_first=True)
+            self._beat(loop)
+        return loop
+
+    def _tell(self, topic: str, **message: Any) -> _OptionalAwait[None]:
+        return self._notifier.publish([topic], {"from": self._id, **message})
+
+    def _tell_roster(self, *, is_first: bool = False) -> None:
+        self._is_changed, self._told_at = False, asyncio.get_running_loop().time()
+        clients: dict[str, list[str]] = {}
+        for channel in self._endpoint.channels.values():
+            if channel.identity is not None:
+                topics = clients.setdefault(channel.identity, [])
+                topics += channel._subscriber.topics if channel._subscriber else ()
+        self._tell(_ROSTER, clients=clients, is_first=is_first)
+
+    def _on_change(self, channel: RpcChannel, *_: Any) -> None:
+        """A hook: a client has come or gone, or its topics have changed."""
+        if channel.identity is not None and not self._is_changed:
+            self._is_changed = True
+            self._start().call_later(0.05, self._tell_roster)
+
+    def _beat(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._notifier._loop is not loop:  # the endpoint was closed
+            self._loop = None
+            return
+        now = self._heard[self._id] = loop.time()
+        if now - self._told_at >= FLEET_BEAT_SECONDS:
+            self._tell_roster()
+        for id, heard_at in list(self._heard.items()):
+            if now - heard_at > FLEET_SILENCE_SECONDS:
+                del self._heard[id]
+                self._clients = {key: t for key, t in self._clients.items() if key[0] != id}
+                for server, answer in self._calls.values():
+                    if server == id and not answer.done():
+                        answer.set_result(ChannelClosed(1006, "the client's server is gone"))
+        loop.call_later(1.0, self._beat, loop)
+
+    def _on_roster(self, text: str) -> None:
+        now, message = self._start().time(), _decode(text)
+        id, clients = message["from"], message["clients"]
+        self._heard[id] = now
+        for key in [k for k in self._clients if k[0] == id and k[1] not in clients]:
+            del self._clients[key]
+        for identity, topics in clients.items():
+            self._clients[id, identity] = topics  # a new one is the last
+        if message["is_first"] and id != self._id:
+            self._tell_roster()
+
+    def _on_call(self, text: str) -> None:
+        """A call for a client of this server, its cancellation, or an answer."""
+        message = _decode(text)
+        if message["to"] != self._id:
+            return
+        id, (_, answer) = message["id"], self._calls.get(message["id"], ("", None))
+        if "call" in message:
+            self._running[id] = _spawn_into(
+                self._tasks, self._perform(message["from"], id, *message["call"]))
+        elif "cancel" in message and id in self._running:
+            self._running[id].cancel()
+        elif answer is not None and not answer.done():
+            error = message.get("error")
+            outcome = message.get("result") if error is None else _WS_LITE._parse_error(error)
+            answer.set_result(ChannelClosed(*message["closed"]) if "closed" in message else outcome)
+
+    async def _perform(self, server: str, id: str, identity: str, method: str, args: Any,
+                       timeout: float | None) -> None:
+        """Call a client of this server for another one, and tell it the outcome."""
+        _current_request.set(None)
+        answer: dict[str, Any]
+        try:
+            if not (channels := self._channels(identity)):
+                raise ChannelClosed(1006, "the client has left")
+            answer = {"result": (await channels[-1].call(method, args, timeout=timeout)).result}
+        except ChannelClosed as error:
+            answer = {"closed": [error.code, error.reason]}
+        except RpcError as error:
+            answer = {"error": _decode(_error_object(error))}
+        finally:
+            del self._running[id]
+        self._tell(_CALLS, to=server, id=id, **answer)
+
+
+__all__ += ["Fleet"]
+
+
+# ------------------------------------------------------------------------- without an event loop
+# connect() runs a PubSubClient on a loop of its own, in a daemon thread, which never keeps the
+# process from ending. A thread that asks for something waits for a future; interrupted there, by
+# Ctrl-C, it cancels the work. Work is handed over under a lock, and none once it is closed, so no
+# thread waits for a loop that has ended.
+
+_P = ParamSpec("_P")
 
 
 class Remote:
     """A server, for code without an event loop; `connect` makes it. Several threads may use it.
 
-    ``remote.add(a=1, b=2)`` calls a method and returns its result; `call` also reaches those whose
-    names are taken here. What waits raises what PubSubClient raises, and ends at once at Ctrl-C.
+    ``remote.add(a=1, b=2)`` calls a method and returns its result; `call` also reaches methods
+    whose names are taken here. It can stand in ``with``, and is closed at the end of the block.
+    What waits raises what PubSubClient raises, and RuntimeError in a forked process.
     """
 
     def __init__(self, client: PubSubClient) -> None:
-        self._client, self._loop = client, asyncio.get_running_loop()
-        self._thread, self._lock, self._closed = threading.get_ident(), threading.Lock(), False
+        self._client, self._process, self._is_closed = client, os.getpid(), False
+        self._loop: asyncio.AbstractEventLoop
+        self._done, self._lock, started = asyncio.Event(), threading.Lock(), threading.Event()
+
+        async def live() -> None:
+            self._loop = asyncio.get_running_loop()
+            started.set()
+            await self._done.wait()
+
+        self._thread = threading.Thread(
+            target=asyncio.run, args=[live()], daemon=True, name="fastapi_ws_lite")
+        self._thread.start()
+        started.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        if name.startswith("__"):  # what copy, pickle and inspect look for
+        if name.startswith("_"):  # copy, pickle and IPython look for such names
             raise AttributeError(name)
+        return lambda *args, **kwargs: self.call(name, _by_position_or_name(name, args, kwargs))
 
-        def method(*args: Any, **kwargs: Any) -> Any:
-            return self.call(name, _by_position_or_name(name, args, kwargs))
+    @property
+    def state(self) -> str:
+        """As `RpcClient.state`."""
+        return self._client.state
 
-        return method
+    @property
+    def position(self) -> str | None:
+        """As `PubSubClient.position`: give it as ``since`` to a later `connect`."""
+        with contextlib.suppress(ChannelClosed, RuntimeError):  # it is closed, or in its own thread
+            return cast("str | None", self._wait(lambda: self._client.position))
+        return self._client.position
 
-    def call(self, method: str, args: _Arguments = None, *, timeout: _Timeout = _UNSET) -> Any:
+    def call(self, method: str, args: _Arguments = None, *, timeout: _Timeout = _UNSET,
+             meta: Mapping[str, Any] | None = None) -> Any:
         """Call a method of the server and return its result; as `RpcClient.call`."""
-        return self._wait(self._client.call, method, args, timeout=timeout).result
+        return self._wait(self._client.call, method, args, timeout=timeout, meta=meta).result
+
+    def proxy(self, cls: Any) -> Any:
+        """The server's methods with the types of a class, as `RpcChannel.proxy`: values, and
+        iterators for streams.
+        """
+        return _RemoteProxy(self, cls)
 
     def stream(self, method: str, args: _Arguments = None, *,
-               timeout: _Timeout = _UNSET) -> Iterator[Any]:
-        """Iterate over a stream of the server; leaving the loop ends it there."""
-        return self._iterate(aiter(self._client.call(method, args, timeout=timeout)))
+               timeout: _Timeout = _UNSET) -> "_RemoteIterator":
+        """Iterate over a stream of the server. `close` what this returns to end it there."""
+        items = self._client.stream(method, args, timeout=timeout)
+        return _RemoteIterator(self, lambda timeout: anext(items), items.aclose)
 
     def notify(self, method: str, args: _Arguments = None) -> None:
         """Call a method of the server and do not wait for an answer."""
@@ -4855,618 +5379,871 @@ class Remote:
         """Publish an event to each topic, and wait until the server has it."""
         self._wait(self._client.publish, topics, data, include_self=include_self)
 
-    def subscribe(self, topics: str | Iterable[str], callback: _Callback, *,
-                  pattern: bool = False) -> None:
-        """Subscribe, confirmed by the server. Callbacks run in another thread, one at a time."""
-        call = _caller(callback)
+    def subscribe(self, topics: str | Iterable[str], callback: _Callback, *, pattern: bool = False,
+                  last: int | None = None, since: str | None = None) -> None:
+        """As `PubSubClient.subscribe`, confirmed. Callbacks run in a thread, one at a time."""
+        call = _bind_callback(callback)
 
         async def in_thread(event: Event) -> None:
             result = await anyio.to_thread.run_sync(call, event, abandon_on_cancel=True)
             if inspect.isawaitable(result):
                 await result
 
-        self._wait(self._client.subscribe, topics, in_thread, pattern=pattern)
+        self._wait(self._client.subscribe, topics, in_thread, pattern=pattern, last=last,
+                   since=since)
 
     def unsubscribe(self, topics: str | Iterable[str], *, pattern: bool = False) -> None:
         """Cancel all subscriptions to these topics."""
         self._wait(self._client.unsubscribe, topics, pattern=pattern)
 
-    @property
-    def position(self) -> str | None:
-        """As `PubSubClient.position`: give it as ``since`` to a later `connect`."""
-        try:
-            position: str | None = self._wait(lambda: self._client.position)
-        except (ChannelClosed, RuntimeError):  # it is over, or this is the loop's own thread
-            position = self._client.position
-        return position
+    def events(self, topics: str | Iterable[str], *, pattern: bool = False,
+               last: int | None = None, since: str | None = None) -> "_RemoteIterator":
+        """Subscribe, confirmed, and iterate over `Event`; ``next(timeout)`` waits for one event.
 
-    def events(self, topics: str | Iterable[str], *, pattern: bool = False) -> Iterator[Event]:
-        """Subscribe, confirmed by the server, and iterate; leaving the loop unsubscribes."""
-        subscription = self._wait(self._client.subscribe, topics, pattern=pattern)
-        return self._iterate(subscription.__aiter__())
+        `close` what this returns, or drop it, to unsubscribe.
+        """
+        subscription = self._wait(
+            self._client.subscribe, topics, pattern=pattern, last=last, since=since)
+        return _RemoteIterator(self, lambda timeout: subscription.next(timeout=timeout),
+                               subscription.cancel)
 
-    def _iterate(self, items: AsyncGenerator[_T]) -> Iterator[_T]:
-        """Drive an asynchronous generator from this thread, and close it however this ends."""
-        one_at_a_time = asyncio.Lock()  # what was interrupted may still be on its way out
-
-        async def step(work: Callable[..., Awaitable[Any]], *args: Any) -> Any:
-            async with one_at_a_time:
-                return await work(*args)
-
-        try:
-            while (item := self._wait(step, anext, items, _END)) is not _END:
-                yield item
-        finally:
-            with contextlib.suppress(ChannelClosed):  # it was closed with the client
-                self._wait(step, items.aclose)
+    def close(self) -> None:
+        """Close the connection, and end the thread. Several times are as once."""
+        with contextlib.suppress(ChannelClosed):
+            self._wait(self._client.close)
+        with self._lock:
+            if not self._is_closed:
+                self._is_closed = True
+                self._loop.call_soon_threadsafe(self._done.set)
+        self._thread.join(CLOSE_SECONDS)
 
     def _wait(self, work: Callable[..., Any], *args: Any, **named: Any) -> Any:
-        """Do it on the loop. If this thread is interrupted meanwhile, it is cancelled there."""
+        """Do it on the loop. If this thread is interrupted meanwhile, the work is cancelled."""
         async def run() -> Any:
             result = work(*args, **named)
             return await result if inspect.isawaitable(result) else result
 
-        if threading.get_ident() == self._thread:
+        if os.getpid() != self._process:
+            raise RuntimeError("this connection belongs to the parent process: connect() again")
+        if threading.current_thread() is self._thread:
             raise RuntimeError("this thread runs the connection and must not wait for it: "
                                "use self.channel or, in a hook, its argument")
         with self._lock:
-            if self._closed:
+            if self._is_closed:
                 raise ChannelClosed(1000, "the client is closed")
             future = asyncio.run_coroutine_threadsafe(run(), self._loop)
         try:
             return future.result()
-        except BaseException:  # KeyboardInterrupt; if it is the work's own, nothing is cancelled
+        except BaseException:  # KeyboardInterrupt; nothing is cancelled if it is the work's own
             future.cancel()
             raise
 
-    def _close(self) -> None:
+
+class _RemoteIterator(Iterator[Any]):
+    """What comes one after the other: `next` with a timeout in seconds, and `close`."""
+
+    def __init__(self, remote: Remote, step: Callable[[float | None], Awaitable[Any]],
+                 close: Callable[[], Any]) -> None:
+        self._remote, self._step, self._close = remote, step, close
+        self._is_open = True
+
+    def __next__(self) -> Any:
+        return self.next()
+
+    def next(self, timeout: float | None = None) -> Any:
+        """The next item. Raises StopIteration at the end, and RequestTimeout for an event."""
+        if not self._is_open:
+            raise StopIteration
         try:
-            self._wait(self._client.close)
-        finally:
-            with self._lock:
-                self._closed = True
+            return self._remote._wait(self._step, timeout)
+        except StopAsyncIteration:
+            self._is_open = False
+            raise StopIteration from None
+
+    def close(self) -> None:
+        """Unsubscribe, or end the stream."""
+        self._is_open = False
+        with contextlib.suppress(ChannelClosed):
+            self._remote._wait(self._close)
+
+    def __del__(self) -> None:
+        if self._is_open and not self._remote._is_closed:
+            with contextlib.suppress(RuntimeError):  # the loop may have ended with the process
+                asyncio.run_coroutine_threadsafe(self._finish(), self._remote._loop)
+
+    async def _finish(self) -> None:
+        result = self._close()
+        if inspect.isawaitable(result):
+            await result
 
 
-@contextlib.contextmanager
-def connect(server_uri: str, methods: RpcMethodsBase | None = None,
-            **options: Unpack[_PubSubOptions]) -> Iterator[Remote]:
-    """Connect without an event loop: ``with connect("ws://...") as remote: remote.add(a=1, b=2)``.
+class _RemoteProxy:
+    def __init__(self, remote: Remote, cls: Any) -> None:
+        self._remote, self._cls = remote, cls
 
-    Args and errors are those of PubSubClient. It connects again by itself; hooks and ``async def``
-    methods run on its own loop, in another thread.
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        remote, stub = self._remote, _method_stub(self._cls, name)
+        if stub.is_stream:
+            return lambda *args, **kwargs: map(
+                stub.check, remote.stream(name, stub.arguments(args, kwargs)))
+        return lambda *args, **kwargs: stub.check(
+            remote.call(name, stub.arguments(args, kwargs)))
+
+
+def _with_signature_of(function: Callable[_P, Any]) -> Callable[
+        [Callable[..., _T]], Callable[_P, _T]]:
+    """Give a function the signature of another one, for help() and for editors."""
+    def decorate(decorated: Callable[..., _T]) -> Callable[_P, _T]:
+        vars(decorated)["__signature__"] = inspect.signature(function)
+        return decorated
+
+    return decorate
+
+
+@_with_signature_of(PubSubClient)
+def connect(*args: Any, **options: Any) -> Remote:
+    """Connect without an event loop: ``remote = connect("ws://..."); remote.add(a=1, b=2) == 3``.
+
+    Arguments and errors are those of PubSubClient. It connects again by itself; hooks and
+    ``async def`` methods run on its own loop, in another thread.
     """
-    from anyio.from_thread import start_blocking_portal  # for those who use it
+    remote = Remote(PubSubClient(*args, **options))
+    try:
+        remote._wait(remote._client.__aenter__)
+    except BaseException:
+        remote.close()
+        raise
+    return remote
 
-    with start_blocking_portal() as portal:
-        remote = portal.call(Remote, PubSubClient(server_uri, methods, **options))
-        try:
-            remote._wait(remote._client.__aenter__)
-            yield remote
-        finally:
-            remote._close()
+
+__all__ += ["Remote", "connect"]
 
 
 # -------------------------------------------------------------------------------- browser client
-# What a page imports. It speaks JSON-RPC with the additions, and holds no queue: callbacks are
-# called as events arrive, so that its position is what it has received.
+# The ES module that a page imports, and the route that serves it. The module is one text without
+# dependencies and needs no build step. JavaScript runs one thing at a time, so it locks nothing. It
+# holds no queue: callbacks run while a message is read, so its position is the last one received.
 
 
-async def _browser_client(request: Request) -> Response:
+def register_browser_client(app_or_router: FastAPI | APIRouter, path: str) -> None:
+    """Serve the JavaScript client at ``path``: ``import { connect } from "/ws-lite.js"``.
+
+    It works beside any kind of WebSocket route, and is not in the app's OpenAPI document.
+
+    A browser does not tell a page why a handshake failed, so a page that a dependency refuses keeps
+    trying. To refuse it for good, accept the connection and close it with 1008, as an
+    ``on_connect`` hook that raises Forbidden does.
+    """
     tag = f'"{hashlib.sha256(_BROWSER_CLIENT.encode()).hexdigest()[:16]}"'
-    headers = {"ETag": tag, "Cache-Control": "no-cache"}  # which is: ask whether it has changed
-    if tag in request.headers.get("if-none-match", ""):
-        return Response(status_code=304, headers=headers)
-    return Response(_BROWSER_CLIENT, headers=headers, media_type="text/javascript")
+    headers = {"ETag": tag, "Cache-Control": "no-cache"}  # no-cache means: keep it, but ask first
+
+    @app_or_router.get(path, include_in_schema=False)
+    async def browser_client(request: Request) -> Response:
+        if tag in request.headers.get("if-none-match", ""):
+            return Response(status_code=304, headers=headers)
+        return Response(_BROWSER_CLIENT, headers=headers, media_type="text/javascript")
 
 
-_BROWSER_CLIENT: Final = r"""// The client of fastapi_ws_lite for browsers, Node 22+ and Deno.
+_BROWSER_CLIENT: Final = r"""// @ts-nocheck (its types are in JSDoc)
+// The client of fastapi_ws_lite for browsers, workers, Deno and Node 22 or later.
 
-/** What a call rejects with; thrown in an exposed function, it is what the server sees. */
+/** A call rejects with it. An exposed function throws it to answer with this error. */
 export class RpcError extends Error {
   /** @param {number} code @param {string} message @param {any} [data] a JSON value */
   constructor(code, message, data) {
     super(message);
-    Object.assign(this, { name: new.target.name, code, data });
+    this.name = new.target.name;
+    this.code = code;
+    this.data = data;
   }
 }
-/** The connection is gone, `code` is that of its close; whether a call ran is not known. */
-export class ClosedError extends RpcError {}
+/** The connection has ended. A call that was under way may have run or not. */
+export class ClosedError extends RpcError {
+  /** After a failed handshake, the HTTP status of its address: 401 or 403 if the session has
+   * expired, undefined if the server is away, 0 on another origin. @type {number | undefined} */
+  status = undefined;
+}
 export const ALL_TOPICS = "__EventNotifier_ALL_TOPICS__";
-const SILENCE = 25, ANSWER = 20, CHECK = 5; // seconds; of pings, as browsers send none
 /**
- * @typedef {string | (() => string | Promise<string>)} Text a function is asked at each connection
- * @typedef {{since: string | null, position: string, reason: string}} Gap
- * @typedef {{topic: string, data: any, position: string}} Event
- * @typedef {{timeout?: number | null, signal?: AbortSignal}} More a timeout of null is none
+ * @typedef {string | (() => string | Promise<string>)} Text a function is called per connection
  * @typedef {"connecting" | "ready" | "waiting" | "closed"} State
- * @typedef {{token?: Text, protocols?: string[], timeout?: number | null, firstDelay?: number,
- *   maxDelay?: number, onGap?: (gap: Gap) => any, onState?: (state: State, why?: Error) => any
- * }} Options times are in seconds; the token goes as the subprotocol "bearer.<base64url>"
+ * @typedef {{topic: string, data: any, position: string}} Event
+ * @typedef {{since: string | null, position: string, reason: string, topics?: string[]}} Gap
+ *   events after `since`, up to `position`, may be missing; if it has `topics`, only theirs
+ * @typedef {{timeout?: number | null, signal?: AbortSignal, meta?: object}} CallOptions
+ * @typedef {{token?: Text, protocols?: string[], timeout?: number | null, retry?: [number, number],
+ *   onGap?: (gap: Gap) => any,
+ *   onState?: (state: State, why?: Error & {code?: number, status?: number}) => any}} Options
+ *   the token is sent as the subprotocol "bearer.<base64url>"; a timeout is 60 seconds by default,
+ *   and null is none; `retry`, [0.1, 10], is the first and the longest wait between attempts
  */
+const TIMED_OUT = -32000, FORBIDDEN = -32001, OVERLOADED = -32002, TOO_LARGE = -32003;
+const SILENCE = 25, ANSWER = 20, QUICK = 3, CHECK = 5; // seconds, of pings
+
+// JSON.stringify writes half an emoji as "\ud83d", which no server can read: U+FFFD replaces it.
+const toJson = (value) => JSON.stringify(value)
+  .replace(/\\(ud[89a-f]..|.)/g, (escape) => (escape.length > 2 ? "\\ufffd" : escape));
 const base64url = (text) => btoa(String.fromCharCode(...new TextEncoder().encode(text)))
   .replace(/[+/=]/g, (c) => ({ "+": "-", "/": "_" })[c] ?? "");
+// A regular expression that matches what Python's fnmatch.fnmatchcase matches.
 const glob = (pattern) => new RegExp(`^${pattern.replace(/\[(!|(?!!))([^][^\]]*)\]|[^]/gu,
-  (all, not, set) => (set ? `[${not && "^"}${set.replace(/[\\\]^[]/g, "\\$&")}]` // as in fnmatch
+  (all, not, set) => (set ? `[${not && "^"}${set.replace(/[\\\]^[]/g, "\\$&")}]`
     : { "*": ".*", "?": "." }[all] ?? all.replace(/[\\^$.|+(){}[\]/]/, "\\$&")))}$`, "su");
-const offset = (position) => parseInt(position ?? "-1"); // its place in its log
 const valueOf = (text) => (typeof text === "function" ? text() : text);
-const guarded = (callback, ...args) => // an error of a callback is no reason to stop
+const pause = (seconds) => new Promise((done) => setTimeout(done, seconds * 1000));
+const callSafely = (callback, ...args) => // an error in a callback is logged, and changes nothing
   new Promise((done) => done(callback?.(...args))).catch((error) => console.error(error));
-const reachable = (url) => fetch(url.replace(/^ws/, "http"), { mode: "no-cors" })
-  .then((answer) => answer.status < 500, () => false);
+const httpStatus = (url) => fetch(url.replace(/^ws/, "http"), { mode: "no-cors", cache: "no-store",
+  signal: AbortSignal.timeout(5000) }).then(({ status }) => status, () => undefined);
 
-/** Connect, and stay connected. @param {Text} url @param {Options} options */
+/** Connect, and stay connected until `close`. @param {Text} [url] @param {Options} [options] */
 export function connect(url = "/ws", options = {}) {
-  const { token, timeout: patience = 60, protocols = [], firstDelay = 0.1, maxDelay = 30 }
-    = options;
-  const me = crypto.getRandomValues(new Uint32Array(4)).join("-"); // own events do not come back
-  const calls = new Map(), running = new Map(), subs = new Set();
+  const { token, protocols = [], timeout: usual = 60, retry = [0.1, 10], onGap, onState } = options;
+  const me = crypto.getRandomValues(new Uint32Array(4)).join("-"); // my events do not come back
+  const calls = new Map(), running = new Map(); // by id: calls to the server, and of the server
   const exposed = new Map([["_ping_", () => "pong"], ["_get_channel_id_", () => me]]);
-  let state = "connecting", why, socket = null, position = null, lastId = 0, heard = 0;
-  let drop = (code, reason) => {}, wake = () => {};
+  let state = "connecting", why, socket = null, drop = (code, reason) => {}, lastId = 0, heard = 0;
+  let wasReady = false, triedAgain = false, failures = 0, retryTimer;
+  // A subscription is `known` if the server has agreed to it, on this connection if `resumed`, else
+  // on the one before. It is `leaving` until the server has been asked to end it.
+  const subs = new Set(), leaving = new Set();
+  let resumed = false, syncing = null, position = null;
 
-  const become = (next, error) => guarded(options.onState, state = next, why = error);
+  const become = (next, error) => callSafely(onState, state = next, why = error);
   function post(message) {
-    const text = JSON.stringify({ jsonrpc: "2.0", ...message });
-    if (text.length > 2 ** 22 && new Blob([text]).size > 2 ** 24) // what uvicorn takes
-      throw new RpcError(-32003, "Message too large");
+    const text = toJson({ jsonrpc: "2.0", ...message });
+    if (text.length > 2 ** 22 && new Blob([text]).size > 2 ** 24) // the limit of uvicorn
+      throw new RpcError(TOO_LARGE, "Message too large");
     if (socket?.readyState === 1) socket.send(text);
   }
-  function request(method, params, { timeout = patience, signal, now, stream, ...on } = {}) {
-    const id = ++lastId, due = timeout === null ? Infinity : Date.now() + timeout * 1000;
+  /** Call a method, as soon as there is a connection. @param {string} method
+   * @param {object} [params] @param {CallOptions} [more] @returns {Promise<any>} */
+  function call(method, params,
+    { timeout = usual, signal, meta, now, stream, onItems, onResult } = {}) {
+    const id = ++lastId, deadline = timeout === null ? Infinity : Date.now() + timeout * 1000;
     return new Promise((resolve, reject) => {
-      const settle = (error, result) => {
+      const pending = { onItems, settle, send, sent: false };
+      let timer;
+      function settle(error, result) {
         if (!calls.delete(id)) return;
-        clearTimeout(call.timer);
+        clearTimeout(timer);
         signal?.removeEventListener("abort", stop);
-        if (!error) on.result?.(result); // now, as the next message may be an event
+        if (!error) onResult?.(result); // before the next message is read
         error ? reject(error) : resolve(result);
-      };
-      const stop = () => {
-        if (call.sent) post({ method: "$/cancelRequest", params: { id } });
-        settle(signal?.aborted ? signal.reason : new RpcError(-32000, "Request timed out"));
-      };
-      const send = () => {
-        const left = timeout === null ? undefined : Math.max(0, due - Date.now()) / 1000;
-        call.sent = true;
-        try { post({ method, params, timeout: left, stream, id }); } catch (e) { settle(e); }
-      };
-      const call = { settle, send, sent: false, timer: 0, items: on.items };
-      calls.set(id, call);
+      }
+      function stop() {
+        if (pending.sent) post({ method: "$/cancelRequest", params: { id } });
+        settle(signal?.aborted ? signal.reason
+          : new RpcError(TIMED_OUT, `Request timed out: ${method}`));
+      }
+      function send() {
+        const left = timeout === null ? undefined : Math.max(0, deadline - Date.now()) / 1000;
+        pending.sent = true;
+        try { post({ method, params, timeout: left, meta, stream, id }); } catch (e) { settle(e); }
+      }
+      calls.set(id, pending);
       if (state === "closed" || signal?.aborted) return settle(signal?.reason ?? why);
       signal?.addEventListener("abort", stop);
-      if (due < Date.now() + 2e9) call.timer = setTimeout(stop, due - Date.now()); // at most
-      if (state === "ready" || now) send(); // else when there is a connection
+      if (deadline < Date.now() + 2e9) timer = setTimeout(stop, deadline - Date.now()); // 24 days
+      if (state === "ready" || now) send();
     });
   }
-  async function* stream(method, params, { timeout = null } = {}) {
-    const got = [], leave = new AbortController();
-    let id, taken = 0, ended, woken;
-    const items = (from, some) => { id = from; got.push(...some); woken?.(); };
-    const end = (error) => { ended = { error }; woken?.(); };
-    request(method, params, { timeout, signal: leave.signal, stream: 16, items })
+  /** Iterate over what a method yields; leaving the loop cancels it. @param {string} method
+   * @param {object} [params] @param {{timeout?: number | null, meta?: object}} [more] */
+  async function* stream(method, params, { timeout = null, meta } = {}) {
+    const items = [], leave = new AbortController();
+    let id, taken = 0, ended, awake = () => {};
+    const onItems = (from, some) => { id = from; items.push(...some); awake(); };
+    const end = (error) => { ended = { error }; awake(); };
+    call(method, params, { timeout, meta, signal: leave.signal, stream: 16, onItems })
       .then(() => end(), end);
     try {
-      while (got.length || !ended) {
-        if (!got.length) { await new Promise((done) => { woken = done; }); continue; }
+      while (items.length || !ended) {
+        while (!items.length && !ended) await new Promise((done) => { awake = done; });
         if (++taken % 8 === 0 && !ended) post({ method: "$/credit", params: { id, n: 8 } });
-        yield got.shift();
+        if (items.length) yield items.shift();
       }
       if (ended.error) throw ended.error;
-    } finally { leave.abort(); } // cancels the request, unless it has ended
+    } finally { leave.abort(); } // this cancels the call, unless it has ended
   }
   async function serve({ id, method, params = {} }) {
-    const leave = new AbortController(); // by which the function learns that it is cancelled
-    const stop = (error) => { fail(error); leave.abort(error); };
-    const fail = ({ code, message, data }) => answer({ error: { code, message, data } });
-    const answer = (outcome) => {
-      if (running.get(id) !== stop) return; // another connection may have this id, too
-      post({ ...outcome, id });
-      running.delete(id);
-    };
-    if (id !== undefined) running.set(id, stop);
+    const leave = new AbortController(), { signal } = leave;
+    const cancelled = new Promise((_, reject) =>
+      signal.addEventListener("abort", () => reject(signal.reason)));
+    const answer = (outcome) => id !== undefined && post({ ...outcome, id });
+    running.set(id ?? leave, leave);
     try {
-      if (!exposed.has(method)) throw new RpcError(-32601, "Method not found");
-      const args = Array.isArray(params) ? params : [params, leave.signal];
-      answer({ result: (await exposed.get(method)(...args)) ?? null });
+      if (!exposed.has(method)) throw new RpcError(-32601, `Method not found: ${method}`);
+      const args = Array.isArray(params) ? params : [params, signal];
+      const result = await Promise.race([exposed.get(method)(...args), cancelled]);
+      answer({ result: result ?? null });
     } catch (error) {
-      if (!(error instanceof RpcError)) console.error(method, error);
-      fail(error instanceof RpcError ? error : new RpcError(-32603, "Internal error"));
+      const isMeant = error instanceof RpcError; // for the server to see
+      const { code, message, data } = isMeant ? error : new RpcError(-32603, "Internal error");
+      answer({ error: { code, message, data } });
+      if (!isMeant) console.error(method, error);
     }
+    if (running.get(id ?? leave) === leave) running.delete(id ?? leave);
   }
-  const told = { // by the server, and not answered
-    notify({ topic, data, position: at }) {
-      position = at;
-      for (const sub of [...subs])
-        if (subs.has(sub) && sub.known && sub.matches(topic) && !(offset(at) <= sub.place)) {
-          sub.place = offset(at);
-          guarded(sub.callback, data, topic, { topic, data, position: at });
-        }
+  const deliver = (sub, e) => subs.has(sub) && callSafely(sub.callback, e.data, e.topic, e);
+  const notices = { // of the server; they are not answered
+    notify(event) {
+      position = event.position;
+      for (const sub of [...subs]) if (!sub.replay && sub.matches(event.topic)) deliver(sub, event);
     },
-    gap(gap, whom = gap.reason === "log" ? subs : []) { // places in another log mean nothing
-      guarded(options.onGap, { since: position, ...gap });
-      if ([undefined, position].includes(gap.since)) position = gap.position; // else of some
-      for (const sub of whom) sub.place = offset(gap.position);
-    },
+    gap(gap) { callSafely(onGap, { since: position, ...gap }); position = gap.position; },
     position(moved) { position = moved.position; },
-    "$/stream": ({ id, items }) => calls.get(id)?.items?.(id, items),
-    "$/cancelRequest": ({ id }) => running.get(id)?.(new RpcError(-32800, "Request cancelled")),
+    "$/stream": ({ id, items }) => calls.get(id)?.onItems?.(id, items),
+    "$/cancelRequest": ({ id }) => running.get(id)?.abort(new RpcError(-32800, "Cancelled")),
   };
-  function receive(message) {
-    const { id, method, params, error, result } = message;
+  function receive({ id, method, params, error, result }) {
     if (method === undefined)
       calls.get(id)?.settle(error && new RpcError(error.code, error.message, error.data), result);
-    else if (Object.hasOwn(told, method)) told[method](params);
-    else serve(message);
+    else if (Object.hasOwn(notices, method)) notices[method](params);
+    else serve({ id, method, params });
   }
 
-  const named = (all, pattern) =>
-    [...new Set([...all].filter((sub) => sub.pattern === pattern).flatMap((sub) => sub.topics))];
-  function ask() { // for what this connection was not asked for; from where it was, if it was known
-    const mine = socket, news = [...subs].filter((sub) => sub.asked !== mine);
-    if (mine?.readyState !== 1) return;
-    const from = (sub) => (sub.known ? position : sub.since);
-    for (const since of new Set(news.map(from))) {
-      const whom = news.filter((sub) => from(sub) === since);
-      const params = { topics: named(whom, false), patterns: named(whom, true), since };
-      const result = ({ position: at, recovered }) => {
-        if (recovered === false) told.gap({ since, position: at, reason: "history" }, whom);
-        else if (since !== undefined && offset(since) < offset(position)) position = since;
-        position ??= at; // a later answer is ahead, perhaps, of what has been received
-        for (const sub of whom) {
-          if (!sub.known) sub.place = offset(at); // nothing older is for it
-          sub.confirm(sub.known = true);
-        }
-      };
-      for (const sub of whom) sub.asked = mine;
-      request("subscribe", { ...params, subscriber_id: me }, { now: true, result }).catch((e) => {
-        if (mine !== socket) return;
-        if (e.code === -32000 || e.code === -32002) return drop(1006, e.message); // better later
-        const refused = whom.filter((sub) => sub.topics.some((t) => e.data?.topics?.includes(t)));
-        for (const sub of refused.length ? refused : whom) end(sub, e);
-        console.warn("subscribe:", e.message, e.data);
-        for (const sub of whom) sub.asked = null;
-        ask();
-      });
+  // While a subscription waits for its `replay`, it takes no other events.
+  function namesIn(some, pattern, without = []) {
+    const kept = new Set(without), those = some.filter((sub) => sub.pattern === pattern);
+    return [...new Set(those.flatMap((sub) => sub.topics))].filter((name) => !kept.has(name));
+  }
+  function nextStep() { // the next request to the server, or undefined if it has agreed
+    const all = [...subs], plain = all.filter((sub) => !sub.replay), gone = [...leaving];
+    const known = plain.filter((sub) => sub.known), fresh = plain.filter((sub) => !sub.known);
+    if (!resumed && known.length) return { whom: known, options: { resume: position } };
+    resumed = true;
+    leaving.clear();
+    const [topics, patterns] = [false, true].map((p) => namesIn(gone, p, namesIn(all, p)));
+    if (topics.length || patterns.length) return { whom: gone, names: { topics, patterns } };
+    if (fresh.length) return { whom: fresh, options: {} };
+    const sub = all.find(({ replay }) => replay);
+    return sub && { whom: [sub], options: sub.replay };
+  }
+  async function sync() { // one request at a time
+    const mine = socket;
+    if (mine?.readyState !== 1 || syncing === mine) return;
+    syncing = mine;
+    for (let step; socket === mine && (step = nextStep());) await ask(step);
+    if (syncing === mine) syncing = null;
+  }
+  async function ask({ whom, options, names }) { // with names, to unsubscribe from them
+    const mine = socket, params = names ?? { ...options, subscriber_id: me,
+      topics: namesIn(whom, false), patterns: namesIn(whom, true) };
+    const agree = ({ position: at, recovered, refused = [], events = [] }) => {
+      [position, resumed] = [at, true];
+      for (const sub of whom) {
+        sub.known = true;
+        if (sub.topics.some((topic) => refused.includes(topic)))
+          end(sub, new RpcError(FORBIDDEN, `Forbidden: ${refused}`, { topics: refused }));
+        if (!subs.has(sub)) leaving.add(sub); // also if it was cancelled while it was asked for
+        else if (sub.replay && recovered === false)
+          callSafely(onGap, { since: sub.replay.since ?? null, position, reason: "history",
+            topics: sub.topics });
+        for (const event of events) deliver(sub, event);
+        sub.replay = null; // on a later connection it goes on as the others do
+        sub.confirm();
+      }
+    };
+    const [method, onResult] = names ? ["unsubscribe"] : ["subscribe", agree];
+    try { await call(method, params, { now: true, onResult }); } catch (error) {
+      if (socket !== mine) return; // the next connection begins anew
+      if (error.code === TIMED_OUT) drop(1006, "no answer"); // what the server did is not known
+      else if (error.code === OVERLOADED) await pause(Math.random());
+      else for (const sub of whom) end(sub, error);
     }
   }
   function end(sub, error) {
     if (!subs.delete(sub)) return;
-    sub.refuse(error);
-    const others = named(subs, sub.pattern), left = sub.topics.filter((t) => !others.includes(t));
-    const params = { [sub.pattern ? "patterns" : "topics"]: left };
-    if (socket && sub.asked === socket)
-      request("unsubscribe", params, { now: true }).catch(() => {});
+    sub.reject(error);
+    if (resumed && sub.known) leaving.add(sub);
+    queueMicrotask(sync); // together with what the page does next
   }
 
-  async function connection() { // one of them, and how it has ended
-    const secret = await valueOf(token), bearer = secret ? [`bearer.${base64url(secret)}`] : [];
-    const { href } = new URL(await valueOf(url), globalThis.location?.href);
-    if (state === "closed") return {};
-    const offered = ["ws-lite.1", ...protocols, ...bearer];
-    const mine = socket = new WebSocket(href.replace(/^http/, "ws"), offered);
-    return new Promise((resolve) => {
-      let opened = false, readyAt = Infinity, timer;
-      const ping = () => request("_ping_", {}, { now: true, timeout: ANSWER }).catch((error) => {
-        if (error.code === -32000) drop(1006, "no answer");
-      });
-      drop = (code, reason) => {
-        const error = new ClosedError(code, `the connection is closed: ${code} ${reason}`.trim());
-        socket = mine.onopen = mine.onmessage = mine.onclose = mine.onerror = null;
-        drop = () => {};
-        mine.close();
-        clearInterval(timer);
-        for (const stop of [...running.values()]) stop(error);
-        for (const call of [...calls.values()]) if (call.sent) call.settle(error);
-        resolve({ code, error, opened, href, seconds: (Date.now() - readyAt) / 1000 });
-      };
-      mine.onclose = ({ code, reason }) => drop(code, reason);
-      mine.onerror = () => opened || drop(1006, ""); // after which Node 20 tells no close
-      mine.onmessage = ({ data }) => {
-        heard = Date.now();
-        for (const message of [JSON.parse(data)].flat()) receive(message);
-      };
-      mine.onopen = async () => {
-        [opened, heard] = [true, Date.now()];
-        timer = setInterval(() => {
-          if (Date.now() - heard > SILENCE * 1000) ping(heard = Date.now());
-        }, CHECK * 1000);
-        ask();
-        await ping(); // a server that accepts only to close was never ready
-        if (socket !== mine) return;
-        readyAt = Date.now();
-        become("ready");
-        for (const call of calls.values()) if (!call.sent) call.send();
-      };
-    });
+  async function check(seconds) { // end a connection on which nothing comes, not even for a ping
+    const mine = socket, began = Date.now();
+    const isLate = await call("_ping_", {}, { now: true, timeout: seconds })
+      .then(() => false, (error) => error.code === TIMED_OUT);
+    if (isLate) await pause(0); // if the page was busy, there are messages to read
+    if (isLate && socket === mine && heard <= began) drop(1006, "no answer");
   }
-  async function run() {
-    for (let failures = 0, refusals = 0, wasReady = false; state !== "closed"; failures++) {
-      become("connecting");
-      const how = await connection().catch((error) => ({ error })); // no token now, perhaps
-      if (how.seconds >= 1) failures = 0;
-      if (how.seconds >= 0) wasReady = true;
-      const early = !wasReady && state !== "closed" && how.opened === false; // why, is not told
-      const refused = how.code === 1008 || (early && await reachable(how.href));
-      if (state === "closed") return;
-      refusals = refused && !wasReady ? refusals + 1 : 0;
-      if (refusals === 2) return finish(how.error); // the second one with a fresh token
-      const restarts = failures === 0 && (how.code === 1001 || how.code === 1012);
-      const most = restarts ? 2 : Math.min(maxDelay, firstDelay * 2 ** failures);
-      become("waiting", how.error);
-      await new Promise((done) => {
-        const timer = setTimeout(done, Math.random() * most * 1000);
-        wake = () => { clearTimeout(timer); done(); };
-      });
+  async function open() { // one connection
+    clearTimeout(retryTimer);
+    become("connecting");
+    let secret, mine, href, opened = false, readyAt = Infinity;
+    try { [secret, href] = [await valueOf(token), await valueOf(url)]; }
+    catch (error) { return lost(error); } // later there may be a token
+    if (state === "closed") return;
+    const bearer = secret ? [`bearer.${base64url(secret)}`] : [];
+    try {
+      ({ href } = new URL(href, globalThis.location?.href));
+      mine = new WebSocket(href.replace(/^http/, "ws"), ["ws-lite.1", ...protocols, ...bearer]);
+    } catch (error) { return finish(error); } // it would be the same next time
+    [socket, heard] = [mine, Date.now()];
+    const timer = setInterval(() => Date.now() - heard > (opened ? SILENCE : ANSWER) * 1000
+      && check(opened ? ANSWER : 0), CHECK * 1000);
+    drop = (code, reason) => {
+      const error = new ClosedError(code, `the connection is closed: ${code} ${reason}`.trim());
+      socket = mine.onopen = mine.onmessage = mine.onclose = mine.onerror = null;
+      [drop, resumed] = [() => {}, false];
+      clearInterval(timer);
+      mine.close();
+      for (const leave of running.values()) leave.abort(error); // no later connection is answered
+      for (const pending of [...calls.values()]) if (pending.sent) pending.settle(error);
+      lost(error, !opened && href, Date.now() - readyAt);
+    };
+    mine.onclose = ({ code, reason }) => drop(code, reason);
+    mine.onerror = () => opened || drop(1006, ""); // Node 20 reports no close after it
+    mine.onmessage = ({ data }) => {
+      heard = Date.now();
+      [JSON.parse(data)].flat().forEach(receive);
+    };
+    mine.onopen = async () => {
+      [opened, heard] = [true, Date.now()];
+      sync();
+      await check(ANSWER); // a server that accepts only to close was never ready
+      if (socket !== mine) return;
+      [readyAt, wasReady] = [Date.now(), true];
+      become("ready");
+      for (const pending of [...calls.values()]) if (!pending.sent) pending.send();
+    };
+  }
+  async function lost(error, href, readyFor) { // the connection is; open the next one in a while
+    if (href && state !== "closed") error.status = await httpStatus(href);
+    if (state === "closed") return;
+    if (readyFor > 1000) [failures, triedAgain] = [0, false];
+    const { code, status } = error, isRestart = code === 1001 || code === 1012;
+    if (code === 1008 || (!wasReady && (status === 401 || status === 403))) { // it is refused
+      if (triedAgain || ![token, url].some((text) => typeof text === "function"))
+        return finish(error);
+      triedAgain = true; // with a fresh token
     }
+    const longest = isRestart && !failures ? 2 : Math.min(retry[1], retry[0] * 2 ** failures);
+    failures++;
+    retryTimer = setTimeout(open, Math.random() * longest * 1000);
+    become("waiting", error);
   }
+  /** Leave this connection for a new one, with a fresh token. Calls that are under way reject. */
+  function reconnect() {
+    failures = 0;
+    drop(1000, "reconnect");
+    if (state === "waiting") open();
+  }
+  // When the network or the tab is back, the connection perhaps is not.
+  const onWakeUp = () => (state === "ready" ? check(QUICK) : state === "waiting" && reconnect());
+  const listening = new AbortController();
+  for (const type of ["online", "pageshow", "visibilitychange"])
+    globalThis.addEventListener?.(type, onWakeUp, { signal: listening.signal });
   function finish(error) {
     if (state === "closed") return;
     become("closed", error);
+    listening.abort();
     drop(1000, "");
     for (const sub of [...subs]) end(sub, error);
-    for (const call of [...calls.values()]) call.settle(error);
-    wake();
+    for (const pending of [...calls.values()]) pending.settle(error);
+    clearTimeout(retryTimer);
   }
+  queueMicrotask(open);
 
-  queueMicrotask(run);
   return {
-    /** @returns {State} */
-    get state() { return state; },
-    /** Call a method; params by name, or an array. @param {string} method @param {object} [params]
-     * @param {More} [more] @returns {Promise<any>} */
-    call: (method, params, more) => request(method, params, more),
-    /** Iterate over what a method yields; leaving the loop cancels it. */
-    stream,
+    call, stream, reconnect,
+    /** @returns {State} */ get state() { return state; },
+    /** That of the last event. Store it, and give it to `subscribe` as `since` when the page is
+     * loaded again. @returns {string | null} */
+    get position() { return position; },
+    /** The server's methods, by position: `await ws.proxy().add(1, 2)`, and for streams
+     * `for await (const x of ws.proxy().ticks(3))`. An interface gives them types.
+     * @type {<T = Record<string, (...args: any[]) => any>>() => T} */
+    proxy: () => new Proxy({}, { get: (_, name) => name !== "then" && ((...args) => {
+      let iterated = false; // in the same turn, by "for await"
+      const called = Promise.resolve().then(() => (iterated ? null : call(name, args)));
+      called[Symbol.asyncIterator] = () => { iterated = true; return stream(name, args); };
+      return called;
+    }) }),
     /** Call, and wait for no answer. @param {string} method @param {object} [params] */
     notify(method, params) {
       if (state !== "ready") throw new ClosedError(1006, "there is no connection now");
       post({ method, params });
     },
     /** Let the server call these. @param {Record<string, (...args: any[]) => any>} methods */
-    expose(methods) {
-      for (const [name, method] of Object.entries(methods)) exposed.set(name, method.bind(methods));
-    },
-    /** Subscribe, now and at each connection. @param {string | string[]} topics
+    expose: (methods) => Object.entries(methods).forEach(
+      ([name, method]) => exposed.set(name, method.bind(methods))),
+    /** Subscribe, now and at each connection. The `last` events of the topics come first, or all
+     * after the position `since`. @param {string | string[]} topics or patterns, as in fnmatch
      * @param {(data: any, topic: string, event: Event) => any} callback
-     * @param {{pattern?: boolean, since?: string}} [how] as in fnmatch; from a stored position */
-    subscribe(topics, callback, { pattern = false, since } = {}) {
-      const list = [topics].flat(), globs = pattern ? list.map(glob) : [];
-      const sub = { topics: list, pattern, since, callback, known: false, place: -1 };
+     * @param {{pattern?: boolean, last?: number, since?: string | null}} [how]
+     * @returns {{topics: string[], confirmed: Promise<void>, cancel: () => void}} */
+    subscribe(topics, callback, { pattern = false, last, since } = {}) {
+      const list = JSON.parse(toJson([topics].flat())), globs = pattern ? list.map(glob) : [];
+      const sub = { topics: list, pattern, callback, known: false };
+      sub.replay = (last ?? since ?? null) === null ? null : { last, since };
       sub.matches = pattern ? (topic) => globs.some((glob) => glob.test(topic))
         : (topic) => list.includes(topic) || list.includes(ALL_TOPICS);
-      const confirmed = new Promise((...both) => { [sub.confirm, sub.refuse] = both; });
-      confirmed.catch(() => {}); // it need not be looked at
+      const confirmed = new Promise((...both) => { [sub.confirm, sub.reject] = both; });
+      confirmed.catch((error) => error.code === 1000 || console.warn("subscribe:", list, error));
       subs.add(sub);
-      queueMicrotask(() => (state === "closed" ? end(sub, why) : ask()));
+      queueMicrotask(() => (state === "closed" ? end(sub, why) : sync())); // several at once
       const cancel = () => end(sub, new ClosedError(1000, "cancelled"));
       return { topics: list, confirmed, cancel };
     },
     /** Publish. @param {string | string[]} topics @param {any} data
-     * @param {{includeSelf?: boolean}} [how] whether one's own subscriptions hear it */
-    publish(topics, data, { includeSelf = false } = {}) {
-      const notifier_id = includeSelf ? `${me}!` : me;
-      return request("publish", { topics: [topics].flat(), data, notifier_id });
-    },
-    /** End the connection, for good. */
+     * @param {{includeSelf?: boolean}} [how] whether this client's own subscriptions get it */
+    publish: (topics, data, { includeSelf = false } = {}) =>
+      call("publish", { topics: [topics].flat(), data, notifier_id: includeSelf ? `${me}!` : me }),
+    /** End the connection for good. */
     close: () => finish(new ClosedError(1000, "the client is closed")),
   };
 }
 """
 
-
-# ----------------------------------------------------------------------------------- command line
-# A command is a function; its docstring is its help. What goes wrong in it becomes one line and an
-# exit code in `_main`.
-
-_EXIT_CODES: Final = """\
-exit codes:
-  0    done; also when what the output is piped into has ended
-  2    wrong usage
-  3    cannot connect, refused, or the connection was lost; serve: cannot listen
-  4    answered with an error, or not in time
-  130  Ctrl-C"""
+__all__ += ["register_browser_client"]
 
 
-class _FirstAttempt(NetworkTransport):
-    """Until it has once been connected, no failure is tried again: someone is waiting."""
-
-    async def open(self, uri: str, **options: Any) -> Socket:
-        try:
-            return await super().open(uri, **options)
-        except Exception as error:  # the library's own too: no such scheme, no WebSocket there
-            raise RpcError(0, f"cannot connect: {error}") from error
+# ---------------------------------------------------------------------------------- command line
+# The command `fastapi-ws-lite`, which is also `python fastapi_ws_lite.py`. Each function that is
+# named `_cli_...` is a command: its parameters are the arguments, its keyword-only parameters are
+# the options, and its docstring is the help. Coroutines get a client that `_run_connected` has
+# connected. `_main` alone turns an error into one line and an exit code. `vendor` and `help` read
+# the source of this file, and find its sections by their banners.
 
 
-def _value(text: str) -> Any:
-    """A JSON value; what is not JSON is a string."""
+def _json_or_text(text: str) -> Any:
+    """Decode a JSON value. A text that is not JSON stands for itself."""
     try:
         return _decode(text)
-    except (ValueError, TypeError, RecursionError):  # TypeError: bytes that are not UTF-8
+    except (ValueError, RecursionError, TypeError):  # TypeError: bytes that are not UTF-8
         return text
 
 
-def _cli_call(remote: Remote, args: Any) -> None:
-    """Call a method and print its result.
+async def _cli_call(client: PubSubClient, method: str, arguments: Sequence[str] = (), *,
+                    stream: bool = False) -> None:
+    """Call a method and print its result as JSON or, with --stream, each item as a line of it.
 
-    Values are JSON, or else strings. One JSON object or array may stand for all arguments. With
-    --stream, it is a line of JSON for each item.
+    An argument is name=value. A value is JSON, or else a string. One JSON object or array may
+    stand for all arguments.
 
     example: fastapi-ws-lite call ws://localhost:8000/ws add a=1 b=2
     """
-    words, params = args.arguments, {}
-    if len(words) == 1 and type(lone := _value(words[0])) in (dict, list):
-        words, params = [], lone
-    for name, sign, text in (word.partition("=") for word in words):
-        if not sign:
-            raise ValueError(f"an argument is name=value, not {name!r}")
-        params[name] = _value(text)
-    call = remote.stream if args.stream else lambda *asked: [remote.call(*asked)]
-    for result in call(args.method, params or None):
-        print(_encode(result), flush=True)
+    params = _json_or_text(arguments[0]) if len(arguments) == 1 else None
+    if not isinstance(params, dict | list):
+        params = {}
+        for name, sign, text in (word.partition("=") for word in arguments):
+            if not sign:
+                raise ValueError(f"an argument is name=value, not {name!r}")
+            params[name] = _json_or_text(text)
+    if not stream:
+        print(_encode((await client.call(method, params or None)).result))
+        return
+    async for item in client.stream(method, params or None):
+        print(_encode(item), flush=True)
 
 
-def _shape(schema: dict[str, Any]) -> str:
-    """A JSON Schema in a few words."""
+def _type_text(schema: dict[str, Any]) -> str:
+    """Describe a JSON Schema in a few words."""
     text: str = schema.get("$ref", "").rpartition("/")[2] or schema.get("type", "any")
-    text = " | ".join(map(_shape, schema.get("anyOf", ()))) or text
-    text += f"[{_shape(schema['items'])}]" if schema.get("items") else ""
+    text = " | ".join(map(_type_text, schema.get("anyOf", ()))) or text
+    text += f"[{_type_text(schema['items'])}]" if schema.get("items") else ""
     return text + (f" = {_encode(schema['default'])}" if "default" in schema else "")
 
 
-def _cli_methods(remote: Remote, args: Any) -> None:
-    """List the methods of a server.
-
-    What it says of itself in full: fastapi-ws-lite call URL rpc.discover
+async def _cli_methods(client: PubSubClient) -> None:
+    """List the methods of a server. All that it says of them: fastapi-ws-lite call URL rpc.discover
 
     example: fastapi-ws-lite methods ws://localhost:8000/ws
     """
-    for method in remote.call("rpc.discover")["methods"]:
+    for method in (await client.call("rpc.discover")).result["methods"]:
         params = ", ".join(f"{'*' * ('x-variadic' in param)}{param['name']}: "
-                           f"{_shape(param['schema'])}" for param in method["params"])
+                           f"{_type_text(param['schema'])}" for param in method["params"])
         stream = "stream of " if method.get("x-stream") else ""
-        print(f"{method['name']}({params}) -> {stream}{_shape(method['result']['schema'])}")
+        print(f"{method['name']}({params}) -> {stream}{_type_text(method['result']['schema'])}")
         if "summary" in method:
             print(f"    {method['summary']}")
 
 
-def _cli_subscribe(remote: Remote, args: Any) -> None:
-    """Print events, a line of JSON each. Where some are missing, a line on stderr says so.
+async def _cli_types(client: PubSubClient) -> None:
+    """Print TypeScript types of the methods of a server.
 
-    With --since, the position of an earlier event, those after it come first.
+    example: fastapi-ws-lite types ws://localhost:8000/ws > api.d.ts
+    """
+    typescript: Any = globals().get("_typescript")
+    if typescript is None:
+        raise ValueError("types needs the section OpenRPC, which this copy was made without")
+    print(typescript((await client.call("rpc.discover")).result))
+
+
+async def _cli_subscribe(client: PubSubClient, topics: Sequence[str], *, pattern: bool = False,
+                         last: int = 0, since: str | None = None) -> None:
+    """Print each event as a line of JSON. Where events are missing, a line on stderr says so.
+
+    With --pattern, topics are globs, as in fnmatch. Up to --last earlier events, or those after
+    the position --since, come first.
 
     example: fastapi-ws-lite subscribe --pattern ws://localhost:8000/ws 'orders.*' | jq .data
     """
-    for event in remote.events(args.topics, pattern=args.pattern):
+    if last and since:
+        raise ValueError("subscribe takes --last or --since, not both")
+    # the client was made with since, and so is sent everything that the log still has
+    async for event in await client.subscribe(topics, pattern=pattern, last=last or None):
         print(_encode(event._asdict()), flush=True)
 
 
-def _cli_publish(remote: Remote, args: Any) -> None:
-    """Publish an event or, without one, each line of standard input.
-
-    What is not JSON is a string.
+async def _cli_publish(client: PubSubClient, topic: str, event: str | None = None) -> None:
+    """Publish an event or, without one, each line of standard input. What is not JSON is a string.
 
     example: fastapi-ws-lite publish ws://localhost:8000/ws news '{"n": 1}'
     """
-    for line in filter(str.strip, sys.stdin) if args.json is None else [args.json]:
-        remote.publish(args.topic, _value(line.removesuffix("\n")))
+    if event is not None:
+        await client.publish(topic, _json_or_text(event))
+        return
+    stdin = os.fdopen(sys.stdin.fileno(), encoding="utf-8", errors="surrogateescape", closefd=False)
+    while line := await _in_daemon_thread(stdin.readline):
+        if line.strip():
+            await client.publish(topic, _json_or_text(line.removesuffix("\n")))
 
 
-def _cli_serve(remote: None, args: Any) -> None:
-    """Serve the methods of a class, and events.
+async def _in_daemon_thread(function: Callable[[], str]) -> str:
+    """Run a function that may block for ever. Ctrl-C ends the process nevertheless."""
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[str] = loop.create_future()
+    threading.Thread(daemon=True, target=lambda: loop.call_soon_threadsafe(
+        result.set_result, function())).start()
+    return await result
+
+
+def _cli_serve(target: str, *, host: str = "127.0.0.1", port: int = 8000,
+               path: str = "/ws") -> None:
+    """Serve the methods of a class, and events. The port 0 is a free one.
 
     example: fastapi-ws-lite serve calculator.py:Calculator, or package.module:Calculator
     """
     try:
         uvicorn: Any = importlib.import_module("uvicorn")
     except ImportError as error:
-        raise ImportError("serve needs uvicorn: pip install 'fastapi-ws-lite[standard]', or "
-                          "'uvicorn[standard]'") from error
-    where, _, name = args.target.rpartition(":")
+        raise ImportError("serve needs uvicorn: pip install 'uvicorn[standard]'") from error
+    where, _, name = target.rpartition(":")
     folder, file = os.path.split(where) if where.endswith(".py") else ("", where)
     sys.path.insert(0, os.path.abspath(folder))
-    cls = getattr(importlib.import_module(file.removesuffix(".py")), name) if name else None
-    if not (isinstance(cls, type) and issubclass(cls, RpcMethodsBase)):
-        raise TypeError(f"serve takes FILE.py:CLASS, a class of RpcMethodsBase, not {args.target}")
-    methods, app = cls(), FastAPI()
-    PubSubEndpoint(methods).register_route(app, args.path)
-    config = uvicorn.Config(app, host=args.host, port=args.port, log_config=None)
+    module = importlib.import_module(file.removesuffix(".py")) if file else None
+    cls: Any = getattr(module, name, None)
+    is_servable = isinstance(cls, type) and issubclass(cls, RpcMethodsBase)
+    if not is_servable:
+        raise ValueError(f"serve takes FILE.py:CLASS, a class of RpcMethodsBase, not {target}")
+    app = FastAPI()
+    PubSubEndpoint(cls()).register_route(app, path)
+    config = uvicorn.Config(
+        app, host=host, port=port, log_config=None, ws_per_message_deflate=False)
     listener = config.bind_socket()
-    print(f"serving {name} at ws://{args.host}:{listener.getsockname()[1]}{args.path}",
+    listener.listen()  # from now on nobody is refused, although uvicorn is still starting
+    print(f"serving {name} at ws://{host}:{listener.getsockname()[1]}{path}",
           file=sys.stderr, flush=True)
     uvicorn.Server(config).run([listener])
 
 
-def _header(text: str) -> tuple[str, str]:
-    name, sign, value = text.partition(":")
-    if not sign:
-        import argparse
-
-        raise argparse.ArgumentTypeError(f"a header is 'Name: value', not {text!r}")
-    return name.strip(), value.strip()
-
-
-_CONNECTED: Final[dict[str, dict[str, Any]]] = {
-    "url": {"help": "ws://... or wss://..."},
-    "-H": {"dest": "headers", "action": "append", "default": [], "type": _header,
-           "metavar": "'Name: value'", "help": "a header of the handshake; may be repeated"},
-    "--token": {"help": "the same as -H 'Authorization: Bearer TOKEN'"},
-    "--timeout": {"type": float, "default": DEFAULT_RESPONSE_TIMEOUT_SECONDS, "metavar": "SECONDS",
-                  "help": "for the connection, and for each answer (%(default)s)"},
-    "--wire": {"choices": ("old", "jsonrpc"), "default": "old",
-               "help": "for a server without the subprotocol ws-lite.1 (%(default)s)"}}
-_COMMANDS: Final[dict[str, tuple[Any, dict[str, dict[str, Any]]]]] = {
-    "serve": (_cli_serve, {
-        "target": {"metavar": "FILE_OR_MODULE:CLASS", "help": "a class of RpcMethodsBase"},
-        "--host": {"default": "127.0.0.1", "help": "%(default)s"},
-        "--port": {"type": int, "default": 8000, "help": "%(default)s; 0 for a free one"},
-        "--path": {"default": "/ws", "help": "%(default)s"}}),
-    "call": (_cli_call, {**_CONNECTED, "method": {},
-                         "arguments": {"nargs": "*", "metavar": "name=value"},
-                         "--stream": {"action": "store_true", "help": "iterate over a stream"}}),
-    "methods": (_cli_methods, _CONNECTED),
-    "subscribe": (_cli_subscribe, {**_CONNECTED, "topics": {"nargs": "+", "metavar": "topic"},
-                                   "--pattern": {"action": "store_true",
-                                                 "help": "topics are globs, as in fnmatch"},
-                                   "--since": {"metavar": "POSITION",
-                                               "help": "begin after this event"}}),
-    "publish": (_cli_publish, {**_CONNECTED, "topic": {}, "json": {"nargs": "?"}})}
+_OPTIONAL_SECTIONS: Final = {  # the names of `vendor --without`, and the banners of the sections
+    "legacy": "the wire of fastapi_websocket_rpc", "openrpc": "OpenRPC", "backbones": "backbones",
+    "fleet": "fleet", "connect": "without an event loop", "browser": "browser client",
+    "cli": "command line"}
+_COPY_HEADER: Final = """\
+# A copy of fastapi_ws_lite {}, made by its command "vendor", which can also update it.
+# Left out: {}
+# SHA-256 of the original: {}
+# SHA-256 of the lines below: {}
+"""
 
 
-def _arguments(argv: Sequence[str] | None) -> Any:
-    import argparse  # for those who use it
+def _cli_vendor(dest: str, *, without: str | None = None, check: bool = False) -> int:
+    """Copy this module to a file or into a folder, without the sections that are not needed.
 
-    shape: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser("fastapi-ws-lite", epilog=_EXIT_CODES, **shape)
+    --without takes some of legacy,openrpc,backbones,fleet,connect,browser,cli. The same command
+    updates a copy, without the same sections unless --without says otherwise. --check only says
+    whether the copy is up to date.
+
+    example: fastapi-ws-lite vendor myapp/ --without backbones,browser
+    """
+    source = inspect.getsource(sys.modules[__name__])
+    path = os.path.join(dest, __name__.rpartition(".")[2] + ".py") if os.path.isdir(dest) else dest
+    if check or os.path.exists(path):
+        version, left_out, original, is_edited = _read_copy(path)
+        if check:
+            is_current = original == _sha256(source)
+            state = "up to date" if is_current else f"not made from this file ({__version__})"
+            state += ", but edited by hand" if is_edited else ""
+            print(f"{path}: version {version}, without {left_out or 'nothing'}: {state}")
+            return 0 if is_current and not is_edited else 1
+        if is_edited:
+            raise ValueError(f"{path} was edited by hand: move it away, then merge the changes")
+        without = left_out if without is None else without
+    names = re.findall(r"[^\s,]+", without or "")
+    text = _cut_sections(source, names)
+    header = _COPY_HEADER.format(__version__, ", ".join(names), _sha256(source), _sha256(text))
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(header + text)
+    return 0
+
+
+def _read_copy(path: str) -> tuple[str, str, str, bool]:
+    """Return a copy's version, what it leaves out, its original's hash, and if it was edited."""
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    header = re.match(re.escape(_COPY_HEADER).replace(re.escape("{}"), "(.*)"), text)
+    if header is None:
+        raise ValueError(f"{path} was not made by vendor: move it away, or name another file")
+    version, left_out, original, below = header.groups()
+    return version, left_out, original, below != _sha256(text[header.end():])
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _cut_sections(source: str, names: Iterable[str]) -> str:
+    """Return the source without these optional sections, and without imports only they use."""
+    sections = _sections(source)
+    for name in names:
+        if _OPTIONAL_SECTIONS.get(name) not in sections:
+            raise ValueError(f"cannot leave out {name!r}, only {', '.join(_OPTIONAL_SECTIONS)}")
+        del sections[_OPTIONAL_SECTIONS[name]]
+    text = "".join(sections.values()).rstrip() + "\n"
+    lines, nodes = text.splitlines(keepends=True), list(ast.walk(tree := ast.parse(text)))
+    hints = (getattr(n, name, None) for n in nodes for name in ("annotation", "returns"))
+    used = set(re.findall(r"\w+", " ".join(ast.unparse(hint) for hint in hints if hint)))
+    used |= {node.id for node in nodes if isinstance(node, ast.Name)}
+    for node in reversed(tree.body):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            kept = [a for a in node.names if (a.asname or a.name).partition(".")[0] in used]
+            if len(kept) < len(node.names):
+                node.names = kept
+                statement = ast.unparse(node) + "\n" if kept else ""
+                if node.end_lineno != node.lineno:  # one name in a line, as import sorters have it
+                    statement = re.sub(r" import (.+)", r" import (\n    \1,\n)",
+                                       statement).replace(", ", ",\n    ")
+                lines[node.lineno - 1:node.end_lineno] = [statement]
+    return "".join(lines)
+
+
+def _sections(source: str) -> dict[str, str]:
+    """Split the source at its banners, by name. The part before the first one is named ""."""
+    parts = re.split(r"(?m)^(?=# -{20,} )", source)
+    return {"": parts[0], **{part.partition("\n")[0].lstrip("# -"): part for part in parts[1:]}}
+
+
+def _cli_help(topic: Sequence[str] = ()) -> None:
+    """Explain a topic: a section of this module or a public name. Without one, list them all.
+
+    example: fastapi-ws-lite help topics and log
+    """
+    import pydoc  # only for those who use it
+
+    source = inspect.getsource(sys.modules[__name__])
+    wanted, is_found = " ".join(topic).lower(), False
+    for section, text in list(_sections(source).items())[1:]:
+        names = [n for n in __all__ if re.search(rf"(?m)^(async def |def |class |){n}\b", text)]
+        if not wanted:
+            print(f"{section:<35} {', '.join(names)}".rstrip())
+        elif wanted in section.lower():
+            banner = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+            print(*(line.removeprefix("#").strip() for line in banner), "", sep="\n")
+        else:
+            names = [name for name in names if name.lower() == wanted]
+        for name in names if wanted else ():
+            print(pydoc.plain(pydoc.text.document(globals()[name], name)))
+        is_found |= wanted in section.lower() or bool(names)
+    if not is_found:
+        raise ValueError(f"{wanted!r} is no section and no public name: see fastapi-ws-lite help")
+
+
+def _parse_arguments(argv: Sequence[str] | None) -> dict[str, Any]:
+    """Parse a command line, as the signatures of the commands have it."""
+    import argparse  # only for those who use it
+
+    style: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser("fastapi-ws-lite", epilog=inspect.getdoc(_main), **style)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, (run, arguments) in _COMMANDS.items():
+    for run in (value for name, value in globals().items() if name.startswith("_cli_")):
         text = inspect.getdoc(run) or ""
-        command = commands.add_parser(name, help=text.partition("\n")[0], description=text, **shape)
+        command = commands.add_parser(run.__name__.removeprefix("_cli_"), description=text,
+                                      help=text.partition("\n")[0], **style)
         command.set_defaults(run=run)
-        for argument, options in arguments.items():
-            command.add_argument(argument, **options)
-    return parser.parse_args(argv)
+        if inspect.iscoroutinefunction(run):
+            command.add_argument("url", help="ws://... or wss://...")
+            command.add_argument("-H", dest="headers", action="append", metavar="'NAME: VALUE'",
+                                 default=[], help="a header of the handshake; may be repeated")
+            command.add_argument("--token", help="the same as -H 'Authorization: Bearer TOKEN'")
+            command.add_argument("--timeout", type=float, default=DEFAULT_RESPONSE_TIMEOUT_SECONDS,
+                                 help="seconds to connect, and for each answer (%(default)s)")
+        for p in inspect.signature(run).parameters.values():
+            if p.kind is p.KEYWORD_ONLY and p.default is False:
+                command.add_argument(f"--{p.name}", action="store_true")
+            elif p.kind is p.KEYWORD_ONLY:
+                kind = str if p.default is None else type(p.default)
+                command.add_argument(f"--{p.name}", type=kind, default=p.default)
+            elif p.name != "client":
+                least_one = "+" if p.annotation == Sequence[str] else None
+                command.add_argument(p.name, nargs={None: "?", (): "*"}.get(p.default, least_one))
+    return vars(parser.parse_args(argv))
 
 
-def _connection(args: Any) -> contextlib.AbstractContextManager[Any]:
-    if args.run is _cli_serve:
-        return contextlib.nullcontext()
-    bearer = [("Authorization", f"Bearer {args.token}")] if args.token else []
-    return connect(args.url, headers=[*args.headers, *bearer], transport=_FirstAttempt(),
-                   wire=args.wire, connect_timeout=args.timeout,
-                   default_response_timeout=args.timeout, since=getattr(args, "since", None),
-                   on_gap=lambda gap: _told(0, "missed events:", gap))
+async def _run_connected(run: Any, *, url: str, headers: list[str], token: str | None,
+                         timeout: float, **options: Any) -> None:
+    """Connect and run a command. A first attempt that fails is not repeated: someone is waiting."""
+    headers += [f"Authorization: Bearer {token}"] if token else []
+    if wrong := [header for header in headers if ":" not in header]:
+        raise ValueError(f"a header is 'Name: value', not {wrong[0]!r}")
+    pairs = [(name.strip(), value.strip()) for name, value in (h.split(":", 1) for h in headers)]
+    client = PubSubClient(url, headers=pairs, default_response_timeout=timeout,
+                          since=options.get("since"),
+                          on_gap=lambda gap: _print_problem("missed events:", gap))
+    client.start()
+    try:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                while client.state == "connecting":
+                    await _wait_notified(client._waiters)
+        if client.state != "ready":
+            raise ConnectionError(f"cannot connect: {client.last_error or 'no answer in time'}")
+        await run(client, **options)
+    finally:
+        await client.close()
 
 
 def _main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns its exit code."""
-    args, failure = _arguments(argv), 3
+    """Run a command of the shell and return its exit code.
+
+      0    done; also when the reader of a pipe has gone
+      1    vendor --check: the copy is not up to date
+      2    wrong usage
+      3    cannot connect, refused, or the connection was lost; serve: cannot listen
+      4    answered with an error, or not in time
+      130  Ctrl-C
+    """
+    options = _parse_arguments(argv)
     logging.basicConfig(level=logging.ERROR)
+    run = options.pop("run")
     try:
-        with _connection(args) as remote:
-            failure = 4
-            args.run(remote, args)
-            sys.stdout.flush()
-        return 0
+        is_connected = inspect.iscoroutinefunction(run)
+        code = asyncio.run(_run_connected(run, **options)) if is_connected else run(**options)
+        sys.stdout.flush()
+        return code or 0
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 0
+    except ConnectionError as error:
+        return _print_problem(error, exit_code=3)
     except RpcError as error:
-        failure = 3 if isinstance(error, ChannelClosed) else failure
-        details = [f"({error.code})", error.data and _encode(error.data)] if failure == 4 else []
-        return _told(failure, error, *details)
-    except (AttributeError, ImportError, TypeError, ValueError) as error:
-        return _told(2, error)
+        data = "" if error.data is None else _encode(error.data)
+        return _print_problem(error, f"({error.code})", data, exit_code=4)
+    except (ImportError, OSError, ValueError) as error:
+        return _print_problem(error, exit_code=2)
 
 
-def _told(code: int, *what: object) -> int:
-    print("fastapi-ws-lite:", *" ".join(str(part) for part in what if part).split(),
-          file=sys.stderr)
-    return code
+def _print_problem(*what: object, exit_code: int = 0) -> int:
+    """Print a problem as one line on standard error, and return the exit code."""
+    print("fastapi-ws-lite:", *" ".join(map(str, what)).split(), file=sys.stderr)
+    return exit_code
 
 
-if __name__ == "__main__":  # under its own name, by which what is served imports it, too
-    _own = __spec__.name if __spec__ else os.path.basename(__file__).removesuffix(".py")
-    sys.exit(importlib.import_module(__package__ or _own)._main())
+if __name__ == "__main__":  # run under its own name, by which what is served imports it, too
+    _name = __spec__.name if __spec__ else os.path.basename(__file__).removesuffix(".py")
+    sys.exit(importlib.import_module(__package__ or _name)._main())
