@@ -93,7 +93,6 @@ from fastapi.params import Depends, Param
 from fastapi.security import SecurityScopes
 from pydantic import AliasChoices, ConfigDict, EncodedBytes, NonNegativeInt, PydanticUserError
 from pydantic import StringConstraints, TypeAdapter, ValidationError
-from pydantic.errors import PydanticInvalidForJsonSchema
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import ArgsKwargs, PydanticOmit, SchemaValidator, core_schema, from_json
@@ -290,7 +289,7 @@ def _check_json(text: bytes) -> str:
     """Raises ValueError for NaN and infinity, which pydantic writes although JSON has none."""
     if b"NaN" in text or b"Infinity" in text:  # they may also stand in a string, which is harmless
         try:
-            from_json(text, allow_inf_nan=False)
+            _decode(text)
         except ValueError as error:
             raise ValueError(f"JSON has no NaN and no infinity: {error}") from error
     return text.decode()
@@ -600,8 +599,9 @@ class _Signature:
                        if p.name in self.injected]
         self.dependencies = [p.replace(kind=p.KEYWORD_ONLY, annotation=self.hints.get(p.name, Any))
                              for p in shown.parameters.values() if kinds[p.name] is Depends]
-        self.wire = shown.replace(
-            parameters=[p for p in shown.parameters.values() if kinds[p.name] is None])
+        self.wire = shown.replace(parameters=[
+            p.replace(annotation=self.hints.get(p.name, p.annotation))
+            for p in shown.parameters.values() if kinds[p.name] is None])
 
     def _kind(self, parameter: inspect.Parameter) -> type | None:
         """What a parameter is filled in with: RpcChannel, WebSocket, Depends; None if by the peer.
@@ -1313,7 +1313,7 @@ class _Outbox:
 
     def __init__(self, channel: "RpcChannel") -> None:
         self._channel = channel
-        self.transport: _UvicornTransport | None = getattr(channel._socket, "transport", None)
+        self.transport: _UvicornTransport | None = getattr(channel._socket, "_uvicorn", None)
         self._queue: list[tuple[str, int]] = []  # messages with their size in bytes
         self.size = 0  # of them, and of answers that wait for the rest of their batch
         self.room_waiters: _Waiters = []  # for room, or for credit
@@ -1524,10 +1524,10 @@ class _RequestRunner:
     async def _perform(self, request: RpcRequest, method: _ExposedMethod) -> str:
         """Call a method; returns the JSON text of its result."""
         channel = self._channel
-        if not method.is_built_in:
+        if not method.is_built_in and getattr(self._peer, "authorize", None) is not None:
             await self._peer._check_allowed(channel, "call", (method.name,))
         injected = {name: channel.websocket if kind is WebSocket else channel
-                    for name, kind in method.injected.items()}
+                    for name, kind in method.injected.items()} if method.injected else {}
         if method.dependant is None:
             return await self._invoke(request, method, injected)
         # FastAPI leaves these two stacks after the response was serialised, and so do we: what
@@ -1827,7 +1827,7 @@ class RpcChannel(_Caller):
     def notify(self, method: str, args: _Arguments = None) -> None:
         """Call a method of the peer and do not wait: there is no answer, not even an error.
 
-        Raises what `call` raises before it sends.
+        Raises what `call` raises before it sends. Before the peer's first message it is JSON-RPC.
         """
         self._send_request(None, method, args)
 
@@ -1925,6 +1925,8 @@ class RpcChannel(_Caller):
         try:
             while True:
                 for message in self._receive(await self._socket.recv()):
+                    if self._closed is not None:  # what would begin now, nobody would cancel
+                        return
                     if isinstance(message, _Response):
                         self._resolve(message.id, message.outcome)
                     else:
@@ -1995,8 +1997,6 @@ class RpcChannel(_Caller):
         if self._closed is None:
             self._outbox.close(code, reason)
             self._loop.call_later(CLOSE_SECONDS, self._end, ChannelClosed(code, reason))
-            if (transport := self._outbox.transport) is not None:  # a full buffer prevents a close
-                self._loop.call_later(2 * CLOSE_SECONDS, transport.abort)
         await self.wait_closed()
 
     async def wait_closed(self) -> ChannelClosed:
@@ -2010,6 +2010,8 @@ class RpcChannel(_Caller):
             return
         self._closed = closed
         self._outbox.end()
+        if (transport := self._outbox.transport) is not None:  # a full buffer prevents its close
+            self._loop.call_later(CLOSE_SECONDS, transport.abort)
         self._peer._on_channel_closed(self)
         self._runner.end()
         for task in self._open_tasks() - {asyncio.current_task()}:
@@ -2106,14 +2108,16 @@ class _EventQueue(deque[_QueuedEvent]):
     def is_full(self) -> bool:
         return len(self) >= QUEUE_EVENTS or self.size >= QUEUE_BYTES
 
-    def put(self, item: _QueuedEvent, topics: tuple[str, ...] = ()) -> None:
+    def put(self, item: _QueuedEvent, topics: tuple[str, ...] = (), *,
+            may_drop: bool = True) -> None:
         """Add an item. If the queue is full, one gap at its end grows over it instead."""
-        last = self[-1] if self.is_full() else None
+        last = self[-1] if may_drop and self.is_full() else None
         if last is None:
             self.append(item)
             self.size += item.size
         elif isinstance(last.event, Gap):
-            self[-1] = last._replace(event=last.event._replace(position=item.event.position))
+            self[-1] = last._replace(
+                event=last.event._replace(position=item.event.position, topics=topics))
         else:
             gap = Gap(item.previous, item.event.position, "queue", topics)
             self.append(item._replace(event=gap, size=0))
@@ -2297,7 +2301,7 @@ class _Dispatcher:
         if not subscription.topics:
             self.iterators.pop(subscription, None)
             subscription._end(error)
-        self._on_change(gone)
+        self._on_change(gone | subscription._keys())
 
     def subscribers_of(self, keys: Iterable[_Key]) -> dict[Subscription, None]:
         """The subscriptions with any of these topics and patterns, each once."""
@@ -2305,27 +2309,30 @@ class _Dispatcher:
 
     def put(self, event: Event, size: int, previous: str | None = None,
             only: Subscription | None = None) -> None:
-        """Queue an event for the started subscriptions to its topic, or for one of them only."""
+        """Queue an event for the started subscriptions to its topic.
+
+        An event for one of them only is from a replay, which is bounded, and is never dropped.
+        """
         matching = self.table.match(event.topic) if only is None else (only,)
         started = [s for s in matching if s._is_started]
         called = [s for s in started if s._call is not None]
         item = _QueuedEvent(next(self._numbers), previous, event, size, called)
         if called:
-            self.queue.put(item)
+            self.queue.put(item, may_drop=only is None)
             self.start()
         for subscription in started if len(called) < len(started) else ():
             if subscription._call is None:
-                subscription._queue.put(item, subscription.topics)
+                subscription._queue.put(item, subscription.topics, may_drop=only is None)
                 _notify_all(subscription._waiters)
 
     def put_gap(self, gap: Gap, only: Subscription | None = None) -> None:
         """Have a gap told in its turn: where callbacks arrive at it, or one iterator."""
         item = _QueuedEvent(next(self._numbers), gap.since, gap, 0)
         if only is not None and only._call is None:
-            only._queue.put(item, only.topics)
+            only._queue.put(item, may_drop=False)
             _notify_all(only._waiters)
         else:
-            self.queue.put(item)
+            self.queue.put(item, may_drop=only is None)
             self.start()
 
     def start(self) -> None:
@@ -2691,7 +2698,7 @@ class _Cursor:
         self.is_lagging, self.next = False, notifier._log.end
         self.topics, self.patterns = dict[str, None](), dict[str, None]()
         self.lock = asyncio.Lock()  # so that requests take effect in their order
-        self.hook_calls: deque[Any] = deque()  # calls of on_subscribe and on_unsubscribe to make
+        self.hook_calls: list[Any] = []  # calls of on_subscribe and on_unsubscribe to make
         self._waiters: _Waiters = []  # for the cursor to move
         notifier._subscribers[self] = None
         if notifier._position_timer is None:
@@ -2773,7 +2780,7 @@ class _Cursor:
         log = self._notifier._log
         first = log.find(since) if since is not None else log.first
         is_complete, found = first is not None, list[str]()
-        limit = REPLAY_EVENTS if last is None else min(last, REPLAY_EVENTS)
+        limit = REPLAY_EVENTS if last is None else max(0, min(last, REPLAY_EVENTS))
         room = min(REPLAY_BYTES, self.max_bytes - 1024)
         end = self.next if self.is_lagging else log.end
         for index in range(end - 1, (log.first if first is None else first) - 1, -1):
@@ -3154,7 +3161,7 @@ class PubSubEndpoint(RpcEndpoint):
             try:
                 await _run_hooks_logged(*subscriber.hook_calls[0])
             finally:
-                subscriber.hook_calls.popleft()
+                del subscriber.hook_calls[0]
 
     async def _allowed_topics(self, channel: RpcChannel, action: str,
                               names: tuple[str, ...]) -> tuple[str, ...]:
@@ -3196,7 +3203,8 @@ class PubSubEndpoint(RpcEndpoint):
             raise Overloaded("too many hooks of this connection wait to be called")
         async with subscriber.lock:
             granted, granted_globs = await self._granted(channel, names, globs)
-            refused = [n for n in (*names, *globs) if n not in {*granted, *granted_globs}]
+            allowed = {*granted, *granted_globs}
+            refused = [name for name in (*names, *globs) if name not in allowed]
             if refused and not (granted or granted_globs):
                 raise Forbidden(f"subscribe is forbidden: {', '.join(refused):.200}",
                                 {"action": "subscribe", "topics": refused})
@@ -3308,7 +3316,7 @@ class _ServerSocket:
     def __init__(self, websocket: WebSocket, subprotocol: str | None) -> None:
         self._websocket, self.subprotocol = websocket, subprotocol
         self._receive = websocket._receive  # receive() would check each message again: 0.5 us
-        self.transport = _uvicorn_transport(websocket._send)
+        self._uvicorn = _uvicorn_transport(websocket._send)
 
     async def send(self, text: str) -> None:
         await self._websocket.send({"type": "websocket.send", "text": text})
@@ -3317,8 +3325,7 @@ class _ServerSocket:
         return _received(await self._receive())
 
     async def close(self, code: int, reason: str) -> None:
-        if self.transport is None or not self.transport.is_closing():
-            await self._websocket.close(code, reason)
+        await self._websocket.close(code, reason)
 
 
 class _UvicornTransport:
@@ -3340,10 +3347,6 @@ class _UvicornTransport:
 
     def is_ready(self) -> bool:
         return not (self.unsent() or self._transport.is_closing() or self._protocol.close_sent)
-
-    def is_closing(self) -> bool:
-        server = getattr(self._protocol, "ws_server", None)  # of --ws websockets
-        return self._transport.is_closing() or getattr(server, "closing", False)
 
 
 def _uvicorn_transport(send: Any) -> _UvicornTransport | None:
@@ -3895,7 +3898,6 @@ class PubSubClient(RpcClient):
         self._is_draining = False  # the queue was full, and is not empty yet
         self._changed: set[_Key] = set()  # where wanted and agreed may differ
         self._agreed: set[_Key] = set()  # what the server has granted on this connection
-        self._resumable: set[_Key] = set()  # what goes on at _position on the next connection
         self._syncing: asyncio.Task[None] | None = None
         self._publishes: set[_Task] = set()
         self._publish_slots = asyncio.Semaphore(256)  # the server runs a limited number at once
@@ -4023,7 +4025,7 @@ class PubSubClient(RpcClient):
 
     async def _greet(self, channel: RpcChannel) -> None:
         self._agreed, self._changed = set(), self._dispatcher.table.keys()
-        self._is_behind = self._position is not None and bool(self._resumable)
+        self._is_behind = self._position is not None and bool(self._resumable(self._changed))
         await self._sync(channel)
         if channel._closed is not None:
             raise ChannelClosed(channel._closed.code, channel._closed.reason)
@@ -4032,12 +4034,11 @@ class PubSubClient(RpcClient):
 
     def _on_change(self, keys: set[_Key]) -> None:
         """A subscription has come or gone with these topics or patterns."""
-        gone = {key for key in keys if not self._dispatcher.table.subscribers_of(key)}
         self._changed |= keys
-        self._resumable -= gone
         if self._starts_at_since:
-            self._resumable |= keys - gone
             self._is_behind = True
+            for subscription in self._dispatcher.subscribers_of(keys):
+                subscription._is_started = subscription._replay is None
         self._start_sync()
 
     def _start_sync(self) -> None:
@@ -4051,6 +4052,7 @@ class PubSubClient(RpcClient):
         _current_request.set(None)  # the deadline of who subscribed is not that of this task
         at_once = MAX_SUBSCRIPTIONS  # keys in a request: fewer, where it is too large or refused
         while channel._closed is None and (step := self._next_step(at_once)) is not None:
+            self._starts_at_since = False
             try:
                 await channel._await_response(step.method, *channel._send_call(
                     step.method, step.args, _UNSET if self.state != "ready" else None,
@@ -4059,7 +4061,7 @@ class PubSubClient(RpcClient):
             except Overloaded as error:
                 logger.warning("%s: %s: again", step.method, error)
                 if step.method == "unsubscribe":
-                    self._agreed |= step.keys
+                    self._grant(step.keys)
                 await asyncio.sleep(random.uniform(0, 1))
             except (ChannelClosed, RequestTimeout) as error:  # nobody knows what the server has
                 await channel.close(SERVER_ERROR, error.message)
@@ -4076,18 +4078,17 @@ class PubSubClient(RpcClient):
             gone = set(itertools.islice(gone, at_once))
             self._agreed -= gone
             return _SyncStep("unsubscribe", gone, self._named(gone))
-        new = {key for key in self._changed - self._agreed
-               if any(s._replay is None for s in table.subscribers_of(key))}
+        new = self._without_replay(self._changed - self._agreed)
         own = {"subscriber_id": self._id, "max_size": self.max_message_size}
+        if self._is_behind and not self._resumable(table.keys()):
+            self._is_behind = False  # nobody misses anything
         may_resume = self._is_behind and not self._is_draining
-        resumed = new & self._resumable
+        resumed = self._resumable(new)
         if keys := set(itertools.islice(resumed or new, at_once)):
             args = {**self._named(keys), **own}
             if may_resume and keys == resumed:
                 args["resume"] = self._position
-            if resumed or not may_resume or not self._agreed:
-                self._starts_at_since = False
-                return _SyncStep("subscribe", keys, args)
+            return _SyncStep("subscribe", keys, args)
         if may_resume and self._agreed:
             return _SyncStep("subscribe", set(), {"resume": self._position, **own})
         replays = (s for key in self._changed for s in table.subscribers_of(key) if s._replay)
@@ -4095,8 +4096,20 @@ class PubSubClient(RpcClient):
             keys = subscription._keys()
             args = {**self._named(keys), **own, **(subscription._replay or {})}
             return _SyncStep("subscribe", keys, args, subscription)
+        for subscription in self._dispatcher.subscribers_of(self._changed):
+            self._start_agreed(subscription)  # what was not agreed may have been unsubscribed
         self._changed.clear()
         return None
+
+    def _without_replay(self, keys: set[_Key]) -> set[_Key]:
+        """The topics and patterns with a subscription that does not ask for a replay of its own."""
+        return {key for key in keys
+                if any(s._replay is None for s in self._dispatcher.table.subscribers_of(key))}
+
+    def _resumable(self, keys: set[_Key]) -> set[_Key]:
+        """The topics and patterns that go on at _position, as a subscription has started before."""
+        return {key for key in keys
+                if any(s._is_started for s in self._dispatcher.table.subscribers_of(key))}
 
     @staticmethod
     def _named(keys: set[_Key]) -> dict[str, Any]:
@@ -4131,7 +4144,6 @@ class PubSubClient(RpcClient):
 
     def _grant(self, keys: set[_Key]) -> None:
         self._agreed |= keys
-        self._resumable |= {k for k in keys if self._dispatcher.table.subscribers_of(k)}
         for subscription in self._dispatcher.subscribers_of(keys):
             self._start_agreed(subscription)
 
@@ -4139,8 +4151,7 @@ class PubSubClient(RpcClient):
         """Start a subscription whose topics the server has agreed to; one with a replay is not
         started before the answer to its own request.
         """
-        if (self.channel is not None and subscription._replay is None
-                and subscription._keys() <= self._agreed):
+        if subscription._replay is None and subscription._keys() <= self._agreed:
             subscription._start()
 
     def _take_replay(self, subscription: Subscription, result: dict[str, Any]) -> None:
@@ -4154,7 +4165,8 @@ class PubSubClient(RpcClient):
         for fields in result.get("events", ()):
             event = Event(fields.get("topic"), fields.get("data"), fields.get("position"))
             size = len(_json_string(event.topic)) + 256
-            self._dispatcher.put(event, size, self._position, only=subscription)
+            self._dispatcher.put(event, size, since, only=subscription)
+            since = event.position
 
     def _refuse(self, step: _SyncStep, error: RpcError) -> bool:
         """End what the server refuses. Returns whether it is known what that is."""
@@ -4166,9 +4178,8 @@ class PubSubClient(RpcClient):
         return bool(refused)
 
     def _end_refused(self, keys: set[_Key], error: RpcError) -> None:
-        self._resumable -= keys
         for subscription in self._dispatcher.subscribers_of(keys):
-            logger.warning("the subscription to %s is refused: %s", subscription.topics, error)
+            logger.warning("the subscription to %.200s is refused: %s", subscription.topics, error)
             self._dispatcher.remove(subscription, subscription.topics, error)
 
     # Its end.
@@ -4267,35 +4278,27 @@ _WIRE_FORMATS.append(_LegacyFormat())
 # This section describes methods in an OpenRPC document (https://spec.open-rpc.org). The core calls
 # `_discover` when a peer calls `rpc.discover`, and `register_openrpc` serves the same document over
 # HTTP. The schemas are made from the adapters that validate arguments and serialise results, so
-# the document always agrees with what the server does. Making a document changes no state.
+# the document agrees with what the server does. The shell's commands `methods` and `types` print a
+# document as TypeScript. Making a document changes no state.
 
 _SCHEMA_REF: Final = "#/components/schemas/"
 
 
 class _Schemas(GenerateJsonSchema):
-    """Pydantic's generator, except that a type without a schema gets an empty one."""
+    """Pydantic's generator, except that what has no schema gets an empty one."""
 
     def emit_warning(self, kind: Any, detail: str) -> None:
         """Leave out a default that is not JSON, without a warning."""
 
-    def normalize_name(self, name: str) -> str:
-        """Name the schema of ``Page[int]`` PageInt."""
-        return re.sub(r"[^a-zA-Z0-9_]+(\w?)", lambda match: match[1].upper(), name)
-
-    def generate_inner(self, schema: Any) -> dict[str, Any]:
-        try:
-            return super().generate_inner(schema)
-        except PydanticInvalidForJsonSchema:
-            return {}
+    def handle_invalid_for_json_schema(self, schema: Any, error_info: str) -> dict[str, Any]:
+        return {}
 
     def bytes_schema(self, schema: Any) -> dict[str, Any]:
         """Describe bytes inside a model as its configuration has it, in FastAPI's words."""
-        encodings = {"base64": {"contentEncoding": "base64"}, "hex": {"contentEncoding": "base16"}}
         name = "ser_json_bytes" if self.mode == "serialization" else "val_json_bytes"  # since 2.9
-        described = {"type": "string", "contentMediaType": "application/octet-stream",
-                     **encodings.get(getattr(self._config, name, ""), {})}
-        self.update_with_validations(described, schema, self.ValidationsMapping.bytes)
-        return described
+        encoding = {"base64": "base64", "hex": "base16"}.get(getattr(self._config, name, ""))
+        described = {"type": "string", "contentMediaType": "application/octet-stream"}
+        return described | ({"contentEncoding": encoding} if encoding else {})
 
     def arguments_schema(self, schema: Any) -> dict[str, Any]:
         """Describe the arguments of a method by name, including those that go by position."""
@@ -4305,14 +4308,11 @@ class _Schemas(GenerateJsonSchema):
         required = [name for name, inner in named.items() if inner["type"] != "default"]
         named |= {rest: schema[rest] for rest in ("var_args_schema", "var_kwargs_schema")
                   if rest in schema}
-        return {"required": required, "properties": {
-            name: self._argument_schema(inner) for name, inner in named.items()}}
-
-    def _argument_schema(self, schema: Any) -> dict[str, Any]:
-        try:
-            return self.generate_inner(schema)
-        except PydanticOmit:  # SkipJsonSchema leaves out a model's field, but not an argument
-            return {}
+        properties: dict[str, Any] = {name: {} for name in named}
+        for name, inner in named.items():
+            with contextlib.suppress(PydanticOmit):  # SkipJsonSchema omits only a model's field
+                properties[name] = self.generate_inner(inner)
+        return {"required": required, "properties": properties}
 
 
 def _document(peer: RpcEndpoint | RpcClient) -> dict[str, Any]:
@@ -4327,15 +4327,19 @@ def _document(peer: RpcEndpoint | RpcClient) -> dict[str, Any]:
     schemas, shared = TypeAdapter.json_schemas(
         inputs, ref_template=_SCHEMA_REF + "{model}", schema_generator=_Schemas)
     doc = None if owner.__module__ == __name__ else owner.__doc__  # ours describes no methods
-    about = {"description": inspect.cleandoc(doc)} if doc else {}
     version = getattr(sys.modules.get(owner.__module__), "__version__", "0")
-    document = {"openrpc": "1.3.2",
-                "info": {"title": owner.__name__, "version": str(version), **about},
-                "methods": [_method_object(name, method, schemas[name, "validation"],
-                                           schemas[name, "serialization"])
-                            for name, method in methods.items()],
-                "components": {"schemas": shared.get("$defs", {})}}
-    return _with_plain_schema_names(document)
+    # Code generators make a class of each schema, so Item-Input, as pydantic has it, is no name.
+    components = {name.replace("-", "_"): it for name, it in shared.get("$defs", {}).items()}
+    text = to_json({
+        "openrpc": "1.3.2",
+        "info": {"title": owner.__name__, "version": str(version),
+                 **({"description": inspect.cleandoc(doc)} if doc else {})},
+        "methods": [_method_object(name, method, schemas[name, "validation"],
+                                   schemas[name, "serialization"])
+                    for name, method in methods.items()],
+        "components": {"schemas": components}}, inf_nan_mode="null").decode()
+    renamed: dict[str, Any] = from_json(re.sub(rf'(?<="{_SCHEMA_REF})(\w+)-', r"\1_", text))
+    return renamed
 
 
 def _method_object(name: str, method: _ExposedMethod, arguments: dict[str, Any],
@@ -4348,7 +4352,7 @@ def _method_object(name: str, method: _ExposedMethod, arguments: dict[str, Any],
         params.append({"name": own, "schema": schema, "required": own in arguments["required"]})
         if p.kind in variadic:
             params[-1] |= {"name": p.name, "x-variadic": True}
-    kinds, text = {p.kind for p in parameters}, inspect.getdoc(method.function) or ""
+    kinds, text = {p.kind for p in parameters}, inspect.getdoc(method.function)
     return {"name": name,
             **({"summary": text.partition("\n")[0], "description": text} if text else {}),
             "paramStructure": "by-position" if kinds & {kind.POSITIONAL_ONLY, kind.VAR_POSITIONAL}
@@ -4358,31 +4362,16 @@ def _method_object(name: str, method: _ExposedMethod, arguments: dict[str, Any],
             **({"x-stream": True} if method.is_stream else {})}
 
 
-def _with_plain_schema_names(document: dict[str, Any]) -> dict[str, Any]:
-    """Rename schemas such as User-Input to UserInput, of which code generators make a class."""
-    schemas, names = document["components"]["schemas"], dict[str, str]()
-    for name in sorted(schemas, key=lambda name: "-" in name):  # plain names stay as they are
-        names[name] = name.replace("-", "")
-        while len(set(names.values())) < len(names):
-            names[name] += "_"
-    document["components"]["schemas"] = {names[name]: schemas[name] for name in schemas}
-    # Renaming in the text also reaches the mappings of discriminators. Infinity becomes null.
-    text = to_json(document, inf_nan_mode="null").decode()
-    renamed: dict[str, Any] = from_json(re.sub(
-        f'"{_SCHEMA_REF}([^"]+)"', lambda m: f'"{_SCHEMA_REF}{names.get(m[1], m[1])}"', text))
-    return renamed
-
-
 def register_openrpc(app_or_router: FastAPI | APIRouter, endpoint: RpcEndpoint, path: str, *,
                      dependencies: Sequence[Depends] | None = None) -> None:
-    """Serve the OpenRPC document of an endpoint over HTTP, for code generators and for people.
+    """Serve the OpenRPC document of an endpoint over HTTP, made anew for each request.
 
     Args:
-        app_or_router: gets a GET route, which FastAPI's own OpenAPI document does not list.
-        endpoint: its methods are described as `rpc.discover` does, anew for each request.
-        path: of the route, such as "/openrpc.json". The answer is JSON.
-        dependencies: are solved by FastAPI before each answer. The endpoint's ``authorize`` is
-            not asked, as there is no connection, so they alone decide who may read the document.
+        app_or_router: gets a GET route, which is not in FastAPI's own OpenAPI document.
+        endpoint: its methods are described, as `rpc.discover` does.
+        path: of the route, such as "/openrpc.json".
+        dependencies: FastAPI solves them before each answer. They alone decide who may read the
+            document: the endpoint's ``authorize`` is not asked, as there is no connection.
     """
     def openrpc() -> Response:
         return Response(to_json(_document(endpoint)), media_type="application/json")
@@ -4399,24 +4388,55 @@ _BUILT_IN_METHODS["rpc.discover"] = _discover
 __all__ += ["register_openrpc"]
 
 
-def _typescript(document: Mapping[str, Any]) -> str:
-    """Write the methods of an OpenRPC document as TypeScript, for ``ws.proxy<Api>()`` in a page.
+async def _cli_methods(client: PubSubClient) -> None:
+    """List the methods of a server. All that it says of them: fastapi-ws-lite call URL rpc.discover
 
-    Methods go by position there, so one whose arguments go by name only becomes a comment.
+    example: fastapi-ws-lite methods ws://localhost:8000/ws
     """
-    schemas = document.get("components", {}).get("schemas", {})
-    lines = [f"// Made by fastapi-ws-lite types: {json.dumps(document['info']['title'])}"]
-    lines += [f"export type {name} = {_ts_type(schema)};" for name, schema in schemas.items()]
-    lines += [f"export interface {'Api_' if 'Api' in schemas else 'Api'} {{"]
+    for method in (await client.call("rpc.discover")).result["methods"]:
+        print(_ts_method(method))
+        if "summary" in method:
+            print(f"    {method['summary']}")
+
+
+async def _cli_types(client: PubSubClient) -> None:
+    """Print TypeScript types of the methods of a server, for ``ws.proxy<Api>()`` in a page.
+
+    A page calls them by position, so a method whose arguments go by name becomes a comment.
+
+    example: fastapi-ws-lite types ws://localhost:8000/ws > api.d.ts
+    """
+    document = (await client.call("rpc.discover")).result
+    print(f"// Made by fastapi-ws-lite types: {json.dumps(document['info']['title'])}")
+    for name, schema in document["components"]["schemas"].items():
+        print(f"export type {name} = {_ts_type(schema)};")
+    print("export interface Api {")
     for method in document["methods"]:
-        name, params = _ts_name(method["name"]), ", ".join(map(_ts_parameter, method["params"]))
-        result = "AsyncIterable" if method.get("x-stream") else "Promise"
         if text := method.get("description"):
-            lines.append("  /** " + text.replace("*/", "*\\/").replace("\n", "\n   * ") + " */")
-        lines.append(f"  {name}({params}): {result}<{_ts_type(method['result']['schema'])}>;")
-        if method.get("paramStructure") == "by-name":
-            lines[-1] = f"  // by name only: ws.call({json.dumps(method['name'])}, {{...}})"
-    return "\n".join([*lines, "}"])
+            print("  /** " + text.replace("*/", "*\\/").replace("\n", "\n   * ") + " */")
+        is_by_name = method["paramStructure"] == "by-name"
+        print("  // by name only:" if is_by_name else " ", _ts_method(method))
+    print("}")
+
+
+def _ts_method(method: Mapping[str, Any]) -> str:
+    parameters = list[str]()
+    for param in method["params"]:
+        name, kind = re.sub(r"\W|^(?=\d)", "_", param["name"]), _ts_type(param["schema"])
+        name += "_" if _TS_RESERVED.fullmatch(name) else ""
+        if "x-variadic" in param:
+            parameters.append(f"...{name}: Array<{kind}>")
+            break  # by position, nothing can follow
+        parameters.append(f"{name}{'' if param['required'] else '?'}: {kind}")
+    result = "AsyncIterable" if "x-stream" in method else "Promise"
+    return (f"{_ts_name(method['name'])}({', '.join(parameters)}): "
+            f"{result}<{_ts_type(method['result']['schema'])}>;")
+
+
+_TS_RESERVED: Final = re.compile(  # words that no parameter may be called
+    "break|case|catch|class|const|continue|debugger|default|delete|do|else|enum|export|extends|"
+    "false|finally|for|function|if|import|in|instanceof|new|null|return|super|switch|this|throw|"
+    "true|try|typeof|var|void|while|with")
 
 
 def _ts_name(name: str) -> str:
@@ -4424,44 +4444,26 @@ def _ts_name(name: str) -> str:
     return name if re.fullmatch(r"[A-Za-z_$][\w$]*", name, re.ASCII) else json.dumps(name)
 
 
-_TS_KEYWORDS: Final = re.compile(
-    "break|case|catch|class|const|continue|debugger|default|delete|do|else|enum|export|extends|false|"
-    "finally|for|function|if|import|in|instanceof|new|null|return|super|switch|this|throw|true|try|"
-    "typeof|var|void|while|with")
-
-
-def _ts_parameter(param: Mapping[str, Any]) -> str:
-    """A parameter of a method. One that is named as a keyword of TypeScript gets an underscore."""
-    name, kind = re.sub(r"\W|^(?=\d)", "_", param["name"]), _ts_type(param["schema"])
-    if _TS_KEYWORDS.fullmatch(name):
-        name += "_"
-    return f"...{name}: Array<{kind}>" if param.get("x-variadic") else (
-        f"{name}{'' if param.get('required') else '?'}: {kind}")
-
-
 def _ts_type(schema: Any) -> str:
-    """The TypeScript type of the values that a JSON schema allows; unknown if it does not say."""
+    """The TypeScript type of what a JSON schema of pydantic allows; unknown if it is left open."""
     schema = schema if isinstance(schema, dict) else {}
+    kind = str(schema.get("type"))
     if "$ref" in schema:
         return str(schema["$ref"]).rpartition("/")[2]
     if values := schema.get("enum", [schema["const"]] if "const" in schema else []):
         return " | ".join(map(json.dumps, values))
-    if union := schema.get("anyOf") or schema.get("oneOf"):
-        return " | ".join(map(_ts_type, union))
-    if "allOf" in schema:
-        return " & ".join(f"({_ts_type(inner)})" for inner in schema["allOf"])
-    if isinstance(schema.get("type"), list):
-        return " | ".join(_ts_type({**schema, "type": kind}) for kind in schema["type"])
-    if schema.get("type") == "array":
-        first = [_ts_type(inner) for inner in schema.get("prefixItems", ())]
-        return f"[{', '.join(first)}]" if first else f"Array<{_ts_type(schema.get('items'))}>"
-    if schema.get("type") == "object":
-        required = schema.get("required", ())
-        fields = [f"{_ts_name(name)}{'' if name in required else '?'}: {_ts_type(inner)}"
-                  for name, inner in schema.get("properties", {}).items()]
-        return f"{{ {'; '.join(fields)} }}" if fields else (
-            f"{{ [key: string]: {_ts_type(schema.get('additionalProperties'))} }}")
-    kind = "number" if schema.get("type") == "integer" else str(schema.get("type"))
+    for key in ("anyOf", "oneOf", "allOf"):  # pydantic 2.8 has a single one in allOf
+        if key in schema:
+            return " | ".join(map(_ts_type, schema[key]))
+    if kind == "array":
+        first = ", ".join(map(_ts_type, schema.get("prefixItems", ())))
+        return f"[{first}]" if first else f"Array<{_ts_type(schema.get('items'))}>"
+    if kind == "object":
+        fields = [f"{_ts_name(name)}{'' if name in schema.get('required', ()) else '?'}: "
+                  f"{_ts_type(inner)}" for name, inner in schema.get("properties", {}).items()]
+        rest = f"[key: string]: {_ts_type(schema.get('additionalProperties'))}"
+        return f"{{ {'; '.join(fields or [rest])} }}"
+    kind = "number" if kind == "integer" else kind
     return kind if kind in ("string", "number", "boolean", "null") else "unknown"
 
 
@@ -4524,7 +4526,6 @@ class _Broker:
 
         What it puts on the stack is called by ``close``, also if this fails half way.
         """
-        raise NotImplementedError
 
     async def _connection(self, use: str) -> Any:
         if self._client is None:
@@ -4560,18 +4561,24 @@ class _RedisBroker(_Broker):
         return (int(first[0][0][2:]), int(last[0][0][2:]) + 1) if first and last else (1, 1)
 
     async def append(self, entry: bytes) -> None:
+        """The time in the id 0-* is always 0, so the rest of it counts the entries.
+
+        Redis cuts a connection that passes its limit. One MiB is the smallest limit that can be
+        set; for more than that we ask first, where the server lets us.
+        """
         client, setting = await self._connection("append"), "proto-max-bulk-len"
-        if len(entry) >= 2**20:  # ask first, because Redis cuts a connection that passes its limit
-            with contextlib.suppress(self._driver.ResponseError):  # some servers refuse CONFIG
+        if len(entry) >= 2**20:
+            with contextlib.suppress(self._driver.ResponseError):
                 if len(entry) > int((await client.config_get(setting))[setting]):
                     raise MessageTooLarge(f"{len(entry)} bytes are over the {setting} of Redis")
         await client.xadd(self._channel, {b"": entry}, id="0-*", maxlen=self._history)
 
     async def read(self, start: int) -> Sequence[tuple[int, bytes]]:
+        """In RESP3, which a URL may ask for, the answer is {key: [page]}, else [[key, page]]."""
         client = await self._connection("read")
         answer = await client.xread({self._channel: f"0-{start - 1}"}, count=READ_ENTRIES,
                                     block=int(READ_SECONDS * 1000))
-        if isinstance(answer, dict):  # RESP3 has other shapes, {key: [page]} for [[key, page]]
+        if isinstance(answer, dict):
             answer = [(key, *pages) for key, pages in answer.items()]
         return [(int(id[2:]), fields.get(b"", b"")) for _, entries in answer or ()
                 for id, fields in entries]
@@ -4607,7 +4614,7 @@ class _PostgresBroker(_Broker):
 
     async def _connect(self, use: str) -> Any:
         connection = await self._driver.connect(  # some pgbouncers forbid prepared statements
-            self._url, timeout=60, statement_cache_size=0)
+            self._url, statement_cache_size=0)
         self._stack.callback(connection.terminate)
         if await connection.fetchval("SELECT to_regclass('fastapi_ws_lite_log') IS NULL"):
             await connection.execute(self._CREATE)
@@ -4629,6 +4636,7 @@ class _PostgresBroker(_Broker):
             raise MessageTooLarge(f"PostgreSQL refused an entry: {error}") from error
 
     async def read(self, start: int) -> Sequence[tuple[int, bytes]]:
+        """Look, wait for a notification, and look again. One that comes in between is kept."""
         connection = await self._connection("read")
         self._notified.clear()
         page: list[Any] = await connection.fetch(self._PAGE, self._channel, start)
@@ -4649,8 +4657,9 @@ class _RabbitBroker(_Broker):
     modules, oldest, extra = ("aio_pika",), (9, 0), "rabbitmq"
 
     async def _connect(self, use: str) -> Any:
-        connection = await self._driver.connect(self._url)
+        connection = self._driver.Connection(self._driver.connection.make_url(self._url))
         self._stack.push_async_callback(connection.close)
+        await connection.connect()
         self._next, self._consumer = -1, None
         try:  # without arguments, because other ones than those of the queue are an error
             channel = await connection.channel(on_return_raises=True)
@@ -4669,9 +4678,8 @@ class _RabbitBroker(_Broker):
             await channel.default_exchange.publish(self._driver.Message(entry), self._name)
         except self._driver.exceptions.ChannelPreconditionFailed as error:
             await self.close()  # the error has closed the channel
-            if "message size" not in str(error):
-                raise
-            raise MessageTooLarge(f"RabbitMQ refused an entry: {error}") from error
+            kind = MessageTooLarge if "message size" in str(error) else ConnectionError
+            raise kind(f"RabbitMQ refused an entry: {error}") from error
 
     async def _consume(self, offset: int | str) -> Any:
         """Receive entries from an offset on, in a new inbox. Acknowledging them bounds it."""
@@ -4684,15 +4692,25 @@ class _RabbitBroker(_Broker):
         return channel
 
     async def ends(self) -> tuple[int, int]:
-        channel, self._next, end = await self._consume("last"), -1, 0  # the last chunk, as a whole
-        for seconds in (0, 0.05, 0.2, 0.5):  # it comes at once; silence means an empty stream
+        """The last chunk comes as a whole and at once, so silence means an empty stream.
+
+        RabbitMQ keeps the order of what it sends: when it has answered a question, everything that
+        it sent before that has arrived.
+        """
+        channel, self._next, end = await self._consume("last"), -1, 0
+        for seconds in (0, 0.05, 0.2, 0.5):
             await asyncio.sleep(0 if end else seconds)
-            await channel.get_queue(self._name)  # what was sent before this answer has come
+            await channel.get_queue(self._name)
             while not self._inbox.empty():
                 end = self._inbox.get_nowait().headers["x-stream-offset"] + 1
         return max(0, end - self._history), end
 
     async def read(self, start: int) -> Sequence[tuple[int, bytes]]:
+        """Go on with the consumer that is there, unless it stands at another place.
+
+        From an offset past the end RabbitMQ sends nothing, and from a trimmed one what is left. A
+        deleted queue is silence, too, until the next consumer is refused.
+        """
         if self._client is None or self._next != start:
             await self._consume(start)
         messages, self._next = list[Any](), start
@@ -4743,6 +4761,7 @@ class _KafkaBroker(_Broker):
         return client
 
     async def _connect(self, use: str) -> Any:
+        """Make the topic first, since the other clients would make one with other settings."""
         kafka = self._driver
         admin = kafka.admin.AIOKafkaAdminClient(**self._options)
         await self._start(admin, admin.close)
@@ -4759,16 +4778,22 @@ class _KafkaBroker(_Broker):
             return await self._start(producer, producer.stop)
         consumer, self._next = kafka.AIOKafkaConsumer(
             auto_offset_reset="none", enable_auto_commit=False,
+            fetch_max_wait_ms=100,  # reading another place waits for the fetch that is under way
             max_partition_fetch_bytes=self._size, **self._options), -1
         await self._start(consumer, consumer.stop)
         consumer.assign([self._partition])
         return consumer
 
     async def append(self, entry: bytes) -> None:
+        """Send an entry, and wait until all replicas in sync have it.
+
+        A restarted Tansu takes entries before the topic is made. Then it counts from 0 again, and
+        fails with UnknownError until it has come past them; so a few more attempts are made.
+        """
         producer, errors = await self._connection("append"), self._driver.errors
         try:
-            for _ in range(100):  # Tansu fails with this while it counts past entries that it took
-                with contextlib.suppress(errors.UnknownError):  # before the topic was made
+            for _ in range(100):
+                with contextlib.suppress(errors.UnknownError):
                     await producer.send_and_wait(self._name, entry, partition=0)
                     return
                 await asyncio.sleep(0.01)
@@ -4783,10 +4808,11 @@ class _KafkaBroker(_Broker):
         return max(first, end - self._history), end
 
     async def read(self, start: int) -> Sequence[tuple[int, bytes]]:
+        """Seek only where another place is asked for. To seek past the end would be an error."""
         consumer = await self._connection("read")
         if self._next != start:
             first, end = await self.ends()
-            if start > end:  # to seek there would be an error
+            if start > end:
                 return ()
             consumer.seek(self._partition, max(first, start))
         found = await consumer.getmany(
@@ -4802,41 +4828,79 @@ _BROKERS: Final[dict[str, Callable[[str, str, int], Backbone]]] = {
     "kafka": _KafkaBroker}
 
 
+_ENTRY_HEADER: Final = re.compile(rb"([0-9a-f]{12}) ([0-9]{1,18})\n")
+_EVENT_HEADER: Final = TypeAdapter(tuple[str, str | None])  # the topic and its publisher
+
+
+def _parse_entry(entry: bytes) -> tuple[str, int, list[tuple[str, str | None, str]]]:
+    """The writer, its number and the events: topic, publisher and data. None are not ours.
+
+    Everything is looked at, because whatever stands here is sent to clients as it is.
+    """
+    events = list[tuple[str, str | None, str]]()
+    try:
+        if (found := _ENTRY_HEADER.match(entry)) is None:
+            raise ValueError("no header")
+        lines = entry[found.end():].decode().split("\n")
+        for header, data in zip(lines[::2], lines[1::2], strict=True):
+            _decode(data)  # raises for what is not JSON
+            events.append((*_EVENT_HEADER.validate_json(header), data))
+        return found[1].decode(), int(found[2]), events
+    except (ValueError, RecursionError) as error:
+        logger.warning("an entry of the backbone is not one of ours (%s): %.60r", error, entry)
+        return "", 0, []
+
+
+def _failure(task: "asyncio.Task[Any]") -> BaseException | None:
+    """Why a call failed, or None. Raises MessageTooLarge and errors of programming."""
+    if not task.done() or task.cancelled():
+        return TimeoutError("the broker does not answer")
+    error = task.exception()
+    if isinstance(error, (MessageTooLarge, *_BACKBONE_BUGS)):
+        raise error
+    return error
+
+
 class _UnsentEvent(NamedTuple):
-    """An event that the broker does not have yet, as it will stand in an entry."""
-    text: str
-    size: int
-    stored: "asyncio.Future[None]"  # for its publisher
+    """An event that the broker does not have yet."""
+    text: str  # as it will stand in an entry: a line break, [topic, publisher], another one, data
+    size: int  # of the text in UTF-8
+    stored: "asyncio.Future[None]"  # its publisher waits for this
 
 
 class _SharedLog:
     """The log of a backbone, as one server reads and writes it, on one event loop.
 
-    An entry is a header, "writer number", and two lines for each event that it has: all those that
-    were queued while the entry before was on its way. An entry is repeated unchanged until the
-    broker has it. The reader knows the last number of each writer, so it drops repeats and sees
-    holes. It also knows the entry that it read last, its anchor: after every outage, silence and
-    jump it looks whether that is still in its place. If it is not, entries were trimmed before they
-    were read, or the log is another one; then the local log is reset.
+    An entry is a header, "writer number", and two lines for each of its events: all those that were
+    queued while the entry before was on its way. It is repeated unchanged until the broker has it,
+    so one number always means the same events. A position is "offset.place-writer:number", the
+    same on all servers; only this class ever looks into one.
+
+    The reader knows the last number of each writer: a smaller one is a repeat, and one that is left
+    out is a hole. It also knows the entry that it read last, its anchor. After each outage, silence
+    or jump, and wherever an unknown writer comes in, it reads on from the anchor. If that is not in
+    its place any more, entries were trimmed before they were read, or the log is another one; then
+    the local log is reset, and the subscribers are told one gap.
+
+    The writer and the reader are a task each. They share their state without a lock, since each
+    changes it only between two awaits. Calls to the broker run in tasks of their own.
     """
 
     def __init__(self, make_backbone: Callable[[], Backbone], sink: EventNotifier) -> None:
         self._reading, self._writing, self._sink = make_backbone(), make_backbone(), sink
         self._max_entry = getattr(self._writing, "max_size", MAX_MESSAGE_BYTES) - 2**6  # the header
         self._writer, self._number = uuid.uuid4().hex[:12], 0  # of the next entry
-        self._queue: deque[_UnsentEvent] = deque()
+        self._queue: deque[_UnsentEvent] = deque()  # with those of the entry that is on its way
         self._queued_bytes, self._entry_events = 0, ENTRY_EVENTS
         self._next = -1  # the offset to read on from; -1 until the log is joined
         self._live_from, self._is_ready = 0, False  # what is before that offset is new to nobody
         self._anchor: tuple[int, int] | None = None  # the offset and hash of the last entry
         self._last_numbers = {self._writer: -1}
-        self._waiters: list[asyncio.Future[None]] = []
-        self._outages = 0
-        self._failing: set[asyncio.Task[Any] | None] = set()  # those of our tasks that wait for it
+        self._waiters: list[asyncio.Future[None]] = []  # for any change of what stands here
+        self._outages, self._failing = 0, set[asyncio.Task[Any] | None]()  # who is in an outage now
         self._last_error: str | None = None
-        self._ended: RpcError | None = None
-        self._calls: set[asyncio.Task[Any]] = set()
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._ended: RpcError | None = None  # what put and ready raise, once it is over
+        self._tasks, self._calls, self._closings = (set[asyncio.Task[Any]]() for _ in range(3))
         for work in (self._read, self._write):
             _spawn_into(self._tasks, self._run(work))
 
@@ -4845,6 +4909,7 @@ class _SharedLog:
         return len(self._queue)
 
     def stats(self) -> dict[str, Any]:
+        """What `endpoint.stats()` shows; "behind" counts our entries that we have not read back."""
         newest = self._number - 1
         return {"connected": self._next >= 0 and not self._failing and not self._ended,
                 "queued": len(self), "last_error": self._last_error,
@@ -4888,6 +4953,7 @@ class _SharedLog:
                     await self._progress()
 
     async def _progress(self) -> None:
+        """Wait until something has changed. Raises what this log has ended with."""
         if self._ended is not None:
             raise self._ended.with_traceback(None)
         await _wait_notified(self._waiters)
@@ -4899,11 +4965,14 @@ class _SharedLog:
                 await asyncio.wait([self._queue[-1].stored], timeout=GRACE_SECONDS)
         finally:
             self._end(ChannelClosed(1001, "the endpoint was closed"))
+            await asyncio.gather(self._release(self._reading), self._release(self._writing))
+            for task in self._calls:
+                task.cancel()
             if tasks := self._tasks | self._calls:
                 await asyncio.wait(tasks, timeout=GRACE_SECONDS)
-            await asyncio.gather(self._release(self._reading), self._release(self._writing))
 
     def _end(self, error: RpcError) -> None:
+        """Stop both tasks, and let everybody who waits or comes later have this error."""
         self._ended, self._is_ready = error, False
         for task in self._tasks - {asyncio.current_task()}:
             task.cancel()
@@ -4915,9 +4984,7 @@ class _SharedLog:
         for _ in range(count):
             _, size, stored = self._queue.popleft()
             self._queued_bytes -= size
-            if stored.done():  # the publisher was cancelled
-                continue
-            if error is None:
+            if error is None:  # nobody cancels these futures, as publishers wait behind a shield
                 stored.set_result(None)
             else:
                 stored.set_exception(error)
@@ -4940,36 +5007,42 @@ class _SharedLog:
         Raises MessageTooLarge, and errors of programming.
         """
         (seconds, most), (delay, longest) = BROKER_SECONDS, BROKER_RETRY_SECONDS
-        while failure := _failure(task := await self._attempt(call(*args), seconds)):
-            self._last_error = f"{type(failure).__name__}: {failure}"
-            logger.log(logging.DEBUG if self._failing else logging.WARNING,
-                       "the backbone is away, and is tried again: %s", self._last_error)
-            self._outages += 1
-            self._failing.add(asyncio.current_task())
-            await self._release(backbone)
-            await asyncio.sleep(random.uniform(delay / 2, delay))
-            seconds, delay = min(2 * seconds, most), min(2 * delay, longest)
-        self._failing.discard(asyncio.current_task())
-        return task.result()
+        try:
+            while failure := _failure(
+                    task := await self._attempt(call(*args), seconds, self._calls)):
+                self._last_error = f"{type(failure).__name__}: {failure}"
+                logger.log(logging.DEBUG if self._failing else logging.WARNING,
+                           "the backbone is away, and is tried again: %s", self._last_error)
+                self._outages += 1
+                self._failing.add(asyncio.current_task())
+                await self._release(backbone)
+                task.cancel()  # only now, as some drivers would connect again to cancel a query
+                await asyncio.sleep(random.uniform(delay / 2, delay))
+                seconds, delay = min(2 * seconds, most), min(2 * delay, longest)
+            return task.result()
+        finally:
+            self._failing.discard(asyncio.current_task())
 
     async def _attempt(self, call: Coroutine[Any, Any, _T], seconds: float,
-                       *, is_cancelled: bool = True) -> "asyncio.Task[_T]":
+                       tasks: set[asyncio.Task[Any]]) -> "asyncio.Task[_T]":
         """Run a call in a task of its own, so that no driver can hold up or cancel ours."""
-        task = _spawn_into(self._calls, call)
+        task = _spawn_into(tasks, call)
         task.add_done_callback(lambda task: task.cancelled() or task.exception())  # retrieves it
-        try:
-            await asyncio.wait([task], timeout=seconds)
-        finally:
-            if is_cancelled and not task.done():
-                task.cancel()
+        await asyncio.wait([task], timeout=seconds)
         return task
 
     async def _release(self, backbone: Backbone) -> None:
-        """Close connections. Some drivers flush first, so this may go on while we do, too."""
-        _failure(await self._attempt(backbone.close(), GRACE_SECONDS, is_cancelled=False))
+        """Close connections. Some drivers flush first, so this may go on for a while."""
+        task = await self._attempt(backbone.close(), GRACE_SECONDS, self._closings)
+        asyncio.get_running_loop().call_later(BROKER_SECONDS[0], task.cancel)
+        _failure(task)
 
     async def _write(self) -> None:
-        """Append what is queued. Our first entry comes after the end that the reader has seen."""
+        """Append what is queued, for ever.
+
+        Our first entry comes after the end of the log that the reader has seen when it joined, so
+        our own events are always new to it.
+        """
         while True:
             while self._next < 0 or not self._queue:
                 await _wait_notified(self._waiters)
@@ -4996,7 +5069,11 @@ class _SharedLog:
         return len(texts) - 1, "".join(texts).encode()
 
     async def _read(self) -> None:
-        """Join the log, then follow it."""
+        """Join the log, then follow it for ever.
+
+        A driver may reconnect without a word, to a log that was replaced and has grown past our
+        place. The numbers show that, unless the new entries are the next ones of their writers.
+        """
         self._next, self._live_from = await self._ask(self._reading, self._reading.ends)
         is_whole = self._next <= 1  # then the beginning has the same name on all servers
         self._sink.begin("0-0" if is_whole else f"{self._next}-{uuid.uuid4().hex[:12]}")
@@ -5006,18 +5083,21 @@ class _SharedLog:
             outages = self._outages
             page = await self._ask(self._reading, self._reading.read, self._next)
             must_check = (not page or page[0][0] != self._next or outages != self._outages
-                         or not self._is_expected(page[0][1]))
+                         or (self._is_ready and not self._is_expected(page[0][1])))
             if must_check:
                 page = await self._read_after_anchor()
             for offset, entry in page:
                 if offset != self._next and not must_check:
-                    break  # so that the next page begins with this jump
+                    break  # the next page begins with this jump: maybe an entry comes late
                 self._take(offset, entry)
                 await asyncio.sleep(0)  # an entry may have thousands of events
             self._is_ready = self._is_ready or not page or self._next >= self._live_from
 
     async def _read_after_anchor(self) -> Sequence[tuple[int, bytes]]:
-        """What follows the anchor. If that is not in its place any more, reset the local log."""
+        """Read what follows the anchor. If that is gone, or is another entry, tell a hole.
+
+        A jump in the offsets after the anchor is no hole: transactions and rollbacks use them up.
+        """
         start = self._next if self._anchor is None else self._anchor[0]
         page = await self._ask(self._reading, self._reading.read, start)
         offset = page[0][0] if page else -1
@@ -5027,20 +5107,22 @@ class _SharedLog:
             if offset > self._next:  # else only what we have read was trimmed
                 self._reset(offset, "history")
             return page
-        _, end = await self._ask(self._reading, self._reading.ends)
+        first, end = await self._ask(self._reading, self._reading.ends)
         if page or end < self._next:
-            self._next = self._live_from = end
-            self._anchor, self._last_numbers = None, {}
+            last = () if first == end else await self._ask(
+                self._reading, self._reading.read, end - 1)
+            self._anchor, self._next, self._live_from, self._last_numbers = None, end, end, {}
             self._reset(end, "log")
+            self._anchor = next(((n, hash(entry)) for n, entry in last if n < end), None)
         return ()
 
     def _reset(self, offset: int, reason: str) -> None:
-        """Tell a hole before an offset. Its name is the same on all servers that see the same."""
+        """Tell a hole before an offset. All servers that see this hole give it one position."""
         before = uuid.uuid4().hex[:12] if self._anchor is None else self._anchor[0]
         self._sink.reset(f"{offset}-{before}", reason, offset >= self._live_from)
 
     def _is_expected(self, entry: bytes) -> bool:
-        """Whether a writer that we know has written this next; it hints at the log being ours."""
+        """Whether this is the next entry of a writer that we know."""
         found = _ENTRY_HEADER.match(entry)
         return found is not None and (
             self._last_numbers.get(found[1].decode(), -2) == int(found[2]) - 1)
@@ -5059,36 +5141,6 @@ class _SharedLog:
                 self._sink.commit(f"{offset}.{place}-{writer}:{number}", topic, data, origin,
                                   offset >= self._live_from)
         self._anchor, self._next = (offset, hash(entry)), offset + 1
-
-
-_ENTRY_HEADER: Final = re.compile(rb"([0-9a-f]{12}) ([0-9]{1,18})\n")
-_EVENT_HEADER: Final = TypeAdapter(tuple[str, str | None])  # the topic and its publisher
-
-
-def _parse_entry(entry: bytes) -> tuple[str, int, list[tuple[str, str | None, str]]]:
-    """The writer, its number and the events; none if the entry is not one of ours."""
-    events = list[tuple[str, str | None, str]]()
-    try:
-        if (found := _ENTRY_HEADER.match(entry)) is None:
-            raise ValueError("no header")
-        lines = entry[found.end():].decode().split("\n")
-        for header, data in zip(lines[::2], lines[1::2], strict=True):
-            _decode(data)  # what is not JSON must not get to clients
-            events.append((*_EVENT_HEADER.validate_json(header), data))
-        return found[1].decode(), int(found[2]), events
-    except (ValueError, RecursionError) as error:
-        logger.warning("an entry of the backbone is not one of ours (%s): %.60r", error, entry)
-        return "", 0, []
-
-
-def _failure(task: "asyncio.Task[Any]") -> BaseException | None:
-    """Why a call failed, or None. Raises MessageTooLarge and errors of programming."""
-    if not task.done() or task.cancelled():
-        return TimeoutError("the broker does not answer")
-    error = task.exception()
-    if isinstance(error, (MessageTooLarge, *_BACKBONE_BUGS)):
-        raise error
-    return error
 
 
 def _shared_log(backbone: str | Backbone, channel: str,
@@ -5116,11 +5168,10 @@ _SHARED_LOGS.append(_shared_log)
 
 
 # ----------------------------------------------------------------------------------------- fleet
-# All servers on one backbone as one: call a client by its identity, wherever it is connected, and
-# know who is online. Servers tell each other on two internal topics, which no client can name:
-# their roster (whole, every 5 s and 50 ms after a change), and calls with their answers. A server
-# whose roster is 15 s old is gone, and calls under way to it fail. What was written before a server
-# joined is not acted upon, and the log drops repeated entries, so a call is performed once.
+# All servers on one backbone as one. They tell each other on two internal topics, which no client
+# can name: their roster (whole, every 5 s and 50 ms after a change), and calls with their answers.
+# A server whose roster is 15 s old is gone, and calls under way to it fail. What was written before
+# a server joined is not acted upon, and the log drops repeats, so a call is performed once.
 
 FLEET_BEAT_SECONDS: Final = 5.0
 FLEET_SILENCE_SECONDS: Final = 15.0  # three missed beats
@@ -5140,17 +5191,16 @@ class Fleet:
         self._endpoint, self._notifier, self._id = endpoint, endpoint.notifier, ""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._heard: dict[str, float] = {}  # when each server was heard last
-        self._clients: dict[tuple[str, str], list[str]] = {}  # topics by server and identity,
-        # in the order in which the clients came
+        # The topics of each client by server and identity, in the order in which they came.
+        self._clients: dict[tuple[str, str], list[str]] = {}
         self._calls: dict[str, tuple[str, asyncio.Future[Any]]] = {}  # by id: server, answer
-        self._running: dict[str, asyncio.Task[Any]] = {}  # calls of other servers, by id
-        self._tasks: set[_Task] = set()
+        self._running: dict[str, _Task] = {}  # calls of other servers, by id
         self._is_changed = False
         self._notifier.internal |= {_ROSTER: self._on_roster, _CALLS: self._on_call}
         for name in ("on_connect", "on_disconnect", "on_subscribe", "on_unsubscribe"):
             hooks = getattr(endpoint, name)
-            hooks = (hooks,) if callable(hooks) else tuple(hooks)
-            setattr(endpoint, name, (*hooks, self._on_change))
+            own = (hooks,) if callable(hooks) else hooks
+            setattr(endpoint, name, (*own, self._on_change))
 
     def online(self, topic: str | None = None) -> list[str]:
         """The identities of the clients of all servers, or of a topic's subscribers."""
@@ -5162,8 +5212,7 @@ class Fleet:
                    timeout: _Timeout = _UNSET) -> RpcResponse:
         """Call a method of a client, wherever it is connected; as `RpcChannel.call`.
 
-        Raises what the client raised, RequestTimeout, and ChannelClosed at once if nobody has this
-        identity, or when its connection or its server is lost. Cancelling it cancels the method.
+        Raises ChannelClosed at once if nobody has this identity, or when its server is lost.
         """
         loop, seconds = self._start(), self._endpoint._seconds(timeout)
         while not (servers := [s for s, name in self._clients if name == identity]):
@@ -5211,7 +5260,7 @@ class Fleet:
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
             self._loop, self._id, self._started_at = loop, uuid.uuid4().hex[:12], loop.time()
-            self._heard, self._clients, self._told_at = {self._id: loop.time()}, {}, 0.0
+            self._heard, self._clients = {self._id: loop.time()}, {}
             self._tell_roster(is_first=True)
             self._beat(loop)
         return loop
@@ -5232,7 +5281,12 @@ class Fleet:
         """A hook: a client has come or gone, or its topics have changed."""
         if channel.identity is not None and not self._is_changed:
             self._is_changed = True
-            self._start().call_later(0.05, self._tell_roster)
+            loop = self._start()
+            loop.call_later(0.05, self._tell_change, loop)
+
+    def _tell_change(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._notifier._loop is loop:  # otherwise the endpoint was closed meanwhile
+            self._tell_roster()
 
     def _beat(self, loop: asyncio.AbstractEventLoop) -> None:
         if self._notifier._loop is not loop:  # the endpoint was closed
@@ -5268,8 +5322,8 @@ class Fleet:
             return
         id, (_, answer) = message["id"], self._calls.get(message["id"], ("", None))
         if "call" in message:
-            self._running[id] = _spawn_into(
-                self._tasks, self._perform(message["from"], id, *message["call"]))
+            self._running[id] = asyncio.Task(
+                self._perform(message["from"], id, *message["call"]))
         elif "cancel" in message and id in self._running:
             self._running[id].cancel()
         elif answer is not None and not answer.done():
@@ -5520,17 +5574,15 @@ __all__ += ["Remote", "connect"]
 
 
 # -------------------------------------------------------------------------------- browser client
-# The ES module that a page imports, and the route that serves it. The module is one text without
-# dependencies and needs no build step. JavaScript runs one thing at a time, so it locks nothing. It
-# holds no queue: callbacks run while a message is read, so its position is the last one received.
+# The ES module that a page imports, and the route that serves it. It has no dependencies and no
+# build step. JavaScript runs one thing at a time, so it locks nothing. It queues no events:
+# callbacks run while a message is read, so its position is that of the last event received.
 
 
 def register_browser_client(app_or_router: FastAPI | APIRouter, path: str) -> None:
     """Serve the JavaScript client at ``path``: ``import { connect } from "/ws-lite.js"``.
 
-    It works beside any kind of WebSocket route, and is not in the app's OpenAPI document.
-
-    A browser does not tell a page why a handshake failed, so a page that a dependency refuses keeps
+    A browser hides from a page on another origin why a handshake failed, so such a page keeps
     trying. To refuse it for good, accept the connection and close it with 1008, as an
     ``on_connect`` hook that raises Forbidden does.
     """
@@ -5559,8 +5611,8 @@ export class RpcError extends Error {
 }
 /** The connection has ended. A call that was under way may have run or not. */
 export class ClosedError extends RpcError {
-  /** After a failed handshake, the HTTP status of its address: 401 or 403 if the session has
-   * expired, undefined if the server is away, 0 on another origin. @type {number | undefined} */
+  /** After a failed handshake, the HTTP status of its address, such as 401 for an expired session;
+   * undefined if the server is away, 0 on another origin. @type {number | undefined} */
   status = undefined;
 }
 export const ALL_TOPICS = "__EventNotifier_ALL_TOPICS__";
@@ -5603,23 +5655,22 @@ export function connect(url = "/ws", options = {}) {
   const calls = new Map(), running = new Map(); // by id: calls to the server, and of the server
   const exposed = new Map([["_ping_", () => "pong"], ["_get_channel_id_", () => me]]);
   let state = "connecting", why, socket = null, drop = (code, reason) => {}, lastId = 0, heard = 0;
-  let wasReady = false, triedAgain = false, failures = 0, retryTimer;
-  // A subscription is `known` if the server has agreed to it, on this connection if `resumed`, else
-  // on the one before. It is `leaving` until the server has been asked to end it.
-  const subs = new Set(), leaving = new Set();
-  let resumed = false, syncing = null, position = null;
+  let readyAt = 0, triedAgain = false, failures = 0, retryTimer;
+  // The `names` of a subscription are its topics, after a "=", or its patterns, after a "~". The
+  // server has `agreed` to some on this connection, and to the `former` ones on those before it.
+  const subs = new Set(), agreed = new Set(), former = new Set();
+  let syncing = null, position = null;
 
   const become = (next, error) => callSafely(onState, state = next, why = error);
   function post(message) {
     const text = toJson({ jsonrpc: "2.0", ...message });
-    if (text.length > 2 ** 22 && new Blob([text]).size > 2 ** 24) // the limit of uvicorn
-      throw new RpcError(TOO_LARGE, "Message too large");
+    if (text.length > 2 ** 24) throw new RpcError(TOO_LARGE, "Message too large"); // for uvicorn
     if (socket?.readyState === 1) socket.send(text);
   }
   /** Call a method, as soon as there is a connection. @param {string} method
    * @param {object} [params] @param {CallOptions} [more] @returns {Promise<any>} */
-  function call(method, params,
-    { timeout = usual, signal, meta, now, stream, onItems, onResult } = {}) {
+  function call(method, params, more = {}) {
+    const { timeout = usual, signal, meta, now, stream, onItems, onResult } = more;
     const id = ++lastId, deadline = timeout === null ? Infinity : Date.now() + timeout * 1000;
     return new Promise((resolve, reject) => {
       const pending = { onItems, settle, send, sent: false };
@@ -5644,7 +5695,7 @@ export function connect(url = "/ws", options = {}) {
       calls.set(id, pending);
       if (state === "closed" || signal?.aborted) return settle(signal?.reason ?? why);
       signal?.addEventListener("abort", stop);
-      if (deadline < Date.now() + 2e9) timer = setTimeout(stop, deadline - Date.now()); // 24 days
+      if (timeout !== null) timer = setTimeout(stop, timeout * 1000);
       if (state === "ready" || now) send();
     });
   }
@@ -5658,10 +5709,11 @@ export function connect(url = "/ws", options = {}) {
     call(method, params, { timeout, meta, signal: leave.signal, stream: 16, onItems })
       .then(() => end(), end);
     try {
-      while (items.length || !ended) {
+      for (;;) {
         while (!items.length && !ended) await new Promise((done) => { awake = done; });
+        if (!items.length) break;
         if (++taken % 8 === 0 && !ended) post({ method: "$/credit", params: { id, n: 8 } });
-        if (items.length) yield items.shift();
+        yield items.shift();
       }
       if (ended.error) throw ended.error;
     } finally { leave.abort(); } // this cancels the call, unless it has ended
@@ -5679,11 +5731,11 @@ export function connect(url = "/ws", options = {}) {
       answer({ result: result ?? null });
     } catch (error) {
       const isMeant = error instanceof RpcError; // for the server to see
+      if (!isMeant) console.error(method, error);
       const { code, message, data } = isMeant ? error : new RpcError(-32603, "Internal error");
       answer({ error: { code, message, data } });
-      if (!isMeant) console.error(method, error);
     }
-    if (running.get(id ?? leave) === leave) running.delete(id ?? leave);
+    running.delete(id ?? leave);
   }
   const deliver = (sub, e) => subs.has(sub) && callSafely(sub.callback, e.data, e.topic, e);
   const notices = { // of the server; they are not answered
@@ -5703,60 +5755,61 @@ export function connect(url = "/ws", options = {}) {
     else serve({ id, method, params });
   }
 
-  // While a subscription waits for its `replay`, it takes no other events.
-  function namesIn(some, pattern, without = []) {
-    const kept = new Set(without), those = some.filter((sub) => sub.pattern === pattern);
-    return [...new Set(those.flatMap((sub) => sub.topics))].filter((name) => !kept.has(name));
-  }
-  function nextStep() { // the next request to the server, or undefined if it has agreed
-    const all = [...subs], plain = all.filter((sub) => !sub.replay), gone = [...leaving];
-    const known = plain.filter((sub) => sub.known), fresh = plain.filter((sub) => !sub.known);
-    if (!resumed && known.length) return { whom: known, options: { resume: position } };
-    resumed = true;
-    leaving.clear();
-    const [topics, patterns] = [false, true].map((p) => namesIn(gone, p, namesIn(all, p)));
-    if (topics.length || patterns.length) return { whom: gone, names: { topics, patterns } };
-    if (fresh.length) return { whom: fresh, options: {} };
-    const sub = all.find(({ replay }) => replay);
-    return sub && { whom: [sub], options: sub.replay };
+  const heldNames = () => new Set([...subs].flatMap((sub) => sub.names));
+  function nextRequest() { // to the server, or undefined if it has agreed to everything
+    const all = [...subs], plain = all.filter((sub) => !sub.replay), held = heldNames();
+    for (const sub of plain) if (sub.names.every((name) => agreed.has(name))) sub.confirm();
+    if (former.size) return { names: [...former], more: { resume: position } };
+    const gone = [...agreed].filter((name) => !held.has(name));
+    if (gone.length) return { names: gone };
+    const fresh = plain.flatMap((sub) => sub.names).filter((name) => !agreed.has(name));
+    if (fresh.length) return { names: [...new Set(fresh)], more: {} };
+    const sub = all.find(({ replay }) => replay); // it takes no events before its own answer
+    return sub && { names: sub.names, more: sub.replay, sub };
   }
   async function sync() { // one request at a time
     const mine = socket;
     if (mine?.readyState !== 1 || syncing === mine) return;
     syncing = mine;
-    for (let step; socket === mine && (step = nextStep());) await ask(step);
+    for (let next; socket === mine && (next = nextRequest());) await ask(next);
     if (syncing === mine) syncing = null;
   }
-  async function ask({ whom, options, names }) { // with names, to unsubscribe from them
-    const mine = socket, params = names ?? { ...options, subscriber_id: me,
-      topics: namesIn(whom, false), patterns: namesIn(whom, true) };
-    const agree = ({ position: at, recovered, refused = [], events = [] }) => {
-      [position, resumed] = [at, true];
-      for (const sub of whom) {
-        sub.known = true;
-        if (sub.topics.some((topic) => refused.includes(topic)))
-          end(sub, new RpcError(FORBIDDEN, `Forbidden: ${refused}`, { topics: refused }));
-        if (!subs.has(sub)) leaving.add(sub); // also if it was cancelled while it was asked for
-        else if (sub.replay && recovered === false)
-          callSafely(onGap, { since: sub.replay.since ?? null, position, reason: "history",
-            topics: sub.topics });
-        for (const event of events) deliver(sub, event);
-        sub.replay = null; // on a later connection it goes on as the others do
-        sub.confirm();
-      }
+  async function ask({ names, more, sub }) { // without `more`, to unsubscribe from the names
+    const mine = socket, [topics, patterns] = ["=", "~"].map((kind) =>
+      names.filter((name) => name[0] === kind).map((name) => name.slice(1)));
+    const refuse = (error, isMeant) => { // end those that asked for such a name
+      for (const one of [...subs])
+        if ((sub ? one === sub : !one.replay) && one.names.some(isMeant)) end(one, error);
     };
-    const [method, onResult] = names ? ["unsubscribe"] : ["subscribe", agree];
-    try { await call(method, params, { now: true, onResult }); } catch (error) {
+    const onResult = ({ position: at, recovered, refused = [], events = [] }) => {
+      const gap = { since: sub ? more.since ?? null : position, position: at, reason: "history" };
+      const isRefused = (name) => refused.includes(name.slice(1)) && names.includes(name);
+      position = at;
+      former.clear();
+      for (const name of names) if (!isRefused(name)) agreed.add(name);
+      refuse(new RpcError(FORBIDDEN, `Forbidden: ${refused}`, { topics: refused }), isRefused);
+      if (recovered === false && (!sub || subs.has(sub)))
+        callSafely(onGap, sub ? { ...gap, topics: sub.topics } : gap);
+      for (const event of events) deliver(sub, event);
+      if (sub) sub.replay = null; // on a later connection it goes on as the others do
+    };
+    try {
+      if (more) return await call("subscribe", { ...more, subscriber_id: me, topics, patterns },
+        { now: true, onResult });
+      for (const name of names) agreed.delete(name);
+      await call("unsubscribe", { topics, patterns }, { now: true });
+    } catch (error) {
       if (socket !== mine) return; // the next connection begins anew
       if (error.code === TIMED_OUT) drop(1006, "no answer"); // what the server did is not known
       else if (error.code === OVERLOADED) await pause(Math.random());
-      else for (const sub of whom) end(sub, error);
+      else if (more) { refuse(error, (name) => names.includes(name)); former.clear(); }
     }
   }
   function end(sub, error) {
     if (!subs.delete(sub)) return;
     sub.reject(error);
-    if (resumed && sub.known) leaving.add(sub);
+    const held = heldNames();
+    for (const name of former) if (!held.has(name)) former.delete(name);
     queueMicrotask(sync); // together with what the page does next
   }
 
@@ -5770,7 +5823,7 @@ export function connect(url = "/ws", options = {}) {
   async function open() { // one connection
     clearTimeout(retryTimer);
     become("connecting");
-    let secret, mine, href, opened = false, readyAt = Infinity;
+    let secret, mine, href, opened = false;
     try { [secret, href] = [await valueOf(token), await valueOf(url)]; }
     catch (error) { return lost(error); } // later there may be a token
     if (state === "closed") return;
@@ -5785,12 +5838,14 @@ export function connect(url = "/ws", options = {}) {
     drop = (code, reason) => {
       const error = new ClosedError(code, `the connection is closed: ${code} ${reason}`.trim());
       socket = mine.onopen = mine.onmessage = mine.onclose = mine.onerror = null;
-      [drop, resumed] = [() => {}, false];
+      drop = () => {};
+      agreed.forEach((name) => former.add(name));
+      agreed.clear();
       clearInterval(timer);
       mine.close();
       for (const leave of running.values()) leave.abort(error); // no later connection is answered
       for (const pending of [...calls.values()]) if (pending.sent) pending.settle(error);
-      lost(error, !opened && href, Date.now() - readyAt);
+      lost(error, !opened && href);
     };
     mine.onclose = ({ code, reason }) => drop(code, reason);
     mine.onerror = () => opened || drop(1006, ""); // Node 20 reports no close after it
@@ -5803,22 +5858,22 @@ export function connect(url = "/ws", options = {}) {
       sync();
       await check(ANSWER); // a server that accepts only to close was never ready
       if (socket !== mine) return;
-      [readyAt, wasReady] = [Date.now(), true];
+      readyAt = Date.now();
       become("ready");
       for (const pending of [...calls.values()]) if (!pending.sent) pending.send();
     };
   }
-  async function lost(error, href, readyFor) { // the connection is; open the next one in a while
+  async function lost(error, href) { // the connection is; open the next one in a while
+    if (state === "ready" && Date.now() - readyAt > 1000) [failures, triedAgain] = [0, false];
     if (href && state !== "closed") error.status = await httpStatus(href);
     if (state === "closed") return;
-    if (readyFor > 1000) [failures, triedAgain] = [0, false];
-    const { code, status } = error, isRestart = code === 1001 || code === 1012;
-    if (code === 1008 || (!wasReady && (status === 401 || status === 403))) { // it is refused
-      if (triedAgain || ![token, url].some((text) => typeof text === "function"))
+    const { code, status } = error, isRestart = !failures && (code === 1001 || code === 1012);
+    if (code === 1008 || (!readyAt && (status === 401 || status === 403))) { // it is refused
+      if (triedAgain || typeof token !== "function" && typeof url !== "function")
         return finish(error);
       triedAgain = true; // with a fresh token
     }
-    const longest = isRestart && !failures ? 2 : Math.min(retry[1], retry[0] * 2 ** failures);
+    const longest = isRestart ? 2 : Math.min(retry[1], retry[0] * 2 ** failures);
     failures++;
     retryTimer = setTimeout(open, Math.random() * longest * 1000);
     become("waiting", error);
@@ -5875,7 +5930,8 @@ export function connect(url = "/ws", options = {}) {
      * @returns {{topics: string[], confirmed: Promise<void>, cancel: () => void}} */
     subscribe(topics, callback, { pattern = false, last, since } = {}) {
       const list = JSON.parse(toJson([topics].flat())), globs = pattern ? list.map(glob) : [];
-      const sub = { topics: list, pattern, callback, known: false };
+      const sub = { topics: list, callback };
+      sub.names = list.map((name) => (pattern ? "~" : "=") + name);
       sub.replay = (last ?? since ?? null) === null ? null : { last, since };
       sub.matches = pattern ? (topic) => globs.some((glob) => glob.test(topic))
         : (topic) => list.includes(topic) || list.includes(ALL_TOPICS);
@@ -5901,10 +5957,10 @@ __all__ += ["register_browser_client"]
 
 # ---------------------------------------------------------------------------------- command line
 # The command `fastapi-ws-lite`, which is also `python fastapi_ws_lite.py`. Each function that is
-# named `_cli_...` is a command: its parameters are the arguments, its keyword-only parameters are
-# the options, and its docstring is the help. Coroutines get a client that `_run_connected` has
-# connected. `_main` alone turns an error into one line and an exit code. `vendor` and `help` read
-# the source of this file, and find its sections by their banners.
+# named `_cli_...` is a command, also in another section: its parameters are the arguments, its
+# keyword-only parameters are the options, and its docstring is the help. A coroutine gets a client
+# that is connected. `_main` alone turns an error into one line and an exit code. `vendor` and
+# `help` find the sections of this file by their banners.
 
 
 def _json_or_text(text: str) -> Any:
@@ -5926,53 +5982,19 @@ async def _cli_call(client: PubSubClient, method: str, arguments: Sequence[str] 
     """
     params = _json_or_text(arguments[0]) if len(arguments) == 1 else None
     if not isinstance(params, dict | list):
-        params = {}
-        for name, sign, text in (word.partition("=") for word in arguments):
-            if not sign:
-                raise ValueError(f"an argument is name=value, not {name!r}")
-            params[name] = _json_or_text(text)
-    if not stream:
+        if wrong := [word for word in arguments if "=" not in word]:
+            raise ValueError(f"an argument is name=value, not {wrong[0]!r}")
+        pairs = (word.split("=", 1) for word in arguments)
+        params = {name: _json_or_text(value) for name, value in pairs}
+    if stream:
+        async for item in client.stream(method, params or None):
+            print(_encode(item), flush=True)
+    else:
         print(_encode((await client.call(method, params or None)).result))
-        return
-    async for item in client.stream(method, params or None):
-        print(_encode(item), flush=True)
-
-
-def _type_text(schema: dict[str, Any]) -> str:
-    """Describe a JSON Schema in a few words."""
-    text: str = schema.get("$ref", "").rpartition("/")[2] or schema.get("type", "any")
-    text = " | ".join(map(_type_text, schema.get("anyOf", ()))) or text
-    text += f"[{_type_text(schema['items'])}]" if schema.get("items") else ""
-    return text + (f" = {_encode(schema['default'])}" if "default" in schema else "")
-
-
-async def _cli_methods(client: PubSubClient) -> None:
-    """List the methods of a server. All that it says of them: fastapi-ws-lite call URL rpc.discover
-
-    example: fastapi-ws-lite methods ws://localhost:8000/ws
-    """
-    for method in (await client.call("rpc.discover")).result["methods"]:
-        params = ", ".join(f"{'*' * ('x-variadic' in param)}{param['name']}: "
-                           f"{_type_text(param['schema'])}" for param in method["params"])
-        stream = "stream of " if method.get("x-stream") else ""
-        print(f"{method['name']}({params}) -> {stream}{_type_text(method['result']['schema'])}")
-        if "summary" in method:
-            print(f"    {method['summary']}")
-
-
-async def _cli_types(client: PubSubClient) -> None:
-    """Print TypeScript types of the methods of a server.
-
-    example: fastapi-ws-lite types ws://localhost:8000/ws > api.d.ts
-    """
-    typescript: Any = globals().get("_typescript")
-    if typescript is None:
-        raise ValueError("types needs the section OpenRPC, which this copy was made without")
-    print(typescript((await client.call("rpc.discover")).result))
 
 
 async def _cli_subscribe(client: PubSubClient, topics: Sequence[str], *, pattern: bool = False,
-                         last: int = 0, since: str | None = None) -> None:
+                         last: int | None = None, since: str | None = None) -> None:
     """Print each event as a line of JSON. Where events are missing, a line on stderr says so.
 
     With --pattern, topics are globs, as in fnmatch. Up to --last earlier events, or those after
@@ -5980,10 +6002,7 @@ async def _cli_subscribe(client: PubSubClient, topics: Sequence[str], *, pattern
 
     example: fastapi-ws-lite subscribe --pattern ws://localhost:8000/ws 'orders.*' | jq .data
     """
-    if last and since:
-        raise ValueError("subscribe takes --last or --since, not both")
-    # the client was made with since, and so is sent everything that the log still has
-    async for event in await client.subscribe(topics, pattern=pattern, last=last or None):
+    async for event in await client.subscribe(topics, pattern=pattern, last=last, since=since):
         print(_encode(event._asdict()), flush=True)
 
 
@@ -5995,35 +6014,30 @@ async def _cli_publish(client: PubSubClient, topic: str, event: str | None = Non
     if event is not None:
         await client.publish(topic, _json_or_text(event))
         return
-    stdin = os.fdopen(sys.stdin.fileno(), encoding="utf-8", errors="surrogateescape", closefd=False)
-    while line := await _in_daemon_thread(stdin.readline):
-        if line.strip():
-            await client.publish(topic, _json_or_text(line.removesuffix("\n")))
-
-
-async def _in_daemon_thread(function: Callable[[], str]) -> str:
-    """Run a function that may block for ever. Ctrl-C ends the process nevertheless."""
     loop = asyncio.get_running_loop()
-    result: asyncio.Future[str] = loop.create_future()
-    threading.Thread(daemon=True, target=lambda: loop.call_soon_threadsafe(
-        result.set_result, function())).start()
-    return await result
+    stdin = os.fdopen(sys.stdin.fileno(), "rb", closefd=False)
+    while True:  # each line is read in a daemon thread, for which Ctrl-C does not wait
+        read = loop.create_future()
+        threading.Thread(daemon=True, target=lambda read=read: loop.call_soon_threadsafe(
+            read.set_result, stdin.readline())).start()
+        if not (line := await read):
+            return
+        if line.strip():
+            await client.publish(topic, _json_or_text(line.decode().rstrip("\r\n")))
 
 
 def _cli_serve(target: str, *, host: str = "127.0.0.1", port: int = 8000,
                path: str = "/ws") -> None:
     """Serve the methods of a class, and events. The port 0 is a free one.
 
+    It needs uvicorn: pip install 'uvicorn[standard]'
+
     example: fastapi-ws-lite serve calculator.py:Calculator, or package.module:Calculator
     """
-    try:
-        uvicorn: Any = importlib.import_module("uvicorn")
-    except ImportError as error:
-        raise ImportError("serve needs uvicorn: pip install 'uvicorn[standard]'") from error
+    uvicorn: Any = importlib.import_module("uvicorn")
     where, _, name = target.rpartition(":")
-    folder, file = os.path.split(where) if where.endswith(".py") else ("", where)
-    sys.path.insert(0, os.path.abspath(folder))
-    module = importlib.import_module(file.removesuffix(".py")) if file else None
+    sys.path.insert(0, os.path.dirname(os.path.abspath(where)))
+    module = importlib.import_module(os.path.basename(where).removesuffix(".py"))
     cls: Any = getattr(module, name, None)
     is_servable = isinstance(cls, type) and issubclass(cls, RpcMethodsBase)
     if not is_servable:
@@ -6033,7 +6047,6 @@ def _cli_serve(target: str, *, host: str = "127.0.0.1", port: int = 8000,
     config = uvicorn.Config(
         app, host=host, port=port, log_config=None, ws_per_message_deflate=False)
     listener = config.bind_socket()
-    listener.listen()  # from now on nobody is refused, although uvicorn is still starting
     print(f"serving {name} at ws://{host}:{listener.getsockname()[1]}{path}",
           file=sys.stderr, flush=True)
     uvicorn.Server(config).run([listener])
@@ -6044,11 +6057,11 @@ _OPTIONAL_SECTIONS: Final = {  # the names of `vendor --without`, and the banner
     "fleet": "fleet", "connect": "without an event loop", "browser": "browser client",
     "cli": "command line"}
 _COPY_HEADER: Final = """\
-# A copy of fastapi_ws_lite {}, made by its command "vendor", which can also update it.
+# A copy of fastapi_ws_lite {}, made by its command "vendor", which also updates it.
 # Left out: {}
 # SHA-256 of the original: {}
 # SHA-256 of the lines below: {}
-"""
+{}"""
 
 
 def _cli_vendor(dest: str, *, without: str | None = None, check: bool = False) -> int:
@@ -6063,9 +6076,13 @@ def _cli_vendor(dest: str, *, without: str | None = None, check: bool = False) -
     source = inspect.getsource(sys.modules[__name__])
     path = os.path.join(dest, __name__.rpartition(".")[2] + ".py") if os.path.isdir(dest) else dest
     if check or os.path.exists(path):
-        version, left_out, original, is_edited = _read_copy(path)
+        with open(path, encoding="utf-8") as file:
+            copy = re.fullmatch(_COPY_HEADER.format(*["(.*)"] * 4, "(?s:(.*))"), file.read())
+        if copy is None:
+            raise ValueError(f"{path} was not made by vendor: move it away, or name another file")
+        version, left_out, original, below, text = copy.groups()
+        is_current, is_edited = original == _sha256(source), below != _sha256(text)
         if check:
-            is_current = original == _sha256(source)
             state = "up to date" if is_current else f"not made from this file ({__version__})"
             state += ", but edited by hand" if is_edited else ""
             print(f"{path}: version {version}, without {left_out or 'nothing'}: {state}")
@@ -6075,28 +6092,17 @@ def _cli_vendor(dest: str, *, without: str | None = None, check: bool = False) -
         without = left_out if without is None else without
     names = re.findall(r"[^\s,]+", without or "")
     text = _cut_sections(source, names)
-    header = _COPY_HEADER.format(__version__, ", ".join(names), _sha256(source), _sha256(text))
+    hashes = _sha256(source), _sha256(text)
     with open(path, "w", encoding="utf-8") as file:
-        file.write(header + text)
+        file.write(_COPY_HEADER.format(__version__, ", ".join(names), *hashes, text))
     return 0
-
-
-def _read_copy(path: str) -> tuple[str, str, str, bool]:
-    """Return a copy's version, what it leaves out, its original's hash, and if it was edited."""
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
-    header = re.match(re.escape(_COPY_HEADER).replace(re.escape("{}"), "(.*)"), text)
-    if header is None:
-        raise ValueError(f"{path} was not made by vendor: move it away, or name another file")
-    version, left_out, original, below = header.groups()
-    return version, left_out, original, below != _sha256(text[header.end():])
 
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _cut_sections(source: str, names: Iterable[str]) -> str:
+def _cut_sections(source: str, names: Sequence[str]) -> str:
     """Return the source without these optional sections, and without imports only they use."""
     sections = _sections(source)
     for name in names:
@@ -6104,20 +6110,13 @@ def _cut_sections(source: str, names: Iterable[str]) -> str:
             raise ValueError(f"cannot leave out {name!r}, only {', '.join(_OPTIONAL_SECTIONS)}")
         del sections[_OPTIONAL_SECTIONS[name]]
     text = "".join(sections.values()).rstrip() + "\n"
-    lines, nodes = text.splitlines(keepends=True), list(ast.walk(tree := ast.parse(text)))
-    hints = (getattr(n, name, None) for n in nodes for name in ("annotation", "returns"))
-    used = set(re.findall(r"\w+", " ".join(ast.unparse(hint) for hint in hints if hint)))
-    used |= {node.id for node in nodes if isinstance(node, ast.Name)}
+    lines, tree = text.splitlines(keepends=True), ast.parse(text)
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     for node in reversed(tree.body):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            kept = [a for a in node.names if (a.asname or a.name).partition(".")[0] in used]
-            if len(kept) < len(node.names):
-                node.names = kept
-                statement = ast.unparse(node) + "\n" if kept else ""
-                if node.end_lineno != node.lineno:  # one name in a line, as import sorters have it
-                    statement = re.sub(r" import (.+)", r" import (\n    \1,\n)",
-                                       statement).replace(", ", ",\n    ")
-                lines[node.lineno - 1:node.end_lineno] = [statement]
+            node.names = [a for a in node.names if (a.asname or a.name).partition(".")[0] in used]
+            statement = ast.unparse(node) + "\n" if node.names else ""
+            lines[node.lineno - 1:node.end_lineno] = [statement]
     return "".join(lines)
 
 
@@ -6128,28 +6127,23 @@ def _sections(source: str) -> dict[str, str]:
 
 
 def _cli_help(topic: Sequence[str] = ()) -> None:
-    """Explain a topic: a section of this module or a public name. Without one, list them all.
+    """Explain a section of this module, or a public name. Without a topic, list the sections.
 
     example: fastapi-ws-lite help topics and log
     """
     import pydoc  # only for those who use it
 
-    source = inspect.getsource(sys.modules[__name__])
-    wanted, is_found = " ".join(topic).lower(), False
-    for section, text in list(_sections(source).items())[1:]:
-        names = [n for n in __all__ if re.search(rf"(?m)^(async def |def |class |){n}\b", text)]
-        if not wanted:
-            print(f"{section:<35} {', '.join(names)}".rstrip())
-        elif wanted in section.lower():
-            banner = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
-            print(*(line.removeprefix("#").strip() for line in banner), "", sep="\n")
-        else:
-            names = [name for name in names if name.lower() == wanted]
-        for name in names if wanted else ():
-            print(pydoc.plain(pydoc.text.document(globals()[name], name)))
-        is_found |= wanted in section.lower() or bool(names)
-    if not is_found:
+    wanted = " ".join(topic).lower()
+    names = [name for name in __all__ if name.lower() == wanted]
+    shown = [] if wanted else [__doc__]
+    for section, text in _sections(inspect.getsource(sys.modules[__name__])).items():
+        if wanted and wanted in section.lower() and not names:
+            shown.append(re.split(r"(?m)^(?!#)", text, maxsplit=1)[0])
+            names = [n for n in __all__ if re.search(rf"(?m)^((async )?def |class |){n}\b", text)]
+    shown += [pydoc.plain(pydoc.text.document(globals()[name], name)) for name in names]
+    if not shown:
         raise ValueError(f"{wanted!r} is no section and no public name: see fastapi-ws-lite help")
+    print(*shown, sep="\n")
 
 
 def _parse_arguments(argv: Sequence[str] | None) -> dict[str, Any]:
@@ -6159,40 +6153,42 @@ def _parse_arguments(argv: Sequence[str] | None) -> dict[str, Any]:
     style: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser("fastapi-ws-lite", epilog=inspect.getdoc(_main), **style)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for run in (value for name, value in globals().items() if name.startswith("_cli_")):
-        text = inspect.getdoc(run) or ""
-        command = commands.add_parser(run.__name__.removeprefix("_cli_"), description=text,
-                                      help=text.partition("\n")[0], **style)
+    for name in [name for name in globals() if name.startswith("_cli_")]:
+        text = inspect.getdoc(run := globals()[name]) or ""
+        command = commands.add_parser(
+            name.removeprefix("_cli_"), description=text, help=text.partition("\n")[0], **style)
         command.set_defaults(run=run)
-        if inspect.iscoroutinefunction(run):
-            command.add_argument("url", help="ws://... or wss://...")
-            command.add_argument("-H", dest="headers", action="append", metavar="'NAME: VALUE'",
-                                 default=[], help="a header of the handshake; may be repeated")
-            command.add_argument("--token", help="the same as -H 'Authorization: Bearer TOKEN'")
-            command.add_argument("--timeout", type=float, default=DEFAULT_RESPONSE_TIMEOUT_SECONDS,
-                                 help="seconds to connect, and for each answer (%(default)s)")
+        add = command.add_argument
         for p in inspect.signature(run).parameters.values():
-            if p.kind is p.KEYWORD_ONLY and p.default is False:
-                command.add_argument(f"--{p.name}", action="store_true")
+            if p.name == "client":
+                add("url", help="ws://... or wss://...")
+                add("-H", dest="headers", action="append", type=_header, default=[],
+                    metavar="'NAME: VALUE'", help="a header of the handshake; may be repeated")
+                add("--token", help="the same as -H 'Authorization: Bearer TOKEN'")
+                add("--timeout", type=float, default=DEFAULT_RESPONSE_TIMEOUT_SECONDS,
+                    help="seconds to connect, and for each answer (%(default)s)")
+            elif p.default is False:
+                add(f"--{p.name}", action="store_true")
             elif p.kind is p.KEYWORD_ONLY:
-                kind = str if p.default is None else type(p.default)
-                command.add_argument(f"--{p.name}", type=kind, default=p.default)
-            elif p.name != "client":
-                least_one = "+" if p.annotation == Sequence[str] else None
-                command.add_argument(p.name, nargs={None: "?", (): "*"}.get(p.default, least_one))
+                add(f"--{p.name}", type=int if "int" in str(p.annotation) else str,
+                    default=p.default)
+            else:
+                count = "+" if p.annotation == Sequence[str] else None
+                add(p.name, nargs={None: "?", (): "*"}.get(p.default, count))
     return vars(parser.parse_args(argv))
 
 
-async def _run_connected(run: Any, *, url: str, headers: list[str], token: str | None,
+def _header(text: str) -> tuple[str, str]:
+    name, value = text.split(":", 1)
+    return name.strip(), value.strip()
+
+
+async def _run_connected(run: Any, *, url: str, headers: list[tuple[str, str]], token: str | None,
                          timeout: float, **options: Any) -> None:
     """Connect and run a command. A first attempt that fails is not repeated: someone is waiting."""
-    headers += [f"Authorization: Bearer {token}"] if token else []
-    if wrong := [header for header in headers if ":" not in header]:
-        raise ValueError(f"a header is 'Name: value', not {wrong[0]!r}")
-    pairs = [(name.strip(), value.strip()) for name, value in (h.split(":", 1) for h in headers)]
-    client = PubSubClient(url, headers=pairs, default_response_timeout=timeout,
-                          since=options.get("since"),
-                          on_gap=lambda gap: _print_problem("missed events:", gap))
+    headers += [("Authorization", f"Bearer {token}")] if token else []
+    client = PubSubClient(url, headers=headers, default_response_timeout=timeout,
+                          on_gap=lambda gap: _complain("missed events:", gap))
     client.start()
     try:
         with contextlib.suppress(TimeoutError):
@@ -6212,7 +6208,7 @@ def _main(argv: Sequence[str] | None = None) -> int:
       0    done; also when the reader of a pipe has gone
       1    vendor --check: the copy is not up to date
       2    wrong usage
-      3    cannot connect, refused, or the connection was lost; serve: cannot listen
+      3    cannot connect, refused, or the connection was lost
       4    answered with an error, or not in time
       130  Ctrl-C
     """
@@ -6230,15 +6226,15 @@ def _main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 0
     except ConnectionError as error:
-        return _print_problem(error, exit_code=3)
+        return _complain(error, exit_code=3)
     except RpcError as error:
         data = "" if error.data is None else _encode(error.data)
-        return _print_problem(error, f"({error.code})", data, exit_code=4)
+        return _complain(error, f"({error.code})", data, exit_code=4)
     except (ImportError, OSError, ValueError) as error:
-        return _print_problem(error, exit_code=2)
+        return _complain(error, exit_code=2)
 
 
-def _print_problem(*what: object, exit_code: int = 0) -> int:
+def _complain(*what: object, exit_code: int = 0) -> int:
     """Print a problem as one line on standard error, and return the exit code."""
     print("fastapi-ws-lite:", *" ".join(map(str, what)).split(), file=sys.stderr)
     return exit_code
