@@ -7,14 +7,12 @@
     python examples.py              lists the scenarios
     python examples.py NAME...      runs those; "all" runs the quick ones
 
-Each fails if what it shows does not happen. ``bench`` measures; with ``--quick`` for a few seconds.
-``dashboard`` serves a page until Ctrl-C. Most scenarios join app and client without a network;
-leave ``transport`` out to connect to a real server, as ``demo`` does.
+Each fails if what it shows does not happen. ``bench --quick`` takes a few seconds, and
+``dashboard`` serves a page until Ctrl-C. Without ``transport`` a client connects to a real server.
 """
 
 import asyncio
 import contextlib
-import importlib
 import importlib.util
 import inspect
 import logging
@@ -25,7 +23,6 @@ import sqlite3
 import statistics
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
@@ -39,10 +36,9 @@ from fastapi.responses import HTMLResponse, PlainTextResponse
 from pydantic import BaseModel, Field
 
 from fastapi_ws_lite import (
-    ALL_TOPICS, ASGITransport, EventNotifier, Fleet, Forbidden, InvalidParams,
-    MessageTooLarge, MethodNotFound, Overloaded, PubSubClient, PubSubEndpoint, Refused,
-    RequestTimeout, RpcChannel, RpcClient, RpcEndpoint, RpcError, RpcMethodsBase, RpcRequest,
-    connect, register_browser_client,
+    ALL_TOPICS, ASGITransport, Fleet, Forbidden, InvalidParams, MessageTooLarge, MethodNotFound,
+    Overloaded, PubSubClient, PubSubEndpoint, Refused, RequestTimeout, RpcChannel, RpcClient,
+    RpcEndpoint, RpcError, RpcMethodsBase, RpcRequest, connect, register_browser_client,
 )
 
 
@@ -97,27 +93,56 @@ async def demo() -> None:
         assert [event.data for event in heard] == [{"from": "bob"}, "1"]
 
 
+def listens(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False
+
+
+async def fleet_server() -> None:
+    """A server's process: it calls any agent of the fleet, wherever that is connected."""
+    app, backbone = FastAPI(), "redis://localhost" if listens(6379) else None
+    endpoint = PubSubEndpoint(backbone=backbone, channel="fastapi_ws_lite_examples")
+    fleet = Fleet(endpoint)
+
+    @app.websocket("/{name}")
+    async def ws(websocket: WebSocket, name: str) -> None:
+        await endpoint.main_loop(websocket, identity=name)
+
+    endpoint.method(fleet.online)
+    endpoint.method(fleet.call)
+
+    @endpoint.method
+    async def gather() -> dict[str, str]:
+        answers = await fleet.call_all("version", timeout=5)
+        return {name: str(getattr(a, "result", a)) for name, a in answers.items()}
+
+    async with serving(app) as port:
+        print(port, flush=True)
+        await asyncio.to_thread(sys.stdin.read)
+
+
 async def fleet() -> None:
-    """Two servers on one log, if Redis is there: each can call the clients of the other."""
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", 6379), 1):
-        servers = [PubSubEndpoint(backbone="redis://localhost", channel="fastapi_ws_lite_examples")
-                   for _ in range(2)]
-        fleets, app = [Fleet(server) for server in servers], FastAPI()
-
-        @app.websocket("/{number}/{name}")
-        async def ws(websocket: WebSocket, number: int, name: str) -> None:
-            await servers[number].main_loop(websocket, identity=name)
-
-        async with contextlib.AsyncExitStack() as agents:
-            for path in ("0/ann", "0/bob", "1/cid"):
-                await agents.enter_async_context(PubSubClient(
-                    f"ws://test/{path}", Agent(), transport=ASGITransport(app)))
-            while len(fleets[1].online()) < 3:
-                await asyncio.sleep(0.05)
-            assert (await fleets[1].call("ann", "version", timeout=5)).result == "1.0"
-            print("everybody:", *await fleets[1].call_all("version"), flush=True)
-        for server in servers:
-            await server.close()
+    """Two servers on Redis (one, without it) and three agents; one server is killed."""
+    servers = [subprocess.Popen([sys.executable, __file__, "--fleet-server"], text=True,
+                                stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+               for _ in range(1 + listens(6379))]
+    urls = [f"ws://127.0.0.1:{cast(Any, s.stdout).readline().strip()}" for s in servers]
+    async with contextlib.AsyncExitStack() as clients:
+        for url, name in ((urls[0], "ann"), (urls[0], "bob"), (urls[-1], "cid")):
+            await clients.enter_async_context(PubSubClient(f"{url}/{name}", Agent()))
+        admin = await clients.enter_async_context(RpcClient(f"{urls[-1]}/admin"))
+        while len(names := (await admin.other.online()).result) < 4:
+            await asyncio.sleep(0.05)
+        said = (await admin.other.call("ann", "version")).result
+        print(f"online: {names}\nann, through the other server: {said['result']}", flush=True)
+        print("everybody:", (await admin.other.gather()).result, flush=True)
+        servers[0].kill()
+        while len(servers) > 1 and len(names := (await admin.other.online()).result) > 2:
+            await asyncio.sleep(0.2)
+        print("one server was killed; online:", names, flush=True)
+    for server in servers:  # whose input has ended
+        server.communicate()
 
 
 class Calculator(RpcMethodsBase):
@@ -129,20 +154,6 @@ class Calculator(RpcMethodsBase):
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
-
-
-async def calls() -> None:
-    """A client calls methods of the server."""
-    app = FastAPI()
-    RpcEndpoint(Calculator()).register_route(app, "/rpc")
-
-    async with RpcClient("ws://test/rpc", transport=ASGITransport(app)) as client:
-        response = await client.other.add(a=1, b=2)
-        assert response.result == 3
-        assert (await client.call("add", {"a": 1, "b": 2})).result == 3
-        assert (await client.other.add(1, 2)).result == 3
-        many = await asyncio.gather(*(client.other.factor(n=n) for n in range(10)))
-        assert many[6].result == [1, 2, 3, 6]
 
 
 async def both_ways() -> None:
@@ -246,16 +257,6 @@ async def events() -> None:
             if (event.topic, event.data) == ("news", "from ann"):
                 break                                     # which unsubscribes
         assert heard == [("news", {"n": 1}), ("orders.7", {"n": 1})]
-
-
-async def events_in_process() -> None:
-    """The notifier of an endpoint, alone: publish from any thread, subscribe with any callable."""
-    notifier, heard = EventNotifier(), list[int]()
-    notifier.subscribe("ticks", heard.append)
-    notifier.publish("ticks", 1)
-    threading.Thread(target=notifier.publish, args=("ticks", 2)).start()
-    while heard != [1, 2]:
-        await asyncio.sleep(0.001)
 
 
 async def authorisation() -> None:
@@ -528,8 +529,7 @@ class NatsLog:
 
 async def a_backbone_of_ones_own() -> None:
     """Two servers share one log on NATS, if it is there: each hears what the other publishes."""
-    with contextlib.suppress(OSError, ImportError), socket.create_connection(
-            ("127.0.0.1", 4222), 1):
+    if listens(4222):
         servers = [PubSubEndpoint(backbone=NatsLog("nats://localhost", "fastapi_ws_lite_examples"))
                    for _ in range(2)]
         async with PubSubClient("ws://test/ws", transport=here(servers[0])) as client:
@@ -548,7 +548,6 @@ def without_a_loop() -> None:
     events = remote.events("news")                        # from here on, nothing is missed
     remote.publish("news", {"n": 1}, include_self=True)
     assert events.next(timeout=5).data == {"n": 1}
-    events.close()
     remote.close()
 
 
@@ -592,8 +591,7 @@ def served(name: str) -> tuple[Any, Work, Work]:
     if name == "own":
         own = PubSubEndpoint(Calculator(), on_connect=channels.append)
         own.register_route(app, "/ws")
-        return app, lambda: own.publish("t", EVENT), lambda: channels[-1].call(
-            "add", ADD, timeout=9)
+        return app, lambda: own.publish("t", EVENT), lambda: channels[-1].call("add", ADD, timeout=9)
     if name == "echo":
         return echo, asyncio.Event().wait, asyncio.Event().wait
 
@@ -960,10 +958,10 @@ async def dashboard(port: int = 0) -> None:
 
 
 QUICK: dict[str, Callable[[], Any]] = {function.__name__: function for function in (
-    demo, calls, both_ways, errors, typed, streams, events, events_in_process, authorisation,
-    reconnecting, last_messages, snapshot_plus_changes, login_with_a_cookie, a_token_that_expires,
-    kicking_a_user, rate_limit, tracing, a_database_session_per_call, prometheus,
-    server_sent_events, a_backbone_of_ones_own, without_a_loop)}
+    demo, both_ways, errors, typed, streams, events, authorisation, reconnecting, last_messages,
+    snapshot_plus_changes, login_with_a_cookie, a_token_that_expires, kicking_a_user, rate_limit,
+    tracing, a_database_session_per_call, prometheus, server_sent_events, without_a_loop,
+    a_backbone_of_ones_own)}
 ALL = QUICK | {"fleet": fleet, "bench": bench, "dashboard": dashboard}
 
 
@@ -981,6 +979,8 @@ def main(arguments: list[str]) -> int:
         case []:
             for name, function in ALL.items():
                 print(f"{name:28} {(function.__doc__ or '').splitlines()[0]}")
+        case ["--fleet-server"]:
+            asyncio.run(fleet_server())
         case ["--bench-server", name]:
             run_on_core(0, bench_server(name))
         case ["bench", "--quick"]:

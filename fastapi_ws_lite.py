@@ -3,8 +3,7 @@
 # This notice must stay in every copy. https://pypi.org/project/fastapi-ws-lite
 # isort: skip_file
 # ruff: noqa: BLE001
-# The two lines above: a copier's lines may have another length; and each broad except stands at the
-# edge to other people's code, with its reason.
+# Each broad except stands at the edge to other people's code, with its reason.
 """Bidirectional RPC and Pub/Sub over one WebSocket, for FastAPI, in a single module.
 
     class Calculator(RpcMethodsBase):                 # every public method can be called by clients
@@ -20,18 +19,10 @@
         response = await client.other.add(a=1, b=2)   # response.result == 3
         await client.subscribe("news", print)         # awaited: the server has confirmed it
 
-The sections of this file; each uses only what stands above it:
-    constants            limits, in the unit that their names say
-    errors               RpcError and its subclasses, with their JSON-RPC codes
-    messages             JSON text, requests and responses, and the wire: JSON-RPC 2.0
-    methods              which functions a peer may call; arguments, results, dependencies
-    pending calls and streams  the calls of this side that wait for an answer
-    topics and log       events, positions, the bounded log, who subscribes to what
-    channel              one connection: RpcChannel, with its outbox and its request runner
-    events in process    EventNotifier, cursors of connections, the dispatcher of callbacks
-    endpoints            RpcEndpoint and PubSubEndpoint, the server's side
-    transports           how a client opens a connection: network, ASGI, an open session
-    clients              RpcClient and PubSubClient, which reconnect by themselves
+The sections of this file; each uses only what stands above it. The core:
+    constants, errors, messages (JSON-RPC 2.0), methods (which functions a peer may call), pending
+    calls and streams, topics and log, channel (RpcChannel: one connection), events in process
+    (EventNotifier), endpoints (the server's side), transports, clients (which reconnect)
 Each of these can be deleted, as "python fastapi_ws_lite.py vendor" does; no other section uses it:
     the wire of fastapi_websocket_rpc  lets the clients of that library connect to our endpoints
     OpenRPC              rpc.discover and register_openrpc: what methods a server has
@@ -44,13 +35,12 @@ Each of these can be deleted, as "python fastapi_ws_lite.py vendor" does; no oth
 Guaranteed: every request is answered exactly once, with a result or a coded error. No method and
 no message of a peer ends the connection. Events keep one order, and each subscription gets each of
 its events once, or is told a gap in its place. A slow peer costs no memory and delays nobody else.
-A client reconnects by itself and resumes where it was.
+A client reconnects and resumes where it was.
 
-Not promised: whether a call ran when its connection dropped, because calls are never repeated; and
-events that are older than the history, or that were on a server that is gone: these are gaps.
+Not promised: whether a call ran when its connection dropped (calls are never repeated); and events
+that are older than the history, or were on a server that is gone: these are gaps.
 """
 
-import abc
 import ast
 import asyncio
 import base64
@@ -91,7 +81,7 @@ from fastapi import APIRouter, BackgroundTasks, FastAPI, Request, Response, WebS
 from fastapi.dependencies.utils import get_dependant, solve_dependencies
 from fastapi.params import Depends, Param
 from fastapi.security import SecurityScopes
-from pydantic import AliasChoices, ConfigDict, EncodedBytes, NonNegativeInt, PydanticUserError
+from pydantic import ConfigDict, EncodedBytes, NonNegativeInt, PydanticUserError
 from pydantic import StringConstraints, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema
@@ -115,33 +105,33 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 # ------------------------------------------------------------------------------------- constants
-# The limits that a reader may want to change. Bytes are bytes of UTF-8. Each limit is there so that
-# no peer can make this process grow without bound or hold up its other connections.
+# Limits, so that no peer can make this process grow without bound or hold up its other connections.
+# Bytes are bytes of UTF-8.
 
 SUBPROTOCOL: Final = "ws-lite.1"
 ALL_TOPICS: Final = "__EventNotifier_ALL_TOPICS__"  # the same text as in fastapi_websocket_pubsub
 INTERNAL_PREFIX: Final = "$fastapi_ws_lite/"  # of topics that servers use among themselves
 
 DEFAULT_RESPONSE_TIMEOUT_SECONDS: Final = 60.0
-MAX_MESSAGE_BYTES: Final = 16 * 2**20  # uvicorn accepts as much unless --ws-max-size says otherwise
-LEGACY_MESSAGE_BYTES: Final = 2**20  # old clients keep the default limit of the websockets library
-MAX_CONCURRENT_REQUESTS: Final = 1024  # per connection; each running request is a task
+MAX_MESSAGE_BYTES: Final = 16 * 2**20  # uvicorn's --ws-max-size
+LEGACY_MESSAGE_BYTES: Final = 2**20  # the default limit of the websockets library
+MAX_CONCURRENT_REQUESTS: Final = 1024  # per connection
 METHOD_THREADS: Final = 40  # for plain def methods; FastAPI has as many for plain def routes
 MAX_ARRAY_MESSAGES: Final = 4096  # in a batch; what we send together in a frame is always less
 YIELD_MESSAGES: Final = 32  # of one connection that are handled before others have their turn
 STREAM_CREDIT: Final = 16  # items of a stream that may be under way
 
 FRAME_BYTES: Final = 64 * 2**10  # of small messages that share a frame; more brings no more speed
-LAGGING_BYTES: Final = 64 * 2**10  # unsent; above it a subscriber is fed from the log, streams wait
-PAUSE_BYTES: Final = 2**20  # unsent; above it we read more slowly from this peer,
-PAUSE_BYTES_PER_SECOND: Final = 32 * 2**20  # by a pause of backlog / this rate, so that it ends
+LAGGING_BYTES: Final = 64 * 2**10  # unsent; above it subscribers are fed from the log, streams wait
+PAUSE_BYTES: Final = 2**20  # unsent; above it we pause before we read on from this peer,
+PAUSE_BYTES_PER_SECOND: Final = 32 * 2**20  # for backlog / this rate
 OUTBOX_BYTES: Final = 64 * 2**20  # unsent; above it calls raise, and answers become, Overloaded
 
 HISTORY_EVENTS: Final = 4096
 HISTORY_BYTES: Final = 16 * 2**20
 REPLAY_EVENTS: Final = 1000  # in the answer to one subscribe with since or last
 REPLAY_BYTES: Final = 2**20
-CATCH_UP_EVENTS: Final = 256  # of the log that are looked at for a subscriber before others run
+CATCH_UP_EVENTS: Final = 256  # of the log that are looked at for a subscriber in one turn
 POSITION_SECONDS: Final = 20.0  # after which quiet subscribers are told how far the log is
 QUEUE_EVENTS: Final = 10_000  # that wait for callbacks, for an iterator, or to be published
 QUEUE_BYTES: Final = 16 * 2**20
@@ -169,8 +159,8 @@ RESTART_CODES: Final = frozenset({1001, 1012})
 TOO_SLOW: Final = 1013
 
 # ---------------------------------------------------------------------------------------- errors
-# Everything that this module raises on purpose is an RpcError. A subclass has a code of its own, by
-# which a peer's error becomes the same class here.
+# Everything that this module raises on purpose is an RpcError. By its code, a peer's error becomes
+# the same class here.
 
 
 class RpcError(Exception):
@@ -186,7 +176,7 @@ class RpcError(Exception):
     data: Any = None
 
     def __init__(self, code: int, message: str, data: Any = None) -> None:
-        Exception.__init__(self, code, message, data)
+        super().__init__(code, message, data)
         self.code, self.message, self.data = code, message, data
 
     def __str__(self) -> str:
@@ -222,15 +212,15 @@ class RequestTimeout(_CodedError, TimeoutError, code=-32000, text="Request timed
 
 
 class Forbidden(_CodedError, code=-32001, text="Forbidden"):
-    """The caller may not do this. ``data`` names what was refused."""
+    """The caller may not do this; ``data`` names what."""
 
 
 class Overloaded(_CodedError, code=-32002, text="Overloaded"):
-    """There is too much to do at the moment. Trying again later may succeed."""
+    """There is too much to do at the moment; try again later."""
 
 
 class MessageTooLarge(_CodedError, code=-32003, text="Message too large"):
-    """The message is larger than its receiver accepts. Nothing of it was sent."""
+    """Its receiver accepts no such large message. Nothing of it was sent."""
 
 
 class Cancelled(_CodedError, code=-32800, text="Request cancelled"):
@@ -257,10 +247,9 @@ class Refused(ChannelClosed):
 
 
 # -------------------------------------------------------------------------------------- messages
-# A wire format parses decoded JSON into requests and responses, and formats them. Parameters and
-# results arrive here already encoded, so formatting is joining strings. A connection uses one
-# format throughout: JSON-RPC 2.0 (https://www.jsonrpc.org/specification), or the same with these
-# additions, which are sent only where the subprotocol ws-lite.1 was negotiated:
+# A wire format parses decoded JSON into requests and responses, and formats them. A connection uses
+# one format throughout: JSON-RPC 2.0 (https://www.jsonrpc.org/specification), or the same with
+# these additions, which are sent only where the subprotocol ws-lite.1 was negotiated:
 #
 #   "timeout": 2.5       in a request: seconds that the caller still waits
 #   "meta": {...}        in a request: a small object beside the parameters, such as a trace id
@@ -274,8 +263,8 @@ class Refused(ChannelClosed):
 def _encode(value: object) -> str:
     """The JSON text of a value, which may contain models. Raises ValueError for what is not JSON.
 
-    ``bytes`` become standard base64 (RFC 4648, 4) as the value itself or as an argument, and
-    URL-safe base64 deeper inside. Readers here accept both.
+    ``bytes`` become base64: standard (RFC 4648, 4) as the value itself or as an argument, URL-safe
+    deeper inside. Readers here accept both.
     """
     if type(value) is bytes:
         value = base64.b64encode(value).decode()
@@ -325,7 +314,6 @@ class RpcResponse:
 _Outcome: TypeAlias = RpcResponse | RpcError
 
 
-@dataclass(slots=True, eq=False)
 class RpcRequest:
     """A request of the peer, as middleware sees it.
 
@@ -336,19 +324,21 @@ class RpcRequest:
         meta: the JSON object that the caller sent along with ``call(..., meta=...)``, or {}.
         channel: the connection that it came on.
     """
-    id: Any
-    method: str
-    params: Any
-    _is_open: bool  # an answer is wanted, and was not given yet
-    _problem: RpcError | None = None  # of a message that is no request, but is to be answered
-    meta: dict[str, Any] = field(default_factory=dict)
+
+    channel: "RpcChannel"
     _timeout: float | None = None  # seconds
-    _credit: int = 0  # items that the peer still takes, if it asked for a stream
+    _credit = 0  # items that the peer still takes, if it asked for a stream
     _batch: "_Batch | None" = None  # where the answer goes, if not out by itself
     _deadline: float | None = None  # in the loop's time, while the request runs
     _timer: "asyncio.TimerHandle | None" = None
-    _has_ended: bool = False
-    channel: "RpcChannel" = field(init=False)
+    _has_ended = False
+
+    def __init__(self, id: Any, method: str, params: Any, is_open: bool,
+                 problem: RpcError | None = None) -> None:
+        self.id, self.method, self.params = id, method, params
+        self.meta: dict[str, Any] = {}
+        self._is_open = is_open  # an answer is wanted, and was not given yet
+        self._problem = problem  # of a message that is no request, but is to be answered
 
 
 class _Response(NamedTuple):
@@ -367,8 +357,7 @@ def _invalid(id: Any = None, code: int = -32600, text: str = "Invalid Request") 
 class _WireFormat:
     """JSON-RPC 2.0, with or without the additions of ws-lite.1; the base of other formats."""
 
-    has_positions = True  # whether the peer understands positions and gaps
-    is_limited = False  # whether the peer accepts only legacy_max_message_size
+    is_legacy = False  # the peer knows no positions or gaps, and has legacy_max_message_size
 
     def __init__(self, *, is_ws_lite: bool = False) -> None:
         self.is_ws_lite = is_ws_lite
@@ -423,10 +412,13 @@ class _WireFormat:
         request = RpcRequest(id, method, params, "id" in message)
         if len(message) > 3 + request._is_open - (params is None):  # not only JSON-RPC's members
             timeout, meta, credit = (message.get(name) for name in ("timeout", "meta", "stream"))
-            if (type(timeout) not in (int, float, type(None)) or type(meta) not in (dict, type(None))
+            if (type(timeout) not in (int, float, type(None))
+                    or type(meta) not in (dict, type(None))
                     or not (credit is None or (type(credit) is int and credit > 0))):
                 return None
-            request._timeout, request.meta = timeout, meta or {}
+            if timeout is not None:
+                request._timeout = max(0.0, min(timeout, MAX_TIMEOUT_SECONDS))
+            request.meta = meta or {}
             request._credit = credit or 0 if request._is_open else 0
         return request
 
@@ -462,20 +454,12 @@ class _Batch(list[str]):
 
     missing, size = 0, 2  # answers that are still to come; bytes, with brackets and commas
 
-    def add(self, answer: str) -> bool:
-        """Returns whether it was the last one."""
-        self.append(answer)
-        self.size += _utf8_len(answer) + 1
-        self.missing -= 1
-        return self.missing == 0
-
 
 # --------------------------------------------------------------------------------------- methods
-# A table of methods is made once, from a class or by decorators. A name from the wire is looked up
-# in that table and never reaches getattr. For each method the table holds what validates its
-# arguments, what serialises its result, and which of its parameters are not on the wire: those with
-# Depends or Security, which FastAPI solves for each call, and those typed RpcChannel or WebSocket.
-# Nothing in this section awaits.
+# A table of methods is made once, from a class or by decorators; a name from the wire never reaches
+# getattr. For each method it holds what validates the arguments, what serialises the result, and
+# which parameters are not on the wire: those with Depends or Security, and those typed RpcChannel
+# or WebSocket.
 
 _T = TypeVar("_T")
 _current_request: ContextVar[RpcRequest | None] = ContextVar("fastapi_ws_lite", default=None)
@@ -580,7 +564,7 @@ _NOT_INJECTED: Final = (HTTPConnection, Response, BackgroundTasks, SecurityScope
 
 
 class _Signature:
-    """The parameters of a function: those on the wire, and those that are filled in here."""
+    """The parameters of a function: those on the wire, and those that are filled in."""
 
     def __init__(self, name: str, function: Callable[..., Any], known: Mapping[Any, Any]) -> None:
         self._name, plain = name, function
@@ -635,6 +619,15 @@ def _arguments_schema(schema: Any) -> Any:
     return schema["arguments_schema"]
 
 
+def _function_of(signature: inspect.Signature, hints: Mapping[str, Any]) -> Callable[..., Any]:
+    """A function with this signature, for pydantic and FastAPI to look at."""
+    def function(*args: Any, **kwargs: Any) -> None: ...
+
+    vars(function)["__signature__"] = signature
+    function.__annotations__ = {n: hint for n, hint in hints.items() if n != "return"}
+    return function
+
+
 def _result_hint(hint: Any, *, is_stream: bool) -> Any:
     """What a method answers with: the return annotation, or the items of a stream."""
     args, origin = typing.get_args(hint), typing.get_origin(hint)
@@ -647,15 +640,13 @@ class _ExposedMethod:
     """A function that a peer may call.
 
     Attributes:
-        is_stream: it is an async generator.
-        runs_in_thread: it is a plain function.
         is_built_in: it is one of ours, so that ``authorize`` is not asked about "call".
         parameters: those on the wire.
         adapter: the TypeAdapter of a function with these parameters.
         result_adapter: that of the result or of a stream's items, or None if nothing is known.
         injected: the types of the parameters that are filled in, RpcChannel or WebSocket.
-        dependant: returns FastAPI's description of its dependencies, by the names of the path
-            parameters of a route; or None if it has none.
+        dependant: returns FastAPI's description of its dependencies, given the names of a route's
+            path parameters; or None if it has none.
     """
 
     def __init__(self, name: str, function: Callable[..., Any], *, is_built_in: bool = False,
@@ -672,42 +663,19 @@ class _ExposedMethod:
         self.parameters = list(signature.wire.parameters.values())
         self.injected = {n: k for n, k in signature.injected.items() if k is not Depends}
         self._places = signature.places
-        self.adapter, self._needs_json = _adapter(self._with_signature(signature))
+        self.adapter, self._needs_json = _adapter(_function_of(signature.wire, signature.hints))
         self._validator = SchemaValidator(_arguments_schema(self.adapter.core_schema))
-        self._set_result(signature.hints.get("return", Any))
-        self.dependant = self._dependant(signature.dependencies)
-
-    @staticmethod
-    def _with_signature(signature: _Signature) -> Callable[..., Any]:
-        def arguments(*args: Any, **kwargs: Any) -> None: ...
-
-        vars(arguments)["__signature__"] = signature.wire
-        arguments.__annotations__ = {n: h for n, h in signature.hints.items() if n != "return"}
-        return arguments
-
-    def _set_result(self, hint: Any) -> None:
         self.result_adapter: TypeAdapter[Any] | None = None
-        if (hint := _result_hint(hint, is_stream=self.is_stream)) is Any:
-            return
-        with contextlib.suppress(PydanticUserError):  # pydantic cannot make anything of the hint
-            self.result_adapter, _ = _adapter(hint)
-            self._validate_result = self.result_adapter.validator.validate_python
-            self._serialize_result = self.result_adapter.serializer.to_json
-
-    @staticmethod
-    def _dependant(dependencies: Sequence[inspect.Parameter]) -> Any:
-        if not dependencies:
-            return None
-
-        def call(**values: Any) -> None: ...
-
-        @functools.lru_cache(16)
-        def dependant(*path_names: str) -> Any:
-            return get_dependant(path="".join(f"{{{name}}}" for name in path_names), call=call)
-
-        vars(call)["__signature__"] = inspect.Signature(dependencies)
-        dependant()  # so that FastAPI refuses at once what it cannot solve
-        return dependant
+        hint = _result_hint(signature.hints.get("return", Any), is_stream=self.is_stream)
+        if hint is not Any:
+            with contextlib.suppress(PydanticUserError):  # pydantic can do nothing with the hint
+                self.result_adapter, _ = _adapter(hint)
+        self.dependant: Any = None
+        if signature.dependencies:
+            call = _function_of(inspect.Signature(signature.dependencies), {})
+            self.dependant = functools.lru_cache(16)(lambda *path_names: get_dependant(
+                path="".join(f"{{{name}}}" for name in path_names), call=call))
+            self.dependant()  # so that FastAPI refuses at once what it cannot solve
 
     def bind(self, params: Any, injected: Mapping[str, Any],
              ) -> tuple[Sequence[Any], dict[str, Any]]:
@@ -715,9 +683,8 @@ class _ExposedMethod:
         args, named = (tuple(params), {}) if type(params) is list else ((), params or {})
         for _, name in self._places:
             if name in named:
-                raise InvalidParams(f"Invalid params: {name} is not for the caller to set",
-                                    [{"loc": [name], "type": "unexpected_keyword_argument",
-                                      "msg": "Unexpected keyword argument"}])
+                problems = [{"loc": [name], "type": "forged", "msg": "This is filled in here"}]
+                raise InvalidParams(f"Invalid params: {_summary(problems)}", problems)
         try:
             if self._needs_json and params:
                 args, named = self._validator.validate_json(_encode(params))
@@ -738,8 +705,8 @@ class _ExposedMethod:
         """The JSON text of a result or an item. Raises ValueError if it does not fit."""
         if self.result_adapter is None:
             return _encode(value)
-        valid = self._validate_result(value, from_attributes=True)
-        return _check_json(self._serialize_result(valid, by_alias=True))
+        valid = self.result_adapter.validator.validate_python(value, from_attributes=True)
+        return _check_json(self.result_adapter.serializer.to_json(valid, by_alias=True))
 
 
 def _problems(error: ValidationError) -> list[dict[str, Any]]:
@@ -820,10 +787,8 @@ class _MethodStub:
     def _wire_name(self, name: str) -> str:
         """The alias of a parameter, under which the peer expects it, or its name."""
         for mark in getattr(self._hints.get(name), "__metadata__", ()):
-            if isinstance(mark, FieldInfo):
-                alias = mark.validation_alias or mark.alias
-                alias = alias.choices[0] if isinstance(alias, AliasChoices) else alias
-                name = alias if isinstance(alias, str) else name
+            if isinstance(mark, FieldInfo) and isinstance(mark.validation_alias, str):
+                name = mark.validation_alias
         return name
 
     def check(self, value: Any) -> Any:
@@ -848,11 +813,23 @@ def _method_stub(cls: Any, name: str) -> _MethodStub:
 
 # --------------------------------------------------------------------- pending calls and streams
 # The calls of one side that wait for an answer. A call is in the channel's table from before its
-# request is sent, and leaves it before its future is set, whatever the outcome. The future is set
-# to a value and never to an exception, so that none goes unretrieved.
+# request is sent, and leaves it before its future is set: to a value and never to an exception, so
+# that none goes unretrieved.
 #
 # A stream is a call whose answer comes after items. The peer may send as many items as it has
 # credit for, and what is consumed is granted anew, so a slow consumer stops the other side.
+
+
+_Waiters: TypeAlias = list["asyncio.Future[None]"]
+_Task: TypeAlias = "asyncio.Task[Any]"
+
+
+def _notify_all(waiters: _Waiters) -> None:
+    """Wake everybody who waits for a change of some state."""
+    for waiter in waiters:
+        if not waiter.done():
+            waiter.set_result(None)
+    waiters.clear()
 
 
 class _PendingCall:
@@ -860,9 +837,8 @@ class _PendingCall:
 
     def __init__(self, future: "asyncio.Future[_Outcome]",
                  on_response: Callable[[_Outcome], None] | None, credit: int) -> None:
-        self.future = future
+        self.future, self.timer = future, cast(asyncio.TimerHandle | None, None)
         self.on_response = on_response  # called where the answer is read, before the next message
-        self.timer: asyncio.TimerHandle | None = None
         self.credit = credit  # items that the peer may still send
         self.consumed = 0  # items for which no new credit was granted yet
         self.items: deque[Any] | None = deque() if credit else None
@@ -887,24 +863,14 @@ class _PendingCall:
             _notify_all(self.waiters)
         return True
 
-    def consume(self) -> tuple[Any, int]:
-        """The next item, and the credit to grant now."""
+    def consume(self) -> int:
+        """An item was consumed; returns the credit to grant now."""
         self.consumed += 1
-        granted = self.consumed if self.consumed >= STREAM_CREDIT // 2 else 0
-        self.credit, self.consumed = self.credit + granted, self.consumed - granted
-        return cast(deque[Any], self.items).popleft(), granted
-
-
-_Waiters: TypeAlias = list["asyncio.Future[None]"]
-_Task: TypeAlias = "asyncio.Task[Any]"
-
-
-def _notify_all(waiters: _Waiters) -> None:
-    """Wake everybody who waits for a change of some state."""
-    for waiter in waiters:
-        if not waiter.done():
-            waiter.set_result(None)
-    waiters.clear()
+        if self.consumed < STREAM_CREDIT // 2:
+            return 0
+        granted, self.consumed = self.consumed, 0
+        self.credit += granted
+        return granted
 
 
 # -------------------------------------------------------------------------------- topics and log
@@ -924,9 +890,8 @@ class Gap(NamedTuple):
     """Events after the position ``since``, up to ``position``, are missing. Either may be None.
 
     ``reason`` is "history" (the server does not have them any more), "size" (an event is larger
-    than this client accepts), "queue" (a callback or iterator was too slow; ``topics`` are those of
-    the iterator) or "log" (the log of the servers was replaced by another one). Where ``topics`` is
-    empty, events of any topic may be missing.
+    than this client accepts), "queue" (a callback or iterator was too slow) or "log" (the servers
+    have another log). ``topics`` are those of an iterator; where empty, any topic may be affected.
     """
     since: str | None
     position: str | None
@@ -937,10 +902,9 @@ class Gap(NamedTuple):
 class Backbone(Protocol):
     """An append-only log on a broker, which several servers share; implement it for one of yours.
 
-    `append` and `read` run at the same time, each in a task of its own. Any of the methods may
-    raise what the driver raises while the broker is away, and is then called again after a pause.
-    An AttributeError, TypeError or other error of programming is logged and ends the log.
-    Optional attribute ``max_size``: the bytes of the largest entry.
+    `append` and `read` run at the same time, in two tasks. Each method may raise what the driver
+    raises while the broker is away, and is called again after a pause; an error of programming,
+    such as TypeError, is logged and ends the log. Optional ``max_size``: the bytes of an entry.
     """
 
     async def ends(self) -> tuple[int, int]:
@@ -972,11 +936,10 @@ def _check_topics(topics: str | Iterable[str], *, is_pattern: bool = False) -> t
         if not isinstance(name, str) or len(name) > longest:
             raise InvalidParams(f"a {'pattern' if is_pattern else 'topic'} is a string of at most "
                                 f"{longest} characters, not {name!r:.50}")
-        if not name.isascii():
-            try:
-                name.encode()
-            except ValueError as error:
-                raise InvalidParams(f"a topic is Unicode text: {error}") from error
+        try:
+            name.encode()
+        except ValueError as error:
+            raise InvalidParams(f"a topic is Unicode text: {error}") from error
     return names
 
 
@@ -985,9 +948,7 @@ _Key: TypeAlias = tuple[str, bool]  # a topic, and whether it is a pattern
 
 
 class _SubscriptionTable(Generic[_Sink]):
-    """Who subscribes to which topics and patterns. A match costs what it finds, plus one regular
-    expression for each pattern; that is remembered for the last topics until a pattern changes.
-    """
+    """Who subscribes to which topics and patterns. What patterns match is remembered by topic."""
 
     def __init__(self) -> None:
         self.topics: dict[str, dict[_Sink, None]] = {}
@@ -1012,13 +973,12 @@ class _SubscriptionTable(Generic[_Sink]):
     def discard(self, sink: _Sink, key: _Key) -> None:
         name, is_pattern = key
         table = self.patterns if is_pattern else self.topics
-        if (sinks := table.get(name)) is not None:
-            sinks.pop(sink, None)
-            if not sinks:
-                del table[name]
-                if is_pattern:
-                    del self._expressions[name]
-                    self._matched.clear()
+        table.get(name, {}).pop(sink, None)
+        if not table.get(name, {None}):
+            del table[name]
+            if is_pattern:
+                del self._expressions[name]
+                self._matched.clear()
 
     def match(self, topic: str) -> Mapping[_Sink, None]:
         """Everybody who gets an event of this topic, each once. Do not change what it returns."""
@@ -1066,8 +1026,8 @@ class _Entry:
 class _Log(dict[int, _Entry]):
     """The last entries by index, from ``first`` to ``end`` - 1, bounded in number and in bytes.
 
-    ``position`` is that of the newest entry, and ``before`` that of the last one dropped; in the
-    beginning, both name the beginning of the log.
+    ``position`` is that of the newest entry, ``before`` that of the last one dropped; both begin as
+    the name of the log's beginning.
     """
 
     def __init__(self, max_events: int, max_bytes: int, beginning: str | None = None) -> None:
@@ -1115,24 +1075,19 @@ class _Log(dict[int, _Entry]):
 
 
 # --------------------------------------------------------------------------------------- channel
-# A channel is one connection, on either side. It is made of three parts, and each owns its state:
+# A channel is one connection, on either side. It has three parts, and each owns its state:
 #   RpcChannel       the calls to the peer, the reader, and the life of the connection
 #   _Outbox          what waits to be sent, and the writer
 #   _RequestRunner   the requests of the peer that are running
 #
-# The tasks: the owner's (the handler of a route, or a client's), which waits for the end; the
-# reader; the writer, only while the socket takes no more; one for each running request; and those
-# of hooks. The owner starts them and, on every way out, cancels and awaits them. None outlives it
-# but a method or hook that ignores its cancellation, or that has itself called close().
+# The owner (the handler of a route, or a client's task) waits for the end and then cancels and
+# awaits all other tasks: the reader; the writer, which exists only while the socket takes no more;
+# one for each running request; and those of hooks. None outlives it but a method or hook that
+# ignores its cancellation, or that has itself called close(). `_end` is the one way to the end: it
+# runs once, without an await, resolves every call with ChannelClosed and cancels every task.
 #
-# State changes only between awaits, on one thread. `_end` is the one way to the end: it runs once,
-# without an await, resolves every call with ChannelClosed and cancels every task. What is queued
-# later is dropped. The reader never waits for a method: it awaits frames, its turn after
-# YIELD_MESSAGES messages, and, timed, a peer that does not read its answers.
-#
-# A caller that is cancelled tells the peer. A method that is cancelled or late is answered for at
-# once, and what it does later changes nothing. A plain def in a thread cannot be stopped; its
-# result is dropped.
+# The reader never waits for a method. A method that is cancelled or late is answered for at once,
+# and what it does later changes nothing. A plain def in a thread cannot be stopped.
 
 
 async def _wait_notified(waiters: _Waiters) -> None:
@@ -1146,8 +1101,16 @@ async def _wait_notified(waiters: _Waiters) -> None:
             waiters.remove(waiter)
 
 
-def _spawn_into(tasks: set[_Task],
-                work: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":
+async def _in_time(seconds: float | None, waiting: Awaitable[Any], otherwise: str) -> None:
+    """Wait for something. Raises RequestTimeout, with this text, when the seconds are over."""
+    try:
+        async with asyncio.timeout(seconds):
+            await waiting
+    except TimeoutError:
+        raise RequestTimeout(otherwise) from None
+
+
+def _spawn_into(tasks: set[_Task], work: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":
     """Start a task and keep a reference until it is done; event loops keep only weak ones."""
     task = asyncio.Task(work)  # by no factory: an eager task would begin before it is in the set
     tasks.add(task)
@@ -1191,11 +1154,6 @@ def _coalesce(texts: Sequence[str], format: _WireFormat) -> Sequence[str]:
     return [f"[{','.join(texts)}]"] if len(texts) > 1 and format.is_ws_lite else texts
 
 
-def _close_reason(reason: str) -> str:
-    """As much of a reason as fits into a close frame (RFC 6455, section 5.5)."""
-    return reason.encode()[:123].decode(errors="ignore")
-
-
 class _Unset:
     """The type of a timeout that was not given; None means that there is no timeout."""
 
@@ -1204,8 +1162,7 @@ _UNSET: Final = _Unset()
 _Timeout: TypeAlias = float | _Unset | None
 _Arguments: TypeAlias = Mapping[str, Any] | Sequence[Any] | None
 _InlineHandler: TypeAlias = Callable[["RpcChannel", Any], object]  # runs in the reader; never waits
-_Hook: TypeAlias = Callable[..., Any]
-_Hooks: TypeAlias = _Hook | Sequence[_Hook]
+_Hooks: TypeAlias = Callable[..., Any] | Sequence[Callable[..., Any]]
 _Middleware: TypeAlias = Callable[[RpcRequest, Callable[[RpcRequest], Awaitable[Any]]],
                                   Awaitable[Any]]
 
@@ -1225,11 +1182,10 @@ async def _run_hooks_logged(hooks: _Hooks, *args: Any) -> None:
     for hook in (hooks,) if callable(hooks) else hooks:
         try:
             await _run_hooks(hook, *args)
-        except asyncio.CancelledError:
-            if (task := asyncio.current_task()) is None or task.cancelling():
+        except (Exception, asyncio.CancelledError) as error:  # a user's code may raise anything
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and (task is None or task.cancelling()):
                 raise  # else the hook itself has raised it
-            logger.exception("%r failed", hook)
-        except Exception:  # a user's code may raise anything
             logger.exception("%r failed", hook)
 
 
@@ -1258,13 +1214,15 @@ class _Peer:
     max_concurrent_requests: int = MAX_CONCURRENT_REQUESTS
     _built_in: ClassVar[Mapping[str, str]] = {}  # methods of ours: name on the wire, name here
     _is_server: ClassVar[bool] = False
+    authorize = cast(Any, None)  # an option of endpoints
 
     def _set_up(self, methods: RpcMethodsBase | None) -> None:
         self._slow_peers = 0  # that were dropped because they took nothing
         self._threads = anyio.CapacityLimiter(METHOD_THREADS)
         self._table: dict[str, _ExposedMethod | _InlineHandler] = {
-            "$/cancelRequest": lambda channel, params: channel._runner.cancel(params),
-            "$/credit": lambda channel, params: channel._runner.grant(params),
+            "$/cancelRequest": lambda channel, params: channel._runner.steer(
+                params, is_cancel=True),
+            "$/credit": lambda channel, params: channel._runner.steer(params, is_cancel=False),
             "$/stream": lambda channel, params: channel._take_items(params)}
         own = {name: getattr(self, attribute) for name, attribute in self._built_in.items()}
         self._add({name: _ExposedMethod(name, function, is_built_in=True)
@@ -1308,9 +1266,6 @@ class _Outbox:
     takes no more. Nobody else writes, but `write_shared` when nothing waits.
     """
 
-    __slots__ = ("_channel", "_closing", "_is_flush_scheduled", "_queue", "_writer", "cursor",
-                 "is_ended", "room_waiters", "size", "transport")
-
     def __init__(self, channel: "RpcChannel") -> None:
         self._channel = channel
         self.transport: _UvicornTransport | None = getattr(channel._socket, "_uvicorn", None)
@@ -1318,9 +1273,8 @@ class _Outbox:
         self.size = 0  # of them, and of answers that wait for the rest of their batch
         self.room_waiters: _Waiters = []  # for room, or for credit
         self.cursor: _Cursor | None = None  # the subscriber that is fed as there is room
-        self._is_flush_scheduled = self.is_ended = False
-        self._writer: asyncio.Task[None] | None = None
-        self._closing: tuple[int, str] | None = None  # code and reason, to close with when empty
+        self._is_busy = self.is_ended = False  # busy: a flush is scheduled, or the writer runs
+        self._closing: ChannelClosed | None = None  # with what to close when all is sent
 
     def put(self, text: str, size: int = 0) -> None:
         """Queue a message. What was published before goes before it."""
@@ -1331,32 +1285,35 @@ class _Outbox:
         size = size or _utf8_len(text)
         self._queue.append((text, size))
         self.size += size
-        self.schedule_flush()
+        if not self._is_busy:
+            self.schedule_flush()
 
     def schedule_flush(self) -> None:
-        if not self._is_flush_scheduled and self._writer is None and not self.is_ended:
-            self._is_flush_scheduled = True
+        if not self._is_busy and not self.is_ended:
+            self._is_busy = True
             self._channel._loop.call_soon(self._flush)
 
     def write_shared(self, frames: bytes) -> bool:
         """Write frames that many connections get alike. False if something waits before them."""
-        if self._queue or self._writer is not None or not self._may_write():
+        transport = self.transport
+        if self._is_busy or transport is None or not transport.is_ready():
             return False
-        cast(_UvicornTransport, self.transport).write(frames)
+        transport.write(frames)
         return True
 
-    def _may_write(self) -> bool:
-        transport = self.transport
-        return transport is not None and transport.takes_frames and transport.is_ready()
-
     def _flush(self) -> None:
-        self._is_flush_scheduled = False
-        while self._writer is None and self._refill():
-            if self._may_write():
-                frames = b"".join(map(_encode_frame, self._take()))
-                cast(_UvicornTransport, self.transport).write(frames)
-            else:
-                self._writer = self._channel._spawn_vital(self._write())
+        transport = self.transport
+        while self._refill() and transport is not None and transport.is_ready():
+            transport.write(b"".join(map(_encode_frame, self._take())))
+        if self._queue or self._closing is not None:
+            self._channel._spawn_vital(self._write())
+        else:
+            self._rest()
+
+    def _rest(self) -> None:
+        self._is_busy = False
+        if self.cursor is not None and self.cursor.is_lagging:
+            self.schedule_flush()  # it has more of the log to look at
 
     def _refill(self) -> bool:
         """Let those go on who wait for room. Returns whether there is something to send."""
@@ -1384,23 +1341,22 @@ class _Outbox:
         channel, socket, sent = self._channel, self._channel._socket, 0
         try:
             while self._refill():
-                for frame in self._take():
-                    seconds = SEND_SECONDS + (sent + len(frame)) / SEND_BYTES_PER_SECOND
-                    async with asyncio.timeout(seconds):  # the one before may be under way, too
+                frames = self._take()
+                size = sum(map(len, frames))
+                seconds = SEND_SECONDS + (sent + size) / SEND_BYTES_PER_SECOND
+                async with asyncio.timeout(seconds):  # what was sent before may be under way, too
+                    for frame in frames:
                         await socket.send(frame)
-                    sent = len(frame)
-            if self._closing is None:
-                self._writer = None
-                self.schedule_flush()  # a lagging subscriber may have more to look at
+                sent = size
+            if (closing := self._closing) is None:
+                self._rest()
                 return
-            await socket.close(self._closing[0], _close_reason(self._closing[1]))
-            channel._end(ChannelClosed(*self._closing))
+            await socket.close(closing.code, closing.reason)
+            channel._end(closing)
         except ChannelClosed as closed:
             channel._end(closed)
         except TimeoutError:
             channel._peer._slow_peers += 1
-            if self.transport is not None:
-                self.transport.abort()
             channel._end(ChannelClosed(TOO_SLOW, "takes nothing"))
         except Exception as error:  # each server has another one for a broken connection
             channel._end(ChannelClosed(1006, "cannot send"))
@@ -1413,15 +1369,15 @@ class _Outbox:
         while self.size > limit and not self.is_ended:
             await _wait_notified(self.room_waiters)
 
-    def close(self, code: int, reason: str) -> None:
+    def close(self, closing: ChannelClosed) -> None:
         """Send what waits, then close the socket and end the channel."""
-        if self._closing is None and not self.is_ended:
-            self._closing, self.cursor = (code, reason), None
-            self._writer = self._writer or self._channel._spawn_vital(self._write())
+        if self._closing is None:
+            self._closing, self.cursor = closing, None
+            self.schedule_flush()
 
     def end(self) -> None:
         """Drop what waits; nothing is sent any more."""
-        self.is_ended, self.size, self.cursor = True, 0, None
+        self.is_ended, self.size, self.cursor, self._closing = True, 0, None, None
         self._queue.clear()
         _notify_all(self.room_waiters)
 
@@ -1431,6 +1387,14 @@ _TASK_OPTIONS: Final[dict[str, Any]] = (
     {"eager_start": True} if sys.version_info >= (3, 12) else {})
 
 
+def _error_of(code: int, detail: Any) -> RpcError:
+    """The error that stands for an HTTPException or a WebSocketException."""
+    data = None if isinstance(detail, str) else detail
+    if code in (401, 403, POLICY_VIOLATION):
+        return Forbidden(str(detail) or None, data)
+    return RpcError(code, str(detail), data)
+
+
 class _RequestRunner:
     """The requests of the peer that are running on one connection: a task for each.
 
@@ -1438,18 +1402,12 @@ class _RequestRunner:
     given once: by its task, or by `abort`, which cancels the task.
     """
 
-    __slots__ = ("_channel", "_peer", "gate_waiters", "running")
-
     def __init__(self, channel: "RpcChannel", peer: _Peer) -> None:
         self._channel, self._peer = channel, peer
         self.running: dict[RpcRequest, asyncio.Task[None] | None] = {}
-        is_gated = peer._is_server and peer.on_connect != ()
-        self.gate_waiters: _Waiters | None = [] if is_gated else None
-
-    def open_gate(self) -> None:
-        """Begin to serve: on_connect has returned."""
-        waiters, self.gate_waiters = self.gate_waiters or [], None
-        _notify_all(waiters)
+        self.gate = asyncio.Event()  # set when on_connect of a server has returned
+        if not peer._is_server or peer.on_connect == ():
+            self.gate.set()
 
     def accept(self, request: RpcRequest) -> None:
         """Begin to serve a request, or answer why not."""
@@ -1472,28 +1430,27 @@ class _RequestRunner:
     def _start(self, request: RpcRequest, method: _ExposedMethod) -> None:
         loop = self._channel._loop
         if request._timeout is not None:
-            seconds = max(0.0, min(request._timeout, MAX_TIMEOUT_SECONDS))
-            request._deadline = loop.time() + seconds
-            timeout = RequestTimeout(f"{request.method} was not done in {seconds:g} s")
-            request._timer = loop.call_at(request._deadline, self.abort, request, timeout)
+            request._deadline = loop.time() + request._timeout
         self.running[request] = None
         task: asyncio.Task[None] = asyncio.Task(
             self._run(request, method), loop=loop, **_TASK_OPTIONS)
-        if not task.done():
+        if not task.done():  # pragma: no branch  # it may be, from Python 3.12 on
             self.running[request] = task
+            if request._deadline is not None:
+                request._timer = loop.call_at(request._deadline, lambda: self.abort(
+                    request, RequestTimeout(
+                        f"{request.method} was not done in {request._timeout:g} s")))
 
     async def _run(self, request: RpcRequest, method: _ExposedMethod) -> None:
         """The whole of a request's task, so that no exception leaves it."""
         _current_request.set(request)
         try:
-            while self.gate_waiters is not None:
-                await _wait_notified(self.gate_waiters)
+            if not self.gate.is_set():
+                await self.gate.wait()
             if request._has_ended and self._channel._closed is None:
                 return  # else it came just before the end, and still has its first step
-            if self._peer.middleware:
-                self.answer(request, await self._run_middleware(request, method))
-            else:
-                self.answer(request, await self._perform(request, method))
+            perform = self._run_middleware if self._peer.middleware else self._perform
+            self.answer(request, await perform(request, method))
         except asyncio.CancelledError:
             self.answer(request, Cancelled())
         except BaseException as error:  # SystemExit, too: a method must not end the server
@@ -1512,43 +1469,27 @@ class _RequestRunner:
 
     async def _run_middleware(self, request: RpcRequest, method: _ExposedMethod) -> str:
         """The JSON text of what the middleware around a method returns."""
-        async def call_next(request: RpcRequest) -> Any:
-            return _decode(await self._perform(request, method))
+        middleware = self._peer.middleware
 
-        for middleware in reversed(self._peer.middleware):
-            call_next = functools.partial(
-                lambda middleware, call_next, request: middleware(request, call_next),
-                middleware, call_next)
+        async def call_next(request: RpcRequest, place: int = 0) -> Any:
+            if place == len(middleware):
+                return _decode(await self._perform(request, method))
+            return await middleware[place](request, functools.partial(call_next, place=place + 1))
+
         return _encode(await call_next(request))
 
-    async def _perform(self, request: RpcRequest, method: _ExposedMethod) -> str:
-        """Call a method; returns the JSON text of its result."""
+    async def _perform(self, request: RpcRequest, method: _ExposedMethod,
+                       solved: Mapping[str, Any] | None = None) -> str:
+        """Call a method, with solved dependencies; returns the JSON text of its result."""
         channel = self._channel
-        if not method.is_built_in and getattr(self._peer, "authorize", None) is not None:
-            await self._peer._check_allowed(channel, "call", (method.name,))
-        injected = {name: channel.websocket if kind is WebSocket else channel
-                    for name, kind in method.injected.items()} if method.injected else {}
-        if method.dependant is None:
-            return await self._invoke(request, method, injected)
-        # FastAPI leaves these two stacks after the response was serialised, and so do we: what
-        # follows the yield of a dependency runs before the answer, and its failure is the answer.
-        async with AsyncExitStack() as outer, AsyncExitStack() as inner:
-            websocket = copy.copy(cast(WebSocket, channel.websocket))
-            websocket.scope = {**websocket.scope, "fastapi_inner_astack": outer,
-                               "fastapi_function_astack": inner}
-            solved = await solve_dependencies(
-                request=websocket, dependant=method.dependant(*websocket.path_params),
-                dependency_overrides_provider=websocket.scope.get("app"),
-                async_exit_stack=outer, embed_body_fields=False)
-            if solved.errors:
-                problems = [{k: e[k] for k in ("loc", "type", "msg")} for e in solved.errors]
-                raise InvalidParams(f"the connection lacks what {method.name} depends on: "
-                                    f"{_summary(problems)}", problems)
-            return await self._invoke(request, method, {**injected, **solved.values})
-        raise AssertionError("a dependency has swallowed an exception")
-
-    async def _invoke(self, request: RpcRequest, method: _ExposedMethod,
-                      injected: Mapping[str, Any]) -> str:
+        if solved is None:
+            if self._peer.authorize is not None and not method.is_built_in:
+                await self._peer._check_allowed(channel, "call", (method.name,))
+            if method.dependant is not None:
+                return await self._perform_dependant(request, method)
+        injected = {**solved} if solved else {}
+        for name, kind in method.injected.items():
+            injected[name] = channel.websocket if kind is WebSocket else channel
         args, named = method.bind(request.params, injected)
         if method.is_stream:
             await self._run_stream(request, method, method.function(*args, **named))
@@ -1560,6 +1501,23 @@ class _RequestRunner:
         else:
             value = await method.function(*args, **named)
         return method.encode_result(value)
+
+    async def _perform_dependant(self, request: RpcRequest, method: _ExposedMethod) -> str:
+        """Call a method after FastAPI has solved its dependencies, which end before the answer."""
+        async with AsyncExitStack() as stack:
+            websocket = copy.copy(cast(WebSocket, self._channel.websocket))
+            websocket.scope = {**websocket.scope, "fastapi_inner_astack": stack,
+                               "fastapi_function_astack": stack}
+            solved = await solve_dependencies(
+                request=websocket, dependant=method.dependant(*websocket.path_params),
+                dependency_overrides_provider=websocket.scope.get("app"),
+                async_exit_stack=stack, embed_body_fields=False)
+            if solved.errors:
+                problems = [{k: e[k] for k in ("loc", "type", "msg")} for e in solved.errors]
+                raise InvalidParams(f"the connection lacks what {method.name} depends on: "
+                                    f"{_summary(problems)}", problems)
+            return await self._perform(request, method, solved.values)
+        raise AssertionError("a dependency has swallowed an exception")
 
     async def _run_in_thread(self, function: Callable[[], Any]) -> Any:
         """A thread cannot be cancelled. The request counts as running until the thread is done."""
@@ -1580,10 +1538,10 @@ class _RequestRunner:
             async for item in items:
                 params = f'{{"id":{_encode(request.id)},"items":[{method.encode_result(item)}]}}'
                 text = channel.format.request(None, "$/stream", params)
-                if _utf8_len(text) > channel._peer_max_size:
-                    raise MessageTooLarge(f"an item of {_utf8_len(text)} bytes is too large")
+                if (size := _utf8_len(text)) > channel._peer_max_size:
+                    raise MessageTooLarge(f"an item of {size} bytes is too large")
                 if request._is_open:
-                    outbox.put(text)
+                    outbox.put(text, size)
                 request._credit -= 1
                 while request._is_open and (request._credit <= 0 or outbox.size > LAGGING_BYTES):
                     await _wait_notified(outbox.room_waiters)
@@ -1593,12 +1551,9 @@ class _RequestRunner:
     def error_for_caller(self, name: str, error: BaseException) -> RpcError:
         """What the peer is told. Anything unexpected is logged, and told as an InternalError."""
         if isinstance(error, HTTPException):
-            code, text = error.status_code, str(error.detail)
-            data: Any = None if isinstance(error.detail, str) else error.detail
-            return Forbidden(text, data) if code in (401, 403) else RpcError(code, text, data)
-        if isinstance(error, WebSocketException):
-            code, text = error.code, error.reason
-            return Forbidden(text or None) if code == POLICY_VIOLATION else RpcError(code, text)
+            error = _error_of(error.status_code, error.detail)
+        elif isinstance(error, WebSocketException):
+            error = _error_of(error.code, error.reason)
         if type(error) is RequestTimeout:  # of another connection, which is not the caller's
             return RequestTimeout()
         if isinstance(error, RpcError) and not isinstance(error, ChannelClosed):
@@ -1613,24 +1568,27 @@ class _RequestRunner:
         """Give the one answer: the JSON text of a result, or an error."""
         if not request._is_open:
             return
-        channel, outbox = self._channel, self._channel._outbox
-        request._is_open, text = False, ""
+        channel, outbox, batch = self._channel, self._channel._outbox, request._batch
+        request._is_open, text, size = False, "", 0
         if isinstance(outcome, str):
             text = channel.format.result(request.id, outcome)
-            batched = request._batch.size if request._batch is not None else 0
-            if (size := _utf8_len(text)) + batched > channel._peer_max_size:
+            size = _utf8_len(text)
+            if size + (0 if batch is None else batch.size) > channel._peer_max_size:
                 outcome = MessageTooLarge(f"the answer of {size} bytes is too large")
             elif outbox.size > OUTBOX_BYTES:
                 outcome = Overloaded("too many answers wait to be sent to this peer")
         if isinstance(outcome, RpcError):
             text = channel.format.error(request.id, outcome)
-        if (batch := request._batch) is None:
-            outbox.put(text)
-        elif batch.add(text):
-            outbox.size -= batch.size - _utf8_len(text) - 3
+            size = _utf8_len(text)
+        if batch is None:
+            outbox.put(text, size)
+            return
+        batch.append(text)
+        batch.size, batch.missing = batch.size + size + 1, batch.missing - 1
+        outbox.size += size + 1
+        if batch.missing == 0:
+            outbox.size -= batch.size - 2
             outbox.put(f"[{','.join(batch)}]")
-        else:
-            outbox.size += _utf8_len(text) + 1
 
     def abort(self, request: RpcRequest, error: RpcError) -> None:
         """Answer for a request at once, and cancel its method."""
@@ -1641,21 +1599,14 @@ class _RequestRunner:
                 self._channel._loop.call_soon(task.cancel)  # when it has had its first step
             _notify_all(self._channel._outbox.room_waiters)
 
-    def _with_id(self, params: Any) -> list[RpcRequest]:
-        """The running requests with the id that is named; notifications have none."""
-        if type(params) is not dict or "id" not in params:
-            return []
-        return [r for r in self.running if r._is_open and r.id == params["id"]]
-
-    def cancel(self, params: Any) -> None:
-        """$/cancelRequest: the caller gave up."""
-        for request in self._with_id(params):
-            self.abort(request, Cancelled())
-
-    def grant(self, params: Any) -> None:
-        """$/credit: the consumer of a stream takes more items."""
-        for request in self._with_id(params):
-            if type(n := params.get("n")) is int and n > 0:
+    def steer(self, params: Any, *, is_cancel: bool) -> None:
+        """$/cancelRequest: the caller gave up. $/credit: it takes n more items of a stream."""
+        fields: dict[str, Any] = params if type(params) is dict else {}
+        id, n = fields.get("id"), fields.get("n")
+        for request in [r for r in self.running if r._is_open and r.id == id]:
+            if is_cancel:
+                self.abort(request, Cancelled())
+            elif type(n) is int and n > 0:
                 request._credit += n
                 _notify_all(self._channel._outbox.room_waiters)
 
@@ -1674,8 +1625,6 @@ def _by_position_or_name(name: str, args: tuple[Any, ...], kwargs: dict[str, Any
 
 class _Other:
     """Calls the methods of the peer as if they were its own, or as those of a class are called."""
-
-    __slots__ = ("_caller", "_cls", "_timeout")
 
     def __init__(self, caller: "_Caller", timeout: _Timeout = _UNSET, cls: Any = None) -> None:
         self._caller, self._timeout, self._cls = caller, timeout, cls
@@ -1705,10 +1654,11 @@ class _Other:
         return lambda *args, **kwargs: work(stub.arguments(args, kwargs))
 
 
-class _Caller(abc.ABC):
+class _Caller:
     """One who can call the methods of the peer: a channel or a client."""
 
-    __slots__ = ()
+    call: Callable[..., Coroutine[Any, Any, RpcResponse]]
+    stream: Callable[..., AsyncGenerator[Any, None]]
 
     @property
     def other(self) -> Any:
@@ -1728,14 +1678,6 @@ class _Caller(abc.ABC):
         """
         return cast(_T, _Other(self, timeout, cls))
 
-    @abc.abstractmethod
-    async def call(self, method: str, args: _Arguments = None, *, timeout: _Timeout = _UNSET,
-                   meta: Mapping[str, Any] | None = None) -> RpcResponse: ...
-
-    @abc.abstractmethod
-    def stream(self, method: str, args: _Arguments = None, *, timeout: _Timeout = _UNSET,
-               meta: Mapping[str, Any] | None = None) -> AsyncGenerator[Any, None]: ...
-
 
 class RpcChannel(_Caller):
     """One connection, on either side. It is not thread-safe: use it on its event loop.
@@ -1747,11 +1689,6 @@ class RpcChannel(_Caller):
         websocket: the WebSocket of the route, with headers and cookies; None on a client.
     """
 
-    __slots__ = ("__weakref__", "_calls", "_closed", "_end_waiters", "_failure", "_ids",
-                 "_is_format_known", "_loop", "_message_size", "_outbox", "_peer", "_peer_max_size",
-                 "_runner", "_socket", "_spared", "_subscriber", "_tasks", "context", "format",
-                 "id", "identity", "websocket")
-
     def __init__(self, socket: Socket, peer: _Peer, format: _WireFormat | None,
                  context: dict[str, Any] | None = None, identity: str | None = None,
                  websocket: WebSocket | None = None) -> None:
@@ -1759,14 +1696,15 @@ class RpcChannel(_Caller):
         self.websocket, self._socket = websocket, socket
         self._peer, self._peer_max_size = peer, peer.max_message_size
         self.format = format or _JSONRPC  # the first message of the peer may show another one
+        self._format_known, self._ended = asyncio.Event(), asyncio.Event()
+        if format is not None:
+            self._format_known.set()
         self._loop = asyncio.get_running_loop()
-        self._is_format_known = None if format is not None else self._loop.create_future()
         self._calls, self._ids = dict[int, _PendingCall](), itertools.count(1)
         self._tasks: set[_Task] = set()
         self._spared: set[_Task | None] = set()  # called close, and go on after it
         self._closed: ChannelClosed | None = None
         self._failure: Exception | None = None  # of the transport or of our own
-        self._end_waiters: _Waiters = []
         self._message_size = 0  # the share of the frame's bytes of the message being handled
         self._subscriber: _Cursor | None = None  # where it has subscribed to events
         self._outbox, self._runner = _Outbox(self), _RequestRunner(self, peer)
@@ -1791,7 +1729,7 @@ class RpcChannel(_Caller):
         MessageTooLarge, TypeError or ValueError for arguments that cannot be sent. Cancelling a
         call cancels the method at the peer.
         """
-        if self._is_format_known is not None:
+        if not self._format_known.is_set():
             await self._wait_for_format(timeout)
         return await self._await_response(method, *self._send_call(method, args, timeout, meta))
 
@@ -1802,21 +1740,17 @@ class RpcChannel(_Caller):
         Arguments and errors are those of `call`, but ``timeout`` is for each item, while it is
         waited for. The peer is at most 16 items ahead. Leaving the loop ends the stream there.
         """
-        if self._is_format_known is not None:
+        if not self._format_known.is_set():
             await self._wait_for_format(timeout)
         id, call = self._send_call(method, args, timeout, meta, credit=STREAM_CREDIT)
         try:
             while call.items or not call.future.done():
                 if not call.items:
-                    try:
-                        async with asyncio.timeout(self._time_left(timeout)):
-                            await _wait_notified(call.waiters)
-                    except TimeoutError:
-                        raise RequestTimeout(f"{method} has sent no item in time") from None
+                    await _in_time(self._time_left(timeout), _wait_notified(call.waiters),
+                                   f"{method} has sent no item in time")
                     continue
-                item, granted = call.consume()
-                yield item
-                if granted and id in self._calls:
+                yield call.items.popleft()
+                if (granted := call.consume()) and id in self._calls:
                     params = f'{{"id":{id},"n":{granted}}}'
                     self._outbox.put(self.format.request(None, "$/credit", params))
             if (await self._await_response(method, id, call)).result is not None:
@@ -1833,12 +1767,8 @@ class RpcChannel(_Caller):
 
     async def _wait_for_format(self, timeout: _Timeout) -> None:
         """Wait for the peer's first message, which shows what it speaks."""
-        try:
-            async with asyncio.timeout(self._time_left(timeout)):
-                while self._is_format_known is not None and self._closed is None:
-                    await asyncio.shield(self._is_format_known)
-        except TimeoutError:
-            raise RequestTimeout("the peer has not sent its first message") from None
+        await _in_time(self._time_left(timeout), self._format_known.wait(),
+                       "the peer has not sent its first message")
 
     def _send_call(self, method: str, args: _Arguments, timeout: _Timeout,
                    meta: Mapping[str, Any] | None = None, *, credit: int = 0,
@@ -1904,11 +1834,10 @@ class RpcChannel(_Caller):
 
     def _give_up(self, id: int, error: RpcError | None = None) -> None:
         """Tell the peer that nobody waits for a call any more, unless it has ended."""
-        if (call := self._calls.pop(id, None)) is not None:
-            call.resolve(error or Cancelled())
+        if id in self._calls:
+            self._resolve(id, error or Cancelled())
             if self.format.is_ws_lite:
-                text = self.format.request(None, "$/cancelRequest", f'{{"id":{id}}}')
-                self._outbox.put(text)
+                self._outbox.put(self.format.request(None, "$/cancelRequest", f'{{"id":{id}}}'))
 
     def _take_items(self, params: Any) -> None:
         """$/stream: items of a stream have come."""
@@ -1955,8 +1884,8 @@ class RpcChannel(_Caller):
             return (_invalid(None, -32700, "Parse error"),)
         if type(value) is list and len(value) > MAX_ARRAY_MESSAGES:
             return (_invalid(None, Overloaded.code, f"more than {MAX_ARRAY_MESSAGES} messages"),)
-        if self._is_format_known is not None:
-            self._choose_format(value, self._is_format_known)
+        if not self._format_known.is_set():
+            self._choose_format(value)
         if type(value) is not list or not value:
             messages = self.format.parse(value)
         else:
@@ -1967,23 +1896,21 @@ class RpcChannel(_Caller):
                     if isinstance(message, RpcRequest) and message._is_open:
                         message._batch = batch
                         batch.missing += 1
-        self._message_size = len(frame) // len(messages)
-        for message in messages if len(frame) > self._peer.max_message_size else ():
+        self._message_size, limit = len(frame) // len(messages), self._peer.max_message_size
+        for message in messages if len(frame) > limit else ():
             if isinstance(message, RpcRequest):
-                limit = self._peer.max_message_size
                 message._problem = MessageTooLarge(f"the limit is {limit} bytes")
         return messages
 
-    def _choose_format(self, value: Any, known: "asyncio.Future[None]") -> None:
+    def _choose_format(self, value: Any) -> None:
         """Speak as the peer does, if its message shows that."""
         format = next((f for f in _WIRE_FORMATS if f.understands(value)), None)
         if format is not None:
-            self.format, self._is_format_known = format, None
-            if format.is_limited:
+            self.format = format
+            self._format_known.set()
+            if format.is_legacy:
                 limit = getattr(self._peer, "legacy_max_message_size", LEGACY_MESSAGE_BYTES)
                 self._peer_max_size = min(self._peer_max_size, limit)
-            if not known.done():
-                known.set_result(None)
 
     # The life of the connection.
 
@@ -1995,15 +1922,15 @@ class RpcChannel(_Caller):
         """
         self._spared.add(asyncio.current_task())
         if self._closed is None:
-            self._outbox.close(code, reason)
-            self._loop.call_later(CLOSE_SECONDS, self._end, ChannelClosed(code, reason))
+            closing = ChannelClosed(code, reason.encode()[:123].decode(errors="ignore"))
+            self._outbox.close(closing)
+            self._loop.call_later(CLOSE_SECONDS, self._end, closing)
         await self.wait_closed()
 
     async def wait_closed(self) -> ChannelClosed:
         """Wait for the end of the connection; returns its code and reason."""
-        while self._closed is None:
-            await _wait_notified(self._end_waiters)
-        return self._closed
+        await self._ended.wait()
+        return cast(ChannelClosed, self._closed)
 
     def _end(self, closed: ChannelClosed) -> None:
         if self._closed is not None:
@@ -2018,9 +1945,8 @@ class RpcChannel(_Caller):
             self._loop.call_soon(task.cancel)  # what came last still has its first step
         for id in list(self._calls):
             self._resolve(id, ChannelClosed(closed.code, closed.reason))
-        if self._is_format_known is not None and not self._is_format_known.done():
-            self._is_format_known.set_result(None)
-        _notify_all(self._end_waiters)
+        self._format_known.set()
+        self._ended.set()
 
     def _open_tasks(self) -> set[_Task]:
         running = {task for task in self._runner.running.values() if task is not None}
@@ -2042,7 +1968,7 @@ class RpcChannel(_Caller):
     async def _open(self, opened: Callable[[], Awaitable[None]]) -> None:
         try:
             await opened()
-            self._runner.open_gate()
+            self._runner.gate.set()
         except Exception as error:  # a hook may raise anything
             told = self._runner.error_for_caller("on_connect", error)
             code = POLICY_VIOLATION if isinstance(told, Forbidden) else SERVER_ERROR
@@ -2058,7 +1984,7 @@ class RpcChannel(_Caller):
             code = 1000 if closed.code in (1005, 1006, 1015) else closed.code  # are never sent
             with contextlib.suppress(Exception):  # either side may have closed it already
                 async with asyncio.timeout(CLOSE_SECONDS):
-                    await self._socket.close(code, _close_reason(closed.reason))
+                    await self._socket.close(code, closed.reason)
         if left := [task.get_coro() for task in tasks if not task.done()]:
             logger.warning("these go on although their connection is closed: %s", left)
 
@@ -2639,7 +2565,7 @@ class EventNotifier:
         for subscriber in self._table.match(topic):
             format = subscriber.format
             if (subscriber.is_lagging or subscriber.next > first or size > subscriber.max_bytes
-                    or not format.has_positions
+                    or format.is_legacy
                     or (origins and subscriber.subscriber_id in origins)):
                 others.append(subscriber)
                 continue
@@ -2780,7 +2706,7 @@ class _Cursor:
         log = self._notifier._log
         first = log.find(since) if since is not None else log.first
         is_complete, found = first is not None, list[str]()
-        limit = REPLAY_EVENTS if last is None else max(0, min(last, REPLAY_EVENTS))
+        limit = REPLAY_EVENTS if last is None else min(last, REPLAY_EVENTS)
         room = min(REPLAY_BYTES, self.max_bytes - 1024)
         end = self.next if self.is_lagging else log.end
         for index in range(end - 1, (log.first if first is None else first) - 1, -1):
@@ -2830,7 +2756,7 @@ class _Cursor:
         if size <= self.max_bytes:
             self._notifier._delivered += 1
             self.outbox.put(text, size)
-        elif self.format.has_positions:
+        elif not self.format.is_legacy:
             self._notifier._gaps_told += 1
             self.tell("gap", position=entry.position, reason="size")
         else:  # as the servers of fastapi_websocket_pubsub do
@@ -2838,7 +2764,7 @@ class _Cursor:
 
     def tell_gap(self, position: str, reason: str) -> None:
         """Tell that events are missing, or end the connection because of that."""
-        if self._notifier.on_slow == "gap" and self.format.has_positions:
+        if self._notifier.on_slow == "gap" and not self.format.is_legacy:
             self._notifier._gaps_told += 1
             self.tell("gap", position=position, reason=reason)
         else:
@@ -2852,7 +2778,7 @@ class _Cursor:
             self.channel._spawn(self.channel.close(code, reason))
 
     def tell(self, method: str, **params: Any) -> None:
-        if self.format.has_positions:
+        if not self.format.is_legacy:
             self.outbox.put(self.format.request(None, method, _encode(params)))
 
     def _skip_dropped(self) -> None:
@@ -3236,7 +3162,7 @@ class PubSubEndpoint(RpcEndpoint):
                           recovered: bool | None, refused: list[str], events: list[str]) -> None:
         text = _encode({"position": position, "recovered": recovered, "refused": refused})
         text = f'{text[:-1]},"events":[{",".join(events)}]}}'
-        channel._runner.answer(request, text if channel.format.has_positions else "true")
+        channel._runner.answer(request, "true" if channel.format.is_legacy else text)
 
     def _subscriber_of(self, channel: RpcChannel) -> _Cursor:
         if channel._subscriber is None:
@@ -3346,7 +3272,8 @@ class _UvicornTransport:
             type(protocol).__module__ == "uvicorn.protocols.websockets.websockets_sansio_impl")
 
     def is_ready(self) -> bool:
-        return not (self.unsent() or self._transport.is_closing() or self._protocol.close_sent)
+        return self.takes_frames and not (
+            self.unsent() or self._transport.is_closing() or self._protocol.close_sent)
 
 
 def _uvicorn_transport(send: Any) -> _UvicornTransport | None:
@@ -3651,12 +3578,11 @@ class RpcClient(_Peer, _Caller):
         try:
             async with asyncio.timeout(self.connect_timeout):
                 await self.wait_until_ready()
-        except TimeoutError as error:
+        except BaseException as error:
             await self.close()
-            raise RequestTimeout(f"no connection to {self._name} in {self.connect_timeout} s: "
-                                 f"{self.last_error!r}") from error
-        except BaseException:
-            await self.close()
+            if isinstance(error, TimeoutError):
+                raise RequestTimeout(f"no connection to {self._name} in {self.connect_timeout} s: "
+                                     f"{self.last_error!r}") from error
             raise
         return self
 
@@ -3853,10 +3779,6 @@ class _SyncStep(NamedTuple):
     keys: set[_Key]
     args: dict[str, Any]
     subscription: Subscription | None = None  # whose replay is asked for
-
-    @property
-    def is_resume(self) -> bool:
-        return "resume" in self.args
 
 
 @dataclass(eq=False, repr=False)
@@ -4123,7 +4045,7 @@ class PubSubClient(RpcClient):
         result: dict[str, Any] = outcome.result if type(outcome.result) is dict else {}
         position = result.get("position")
         position = position if type(position) is str else None
-        if step.is_resume:
+        if "resume" in step.args:
             if result.get("recovered") is not True:
                 self._put_gap(position, "history")
             self._is_behind, self._position = False, position
@@ -4218,11 +4140,7 @@ class PubSubClient(RpcClient):
 class _LegacyFormat(_WireFormat):
     """{"request": {method, arguments, call_id}, "response": {result, result_type, call_id}}."""
 
-    has_positions = False
-    is_limited = True
-
-    def understands(self, message: Any) -> bool:
-        return type(message) is dict and "jsonrpc" not in message and super().understands(message)
+    is_legacy = True
 
     def request(self, id: int | None, method: str, params: str | None, *, meta: str | None = None,
                 timeout: float | None = None, credit: int = 0) -> str:
@@ -5204,8 +5122,9 @@ class Fleet:
 
     def online(self, topic: str | None = None) -> list[str]:
         """The identities of the clients of all servers, or of a topic's subscribers."""
-        self._start()
-        return list(dict.fromkeys(identity for (_, identity), topics in self._clients.items()
+        with contextlib.suppress(RuntimeError):  # a plain def route runs in a thread
+            self._start()
+        return list(dict.fromkeys(identity for (_, identity), topics in list(self._clients.items())
                                   if topic is None or topic in topics))
 
     async def call(self, identity: str, method: str, args: _Arguments = None, *,
