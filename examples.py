@@ -589,9 +589,9 @@ def served(name: str) -> tuple[Any, Work, Work]:
     """A server's app, what publishes an event, and what calls the newest client."""
     app, channels = FastAPI(), list[Any]()
     if name == "own":
-        own = PubSubEndpoint(Calculator(), on_connect=channels.append)
-        own.register_route(app, "/ws")
-        return app, lambda: own.publish("t", EVENT), lambda: channels[-1].call("add", ADD, timeout=9)
+        us = PubSubEndpoint(Calculator(), on_connect=channels.append)
+        us.register_route(app, "/ws")
+        return app, lambda: us.publish("t", EVENT), lambda: channels[-1].call("add", ADD, timeout=9)
     if name == "echo":
         return echo, asyncio.Event().wait, asyncio.Event().wait
 

@@ -19,10 +19,18 @@
         response = await client.other.add(a=1, b=2)   # response.result == 3
         await client.subscribe("news", print)         # awaited: the server has confirmed it
 
-The sections of this file; each uses only what stands above it. The core:
-    constants, errors, messages (JSON-RPC 2.0), methods (which functions a peer may call), pending
-    calls and streams, topics and log, channel (RpcChannel: one connection), events in process
-    (EventNotifier), endpoints (the server's side), transports, clients (which reconnect)
+The sections of this file; each uses only what stands above it:
+    constants            limits, in the unit that their names say
+    errors               RpcError and its subclasses, with their codes
+    messages             JSON text, requests and responses, the wire: JSON-RPC 2.0
+    methods              what a peer may call; arguments, results, dependencies
+    pending calls and streams  the calls of this side that wait for an answer
+    topics and log       events, positions, the bounded log, who subscribes to what
+    channel              one connection: RpcChannel, its outbox, its request runner
+    events in process    EventNotifier, cursors of connections, dispatcher of callbacks
+    endpoints            RpcEndpoint and PubSubEndpoint, the server's side
+    transports           how a client connects: network, ASGI, an open session
+    clients              RpcClient and PubSubClient, which reconnect by themselves
 Each of these can be deleted, as "python fastapi_ws_lite.py vendor" does; no other section uses it:
     the wire of fastapi_websocket_rpc  lets the clients of that library connect to our endpoints
     OpenRPC              rpc.discover and register_openrpc: what methods a server has
@@ -411,7 +419,8 @@ class _WireFormat:
             return None
         request = RpcRequest(id, method, params, "id" in message)
         if len(message) > 3 + request._is_open - (params is None):  # not only JSON-RPC's members
-            timeout, meta, credit = (message.get(name) for name in ("timeout", "meta", "stream"))
+            get = message.get
+            timeout, meta, credit = get("timeout"), get("meta"), get("stream")
             if (type(timeout) not in (int, float, type(None))
                     or type(meta) not in (dict, type(None))
                     or not (credit is None or (type(credit) is int and credit > 0))):
@@ -502,8 +511,7 @@ class _StandardBase64:
         """Accepts the URL-safe alphabet and missing padding, too."""
         if isinstance(value, bytes):
             return value
-        if not isinstance(value, str):
-            raise ValueError("Input should be a base64 string")  # noqa: TRY004  # as pydantic asks
+        assert isinstance(value, str), "Input should be a base64 string"
         text = value.translate({45: "+", 95: "/"})
         return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
 
@@ -954,7 +962,7 @@ class _SubscriptionTable(Generic[_Sink]):
         self.topics: dict[str, dict[_Sink, None]] = {}
         self.patterns: dict[str, dict[_Sink, None]] = {}
         self._expressions: dict[str, Callable[[str], object]] = {}
-        self._matched: dict[str, list[str]] = {}  # the patterns that match a topic
+        self._patterns_of = functools.lru_cache(1000)(self._find_patterns)
 
     def keys(self) -> set[_Key]:
         return {(name, False) for name in self.topics} | {(name, True) for name in self.patterns}
@@ -967,18 +975,18 @@ class _SubscriptionTable(Generic[_Sink]):
         name, is_pattern = key
         if is_pattern and name not in self.patterns:
             self._expressions[name] = re.compile(fnmatch.translate(name)).match
-            self._matched.clear()
+            self._patterns_of.cache_clear()
         (self.patterns if is_pattern else self.topics).setdefault(name, {})[sink] = None
 
     def discard(self, sink: _Sink, key: _Key) -> None:
         name, is_pattern = key
         table = self.patterns if is_pattern else self.topics
-        table.get(name, {}).pop(sink, None)
-        if not table.get(name, {None}):
+        del table[name][sink]
+        if not table[name]:
             del table[name]
             if is_pattern:
                 del self._expressions[name]
-                self._matched.clear()
+                self._patterns_of.cache_clear()
 
     def match(self, topic: str) -> Mapping[_Sink, None]:
         """Everybody who gets an event of this topic, each once. Do not change what it returns."""
@@ -989,13 +997,8 @@ class _SubscriptionTable(Generic[_Sink]):
                 found |= self.patterns[name]
         return found
 
-    def _patterns_of(self, topic: str) -> list[str]:
-        if (names := self._matched.get(topic)) is None:
-            if len(self._matched) >= 1000:
-                self._matched.clear()
-            names = [name for name, matches in self._expressions.items() if matches(topic)]
-            self._matched[topic] = names
-        return names
+    def _find_patterns(self, topic: str) -> list[str]:
+        return [name for name, matches in self._expressions.items() if matches(topic)]
 
 
 class _Entry:
@@ -1359,10 +1362,9 @@ class _Outbox:
             channel._peer._slow_peers += 1
             channel._end(ChannelClosed(TOO_SLOW, "takes nothing"))
         except Exception as error:  # each server has another one for a broken connection
-            channel._end(ChannelClosed(1006, "cannot send"))
             if isinstance(error, _PROGRAMMING_ERRORS):
-                raise
-            logger.debug("channel %s cannot send: %r", channel.id, error)
+                channel._failure = error
+            channel._end(ChannelClosed(1006, f"cannot send: {error!r:.99}"))
 
     async def wait_for_room(self, limit: int) -> None:
         """Wait until at most so many bytes are unsent, or the connection ends."""
@@ -1455,8 +1457,6 @@ class _RequestRunner:
             self.answer(request, Cancelled())
         except BaseException as error:  # SystemExit, too: a method must not end the server
             self.answer(request, self.error_for_caller(request.method, error))
-            if isinstance(error, KeyboardInterrupt):
-                raise
         finally:
             self._finish(request)
             del self.running[request]
@@ -1592,12 +1592,11 @@ class _RequestRunner:
 
     def abort(self, request: RpcRequest, error: RpcError) -> None:
         """Answer for a request at once, and cancel its method."""
-        if request in self.running and not request._has_ended:
-            self.answer(request, error)
-            self._finish(request)
-            if (task := self.running[request]) is not None:
-                self._channel._loop.call_soon(task.cancel)  # when it has had its first step
-            _notify_all(self._channel._outbox.room_waiters)
+        self.answer(request, error)
+        self._finish(request)
+        task = cast(_Task, self.running[request])
+        self._channel._loop.call_soon(task.cancel)  # when it has had its first step
+        _notify_all(self._channel._outbox.room_waiters)
 
     def steer(self, params: Any, *, is_cancel: bool) -> None:
         """$/cancelRequest: the caller gave up. $/credit: it takes n more items of a stream."""
@@ -1978,7 +1977,7 @@ class RpcChannel(_Caller):
         """Await what was cancelled, for a second at most, and close the socket."""
         tasks, closed = self._open_tasks(), await self.wait_closed()
         try:
-            if tasks:
+            if tasks:  # pragma: no branch
                 await asyncio.wait(tasks, timeout=GRACE_SECONDS)
         finally:
             code = 1000 if closed.code in (1005, 1006, 1015) else closed.code  # are never sent
@@ -2167,11 +2166,7 @@ class Subscription:
 
     def _start(self) -> None:
         """Receive events from now on."""
-        self._is_started, self._replay = True, None
-        self._confirm()
-
-    def _confirm(self) -> None:
-        self._is_confirmed = True
+        self._is_started, self._is_confirmed, self._replay = True, True, None
         _notify_all(self._waiters)
 
     def _end(self, error: Exception | None) -> None:
@@ -2193,7 +2188,6 @@ class _Dispatcher:
         self.table: _SubscriptionTable[Subscription] = _SubscriptionTable()
         self.queue, self.iterators = _EventQueue(), dict[Subscription, None]()
         self.task: asyncio.Task[None] | None = None
-        self.is_closed = False
         self.before_wait = before_wait
         self._on_change, self.on_gap, self._on_drained = on_change, on_gap, on_drained
         self._numbers = itertools.count(1)
@@ -2266,19 +2260,20 @@ class _Dispatcher:
         loop = asyncio.get_running_loop()
         if self.task is None or self.task.done() or self.task.get_loop() is not loop:
             self.queue.current = None
-            if not self.is_closed:
-                self.task = asyncio.Task(self._run())
+            self.task = asyncio.Task(self._run())
 
     async def _run(self) -> None:
         _current_request.set(None)  # the deadline of who published is not that of callbacks
-        while self.queue:
+        for count in itertools.count(1):
+            if not self.queue:
+                break
             item = self.queue[0]
             if isinstance(event := self.queue.take(), Gap):
                 await self.on_gap(event)
             else:
                 await _run_hooks_logged(item.receivers, event)
             self.queue.current = None
-            if item.number % YIELD_MESSAGES == 0:  # plain callbacks never wait
+            if count % YIELD_MESSAGES == 0:  # plain callbacks never wait
                 await asyncio.sleep(0)
         self._on_drained()
 
@@ -2385,12 +2380,17 @@ class EventNotifier:
 
     @functools.cached_property
     def _log(self) -> _Log:
-        return _Log(self.history, self.history_bytes)  # made at first use, as forked workers must not share its id
+        # It is made at first use, as forked workers must not share its id.
+        return _Log(self.history, self.history_bytes)
 
     @property
     def position(self) -> str:
         """The position of the newest event, to give to a client with a snapshot of some state."""
         return self._log.position
+
+    def has(self, position: str) -> bool:
+        """Whether everything after a position is still in the log."""
+        return self._log.find(position) is not None
 
     def subscribe(self, topics: str | Iterable[str], callback: _Callback | None = None, *,
                   pattern: bool = False) -> Subscription:
@@ -2640,7 +2640,6 @@ class _Cursor:
 
     def add(self, topics: Iterable[str], patterns: Iterable[str]) -> tuple[str, ...]:
         """Subscribe from the cursor on. Returns what was not subscribed to before."""
-        self._notifier._deliver()
         added = []
         for mine, name, key in self._tables(topics, patterns):
             if name not in mine:
@@ -2663,8 +2662,6 @@ class _Cursor:
     def clear(self) -> tuple[str, ...]:
         """Unsubscribe from everything: the connection has ended."""
         self._notifier._subscribers.pop(self, None)
-        self.outbox.cursor = None
-        _notify_all(self._waiters)
         return self.remove(tuple(self.topics), tuple(self.patterns))
 
     def go_live(self) -> None:
@@ -2674,7 +2671,6 @@ class _Cursor:
 
     def position(self) -> str:
         """The position of the last entry before the cursor; what has been dropped is told first."""
-        self._notifier._deliver()
         log = self._notifier._log
         if not self.is_lagging:
             return log.position
@@ -2686,7 +2682,6 @@ class _Cursor:
 
         Returns whether the log has it.
         """
-        self._notifier._deliver()
         log = self._notifier._log
         index = log.find(position)
         self.next = log.first if index is None else index
@@ -3136,7 +3131,7 @@ class PubSubEndpoint(RpcEndpoint):
                                 {"action": "subscribe", "topics": refused})
             self._check_room(subscriber, granted, granted_globs)
             if (shared := self.notifier._shared) is not None:
-                await shared.ready(resume or since, lambda p: self.notifier._log.find(p) is not None)
+                await shared.ready(resume or since, self.notifier.has)
             matches = _topic_matcher(granted, granted_globs)
             if since is not None or last is not None:
                 await self._match_history(matches, granted_globs)
@@ -3146,6 +3141,7 @@ class PubSubEndpoint(RpcEndpoint):
             if channel._closed is not None or request._has_ended:
                 raise ChannelClosed
             # Everything from here to the answer is one step, so nothing comes between.
+            self.notifier._deliver()
             subscriber.subscriber_id = subscriber_id or subscriber.subscriber_id
             if max_size is not None:
                 channel._peer_max_size = min(channel._peer_max_size, max_size)
@@ -3542,8 +3538,9 @@ class RpcClient(_Peer, _Caller):
 
     server_uri: str = "ws://localhost"
     methods: RpcMethodsBase | None = None
-    headers: _HeaderList | None | Callable[
-        [], _HeaderList | None | Awaitable[_HeaderList | None]] = field(default=None, kw_only=True)
+    headers: _HeaderList | Callable[
+        [], _HeaderList | Awaitable[_HeaderList | None] | None] | None = field(
+            default=None, kw_only=True)
     transport: Transport = field(default_factory=NetworkTransport, kw_only=True)
     connect_timeout: float | None = field(default=None, kw_only=True)
     retry: tuple[float, float] = field(default=RETRY_SECONDS, kw_only=True)
@@ -3767,7 +3764,7 @@ class RpcClient(_Peer, _Caller):
             raise RuntimeError("the client is not started: use 'async with', or start()")
 
     def notify(self, method: str, args: _Arguments = None) -> None:
-        """Call a method of the server and do not wait. Raises ChannelClosed without a connection."""
+        """Call a method of the server and do not wait. Raises ChannelClosed if not connected."""
         if self.channel is None:
             raise ChannelClosed(1006, "there is no connection now")
         self.channel.notify(method, args)
@@ -4110,7 +4107,6 @@ class PubSubClient(RpcClient):
         if self.channel is not None and (under_way := self._publishes - self._callers_of_close):
             await asyncio.wait(under_way, timeout=GRACE_SECONDS)
         await super()._close()
-        self._dispatcher.is_closed = True
         for task in {self._dispatcher.task, *self._publishes} - self._callers_of_close:
             if task is not None and not task.done():
                 task.cancel()
@@ -5218,9 +5214,8 @@ class Fleet:
             if now - heard_at > FLEET_SILENCE_SECONDS:
                 del self._heard[id]
                 self._clients = {key: t for key, t in self._clients.items() if key[0] != id}
-                for server, answer in self._calls.values():
-                    if server == id and not answer.done():
-                        answer.set_result(ChannelClosed(1006, "the client's server is gone"))
+                for answer in [a for s, a in self._calls.values() if s == id and not a.done()]:
+                    answer.set_result(ChannelClosed(1006, "the client's server is gone"))
         loop.call_later(1.0, self._beat, loop)
 
     def _on_roster(self, text: str) -> None:

