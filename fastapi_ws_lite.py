@@ -1,6 +1,6 @@
 # fastapi_ws_lite 0.2.0 - two-way calls and live events on a FastAPI app, in one file.
-# SPDX-License-Identifier: MIT. Copyright (c) 2026 the fastapi-ws-lite authors.
-# This notice must stay in every copy. https://pypi.org/project/fastapi-ws-lite
+# SPDX-License-Identifier: MIT (https://spdx.org/licenses/MIT.html), which asks to keep this notice.
+# Copyright (c) 2026 the fastapi-ws-lite authors.
 # isort: skip_file
 # ruff: noqa: BLE001
 # Each broad except stands at the edge to other people's code, with its reason.
@@ -2264,16 +2264,15 @@ class _Dispatcher:
 
     async def _run(self) -> None:
         _current_request.set(None)  # the deadline of who published is not that of callbacks
-        for count in itertools.count(1):
-            if not self.queue:
-                break
+        handled = 0
+        while self.queue:
             item = self.queue[0]
             if isinstance(event := self.queue.take(), Gap):
                 await self.on_gap(event)
             else:
                 await _run_hooks_logged(item.receivers, event)
-            self.queue.current = None
-            if count % YIELD_MESSAGES == 0:  # plain callbacks never wait
+            self.queue.current, handled = None, handled + 1
+            if handled % YIELD_MESSAGES == 0:  # plain callbacks never wait
                 await asyncio.sleep(0)
         self._on_drained()
 

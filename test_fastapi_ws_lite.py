@@ -5670,7 +5670,8 @@ async def test_session_transport_is_good_for_one_connection(kind: str) -> None:
 
 
 @pytest.mark.parametrize(("options", "error"), [
-    ({"history": -1}, "history is 0 or more"), ({"on_slow": "wait"}, "on_slow is 'gap' or 'close'")])
+    ({"history": -1}, "history is 0 or more"),
+    ({"on_slow": "wait"}, "on_slow is 'gap' or 'close'")])
 def test_endpoint_with_an_impossible_option_says_so(options: Any, error: str) -> None:
     """What was wrong, and what is expected."""
     with pytest.raises(ValueError, match=error):
@@ -5688,7 +5689,8 @@ def test_endpoint_with_a_backbone_in_a_copy_without_says_so(
 async def test_endpoint_whose_log_was_replaced_tells_subscribers_or_closes_them_once() -> None:
     """One that has no topics any more is told nothing."""
     endpoint = PubSubEndpoint(on_slow="close")
-    async with (plain(endpoint, lib.SUBPROTOCOL) as idle, plain(endpoint, lib.SUBPROTOCOL) as slow):
+    async with (plain(endpoint, lib.SUBPROTOCOL) as idle,
+                plain(endpoint, lib.SUBPROTOCOL) as slow):
         for peer in (idle, slow):
             await peer.ask(ask(1, "subscribe", {"topics": ["t"]}))
         await idle.ask(ask(2, "unsubscribe", {"topics": ["t"]}))
