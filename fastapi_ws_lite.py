@@ -2613,7 +2613,7 @@ class _Cursor:
     replay ends there, and a client needs to remember one position only.
     """
 
-    __slots__ = ("_notifier", "_waiters", "channel", "format", "hook_calls", "is_lagging", "lock",
+    __slots__ = ("_notifier", "channel", "format", "hook_calls", "is_lagging", "lock",
                  "max_bytes", "next", "outbox", "patterns", "subscriber_id", "topics")
 
     def __init__(self, channel: RpcChannel, notifier: EventNotifier) -> None:
@@ -2624,7 +2624,6 @@ class _Cursor:
         self.topics, self.patterns = dict[str, None](), dict[str, None]()
         self.lock = asyncio.Lock()  # so that requests take effect in their order
         self.hook_calls: list[Any] = []  # calls of on_subscribe and on_unsubscribe to make
-        self._waiters: _Waiters = []  # for the cursor to move
         notifier._subscribers[self] = None
         if notifier._position_timer is None:
             notifier._announce_position()
@@ -2666,7 +2665,6 @@ class _Cursor:
     def go_live(self) -> None:
         """Go on at the end of the log."""
         self.is_lagging, self.next = False, self._notifier._log.end
-        _notify_all(self._waiters)
 
     def position(self) -> str:
         """The position of the last entry before the cursor; what has been dropped is told first."""
@@ -2690,7 +2688,7 @@ class _Cursor:
     async def wait_for(self, index: int) -> None:
         """Wait until everything before an index was sent, or the connection ends."""
         while self.is_lagging and self.next < index and not self.outbox.is_ended:
-            await _wait_notified(self._waiters)
+            await _wait_notified(self.outbox.room_waiters)
 
     def recent(self, matches: Callable[[str], bool], since: str | None,
                last: int | None) -> tuple[list[str], bool]:
@@ -2794,7 +2792,6 @@ class _Cursor:
         if outbox.cursor is self:
             self.is_lagging = self.next < log.end and len(self) > 0
             outbox.schedule_flush()  # there may be more to look at, and nothing to send
-        _notify_all(self._waiters)
 
 
 # ------------------------------------------------------------------------------------- endpoints
