@@ -2421,7 +2421,7 @@ class EventNotifier:
         """Publish an event to each topic, from any thread, with ``await`` or without.
 
         When it was awaited, the event is in the log: that of the backbone, if there is one. Other
-        threads do not wait for that.
+        threads do not wait for that, and a failure is logged.
 
         Args:
             data: a JSON value; models and dataclasses are encoded as pydantic does.
@@ -2474,7 +2474,12 @@ class EventNotifier:
 
     def _take_from_threads(self) -> None:
         while self._from_threads:
-            self._append(*self._from_threads.popleft())
+            topics, data, origin = self._from_threads.popleft()
+            try:
+                self._append(topics, data, origin)
+            except RpcError as error:  # of this event alone, whose publisher did not wait
+                logger.error("publish to %.200s failed, and nobody waited for it: %s",
+                             topics, error)
 
     def _append(self, topics: tuple[str, ...], data: str,
                 origin: str | None) -> _OptionalAwait[None]:

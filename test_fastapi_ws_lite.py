@@ -7780,6 +7780,21 @@ async def test_backbone_queue_and_events_are_bounded(
         assert max(map(len, broker.entries.values())) < 1200
 
 
+async def test_backbone_event_of_a_thread_that_it_refuses_is_logged_and_fails_nobody_else(
+        broker: MemoryLog, caplog: pytest.LogCaptureFixture) -> None:
+    """A thread does not wait, so its failure is logged; who publishes on the loop has no part."""
+    broker.max_size = 1200  # type: ignore[attr-defined]
+    async with hearing(broker) as (one, heard):
+        for data in ("x" * 1200, "from a thread"):
+            thread = threading.Thread(target=one.publish, args=(["t"], data))
+            thread.start()
+            thread.join()  # on the loop, which therefore has not taken the event yet
+        await one.publish(["t"], "from the loop")
+        await has(heard, "from a thread", "from the loop")
+    [record] = [r for r in caplog.records if "the backbone takes" in r.getMessage()]
+    assert "nobody waited for it" in record.getMessage() and record.name == lib.logger.name
+
+
 async def test_backbone_number_that_is_missing_is_a_gap(broker: MemoryLog) -> None:
     """A hole in a writer's numbers is told once, in its place; a number that was had is dropped."""
     async with two_hearing(broker) as (_, _, at_one, at_two):
