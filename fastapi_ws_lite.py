@@ -1104,11 +1104,11 @@ async def _wait_notified(waiters: _Waiters) -> None:
             waiters.remove(waiter)
 
 
-async def _in_time(seconds: float | None, waiting: Awaitable[Any], otherwise: str) -> None:
+async def _in_time(seconds: float | None, waiting: Awaitable[_T], otherwise: str) -> _T:
     """Wait for something. Raises RequestTimeout, with this text, when the seconds are over."""
     try:
         async with asyncio.timeout(seconds):
-            await waiting
+            return await waiting
     except TimeoutError:
         raise RequestTimeout(otherwise) from None
 
@@ -2130,11 +2130,8 @@ class Subscription:
 
         Raises RequestTimeout; and what iterating raises, or ChannelClosed after `cancel`.
         """
-        try:
-            async with asyncio.timeout(timeout):
-                event = await self._next_event()
-        except TimeoutError:
-            raise RequestTimeout(f"no event of {', '.join(self.topics)} in {timeout} s") from None
+        event = await _in_time(
+            timeout, self._next_event(), f"no event of {', '.join(self.topics)} in {timeout} s")
         if event is None:
             raise self._error or ChannelClosed(1000, "the subscription has ended")
         return event
@@ -4367,7 +4364,7 @@ def _ts_type(schema: Any) -> str:
         return str(schema["$ref"]).rpartition("/")[2]
     if values := schema.get("enum", [schema["const"]] if "const" in schema else []):
         return " | ".join(map(json.dumps, values))
-    for key in ("anyOf", "oneOf", "allOf"):  # pydantic 2.8 has a single one in allOf
+    for key in ("anyOf", "oneOf"):
         if key in schema:
             return " | ".join(map(_ts_type, schema[key]))
     if kind == "array":
@@ -5438,12 +5435,7 @@ class _RemoteIterator(Iterator[Any]):
     def __del__(self) -> None:
         if self._is_open and not self._remote._is_closed:
             with contextlib.suppress(RuntimeError):  # the loop may have ended with the process
-                asyncio.run_coroutine_threadsafe(self._finish(), self._remote._loop)
-
-    async def _finish(self) -> None:
-        result = self._close()
-        if inspect.isawaitable(result):
-            await result
+                asyncio.run_coroutine_threadsafe(_run_hooks(self._close), self._remote._loop)
 
 
 class _RemoteProxy:
