@@ -5081,9 +5081,10 @@ _SHARED_LOGS.append(_shared_log)
 
 # ----------------------------------------------------------------------------------------- fleet
 # All servers on one backbone as one. They tell each other on two internal topics, which no client
-# can name: their roster (whole, every 5 s and 50 ms after a change), and calls with their answers.
-# A server whose roster is 15 s old is gone, and calls under way to it fail. What was written before
-# a server joined is not acted upon, and the log drops repeats, so a call is performed once.
+# can name: their roster (whole, at each beat and 50 ms after a change), and calls with their
+# answers. A server that is silent for too long is gone, and calls under way to it fail. What was
+# written before a server joined is not acted upon, and the log drops repeats, so a call is
+# performed once.
 
 FLEET_BEAT_SECONDS: Final = 5.0
 FLEET_SILENCE_SECONDS: Final = 15.0  # three missed beats
@@ -5102,12 +5103,12 @@ class Fleet:
     def __init__(self, endpoint: PubSubEndpoint) -> None:
         self._endpoint, self._notifier, self._id = endpoint, endpoint.notifier, ""
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._heard: dict[str, float] = {}  # when each server was heard last
+        self._beat: asyncio.TimerHandle  # when our roster is told next
+        self._silence: dict[str, asyncio.TimerHandle] = {}  # when each other server is given up
         # The topics of each client by server and identity, in the order in which they came.
         self._clients: dict[tuple[str, str], list[str]] = {}
         self._calls: dict[str, tuple[str, asyncio.Future[Any]]] = {}  # by id: server, answer
         self._running: dict[str, _Task] = {}  # calls of other servers, by id
-        self._is_changed = False
         self._notifier.internal |= {_ROSTER: self._on_roster, _CALLS: self._on_call}
         for name in ("on_connect", "on_disconnect", "on_subscribe", "on_unsubscribe"):
             hooks = getattr(endpoint, name)
@@ -5169,63 +5170,65 @@ class Fleet:
         return [c for c in self._endpoint.channels.values() if c.identity == identity]
 
     def _start(self) -> asyncio.AbstractEventLoop:
-        """Begin, once on each event loop: tell our roster, which others answer with theirs."""
+        """Begin, once on each event loop, and anew after the endpoint was closed."""
         loop = asyncio.get_running_loop()
-        if self._loop is not loop:
+        if self._loop is not loop or self._notifier._loop is not loop:
             self._loop, self._id, self._started_at = loop, uuid.uuid4().hex[:12], loop.time()
-            self._heard, self._clients = {self._id: loop.time()}, {}
-            self._tell_roster(is_first=True)
-            self._beat(loop)
+            self._silence, self._clients = {}, {}
+            self._notifier._attach()
+            self._tell_roster()
         return loop
 
     def _tell(self, topic: str, **message: Any) -> _OptionalAwait[None]:
         return self._notifier.publish([topic], {"from": self._id, **message})
 
-    def _tell_roster(self, *, is_first: bool = False) -> None:
-        self._is_changed, self._told_at = False, asyncio.get_running_loop().time()
+    def _tell_roster(self) -> None:
+        """Tell who is connected here, at every beat until the endpoint is closed."""
+        if (loop := self._notifier._loop) is not self._loop or loop is None:
+            return
+        self._beat = loop.call_later(FLEET_BEAT_SECONDS, self._tell_roster)
         clients: dict[str, list[str]] = {}
         for channel in self._endpoint.channels.values():
             if channel.identity is not None:
                 topics = clients.setdefault(channel.identity, [])
                 topics += channel._subscriber.topics if channel._subscriber else ()
-        self._tell(_ROSTER, clients=clients, is_first=is_first)
+        try:
+            self._tell(_ROSTER, clients=clients)
+        except RpcError as error:  # the next beat tries again
+            logger.warning("other servers were not told who is connected here: %s", error)
+
+    def _tell_soon(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._beat.when() > loop.time() + 0.05:
+            self._beat.cancel()
+            self._beat = loop.call_later(0.05, self._tell_roster)
 
     def _on_change(self, channel: RpcChannel, *_: Any) -> None:
         """A hook: a client has come or gone, or its topics have changed."""
-        if channel.identity is not None and not self._is_changed:
-            self._is_changed = True
-            loop = self._start()
-            loop.call_later(0.05, self._tell_change, loop)
-
-    def _tell_change(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self._notifier._loop is loop:  # otherwise the endpoint was closed meanwhile
-            self._tell_roster()
-
-    def _beat(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self._notifier._loop is not loop:  # the endpoint was closed
-            self._loop = None
-            return
-        now = self._heard[self._id] = loop.time()
-        if now - self._told_at >= FLEET_BEAT_SECONDS:
-            self._tell_roster()
-        for id, heard_at in list(self._heard.items()):
-            if now - heard_at > FLEET_SILENCE_SECONDS:
-                del self._heard[id]
-                self._clients = {key: t for key, t in self._clients.items() if key[0] != id}
-                for answer in [a for s, a in self._calls.values() if s == id and not a.done()]:
-                    answer.set_result(ChannelClosed(1006, "the client's server is gone"))
-        loop.call_later(1.0, self._beat, loop)
+        if channel.identity is not None:
+            loop = self._start() if channel._closed is None else asyncio.get_running_loop()
+            if self._loop is loop:
+                self._tell_soon(loop)
 
     def _on_roster(self, text: str) -> None:
-        now, message = self._start().time(), _decode(text)
+        loop, message = self._start(), _decode(text)
         id, clients = message["from"], message["clients"]
-        self._heard[id] = now
+        if id in self._silence:
+            self._silence[id].cancel()
+        elif id != self._id:  # a server that has just begun knows nobody yet
+            self._tell_soon(loop)
+        if id != self._id:
+            self._silence[id] = loop.call_later(FLEET_SILENCE_SECONDS, self._forget, id)
         for key in [k for k in self._clients if k[0] == id and k[1] not in clients]:
             del self._clients[key]
         for identity, topics in clients.items():
             self._clients[id, identity] = topics  # a new one is the last
-        if message["is_first"] and id != self._id:
-            self._tell_roster()
+
+    def _forget(self, id: str) -> None:
+        """A server is gone, with its clients."""
+        del self._silence[id]
+        self._clients = {key: topics for key, topics in self._clients.items() if key[0] != id}
+        for answer in [a for server, a in self._calls.values() if server == id and not a.done()]:
+            answer.set_result(ChannelClosed(1006, "the client's server is gone"))
 
     def _on_call(self, text: str) -> None:
         """A call for a client of this server, its cancellation, or an answer."""
@@ -5247,18 +5250,17 @@ class Fleet:
                        timeout: float | None) -> None:
         """Call a client of this server for another one, and tell it the outcome."""
         _current_request.set(None)
-        answer: dict[str, Any]
+        tell = functools.partial(self._tell, _CALLS, to=server, id=id)
         try:
             if not (channels := self._channels(identity)):
                 raise ChannelClosed(1006, "the client has left")
-            answer = {"result": (await channels[-1].call(method, args, timeout=timeout)).result}
+            tell(result=(await channels[-1].call(method, args, timeout=timeout)).result)
         except ChannelClosed as error:
-            answer = {"closed": [error.code, error.reason]}
-        except RpcError as error:
-            answer = {"error": _decode(_error_object(error))}
+            tell(closed=[error.code, error.reason])
+        except RpcError as error:  # also of a result that is too large for the backbone
+            tell(error=_decode(_error_object(error)))
         finally:
             del self._running[id]
-        self._tell(_CALLS, to=server, id=id, **answer)
 
 
 __all__ += ["Fleet"]

@@ -8496,7 +8496,7 @@ class FleetLog:
     def __init__(self) -> None:
         self.entries: list[bytes] = []
         self.waiters: list[asyncio.Future[None]] = []
-        self.repeats = False
+        self.repeats, self.max_size = False, lib.MAX_MESSAGE_BYTES
 
     async def ends(self) -> tuple[int, int]:
         return 0, len(self.entries)
@@ -8666,16 +8666,14 @@ async def test_fleet_of_an_endpoint_that_was_closed_begins_anew() -> None:
         async with server.agent("ann", FleetAgent()):
             await until(lambda: server.fleet.online() == ["ann"])
         await server.endpoint.close()
-        loop = asyncio.get_running_loop()
-        server.fleet._beat(loop)  # which comes within a second
-        server.fleet._tell_change(loop)  # and this within 50 ms
-        assert server.fleet._loop is None and server.endpoint.notifier._loop is None
+        server.fleet._tell_roster()  # the beat that was to come
+        assert server.endpoint.notifier._loop is None
 
 
 async def test_fleet_server_that_is_silent_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its identities vanish, and calls that are under way there fail with ChannelClosed."""
     monkeypatch.setattr(lib, "FLEET_SILENCE_SECONDS", 0.5)
-    monkeypatch.setattr(lib, "FLEET_BEAT_SECONDS", 0.0)
+    monkeypatch.setattr(lib, "FLEET_BEAT_SECONDS", 0.1)
     async with fleet_of() as (here, there), there.agent("ann", FleetAgent()):
         call = asyncio.create_task(here.fleet.call("ann", "hold"))
         await until(lambda: there.fleet._running)
@@ -8683,6 +8681,33 @@ async def test_fleet_server_that_is_silent_is_gone(monkeypatch: pytest.MonkeyPat
         with pytest.raises(ChannelClosed):
             await call
         assert here.fleet.online() == []
+
+
+async def test_fleet_answer_that_is_too_large_for_the_backbone_is_an_error() -> None:
+    """So that its caller does not wait for it until the timeout."""
+    class Talker(RpcMethodsBase):
+        async def talk(self) -> str:
+            return "x" * 3000
+
+    log = FleetLog()
+    log.max_size = 2000
+    async with fleet_of(2, log) as (here, there), there.agent("ann", Talker()):
+        with pytest.raises(MessageTooLarge):
+            await here.fleet.call("ann", "talk")
+
+
+async def test_fleet_that_cannot_tell_its_roster_tries_again(
+        monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """While too many events wait for the backbone, its beat goes on."""
+    monkeypatch.setattr(lib, "FLEET_BEAT_SECONDS", 0.1)
+    async with fleet_of() as (here, there):
+        here.fleet.online()
+        with monkeypatch.context() as overloaded:
+            overloaded.setattr(lib, "QUEUE_EVENTS", 0)
+            async with there.agent("ann", FleetAgent()):
+                await until(lambda: "were not told" in caplog.text)
+        async with there.agent("bob", FleetAgent()):
+            await until(lambda: here.fleet.online() == ["bob"])
 
 
 async def test_fleet_topics_are_internal() -> None:
