@@ -911,8 +911,9 @@ class Backbone(Protocol):
     """An append-only log on a broker, which several servers share; implement it for one of yours.
 
     `append` and `read` run at the same time, in two tasks. Each method may raise what the driver
-    raises while the broker is away, and is called again after a pause; an error of programming,
-    such as TypeError, is logged and ends the log. Optional ``max_size``: the bytes of an entry.
+    raises while the broker is away; then `close` is called and, after a pause, the method again. An
+    error of programming, such as TypeError, is logged and ends the log. Offsets grow from entry to
+    entry, and may leave numbers out. Optional ``max_size``: the bytes of an entry.
     """
 
     async def ends(self) -> tuple[int, int]:
@@ -1977,7 +1978,7 @@ class RpcChannel(_Caller):
         """Await what was cancelled, for a second at most, and close the socket."""
         tasks, closed = self._open_tasks(), await self.wait_closed()
         try:
-            if tasks:  # pragma: no branch
+            if tasks:  # pragma: no branch  # all may be spared, as they have called close()
                 await asyncio.wait(tasks, timeout=GRACE_SECONDS)
         finally:
             code = 1000 if closed.code in (1005, 1006, 1015) else closed.code  # are never sent
@@ -3526,7 +3527,8 @@ class RpcClient(_Peer, _Caller):
             RpcEndpoint.
 
     HTTP status 401, 403 and 404 are final until the client has once been ready, and close code 1008
-    always is. If ``headers`` is a callable, one more attempt with fresh headers is made first.
+    always is. If ``headers`` is a callable, one more attempt with fresh headers is made first; and
+    another one whenever a connection was ready for a second.
 
     Attributes:
         state: "new", "connecting", "ready", "waiting" (to connect again) or "closed".
@@ -3781,7 +3783,8 @@ class PubSubClient(RpcClient):
     """An RpcClient that can also subscribe and publish.
 
     Callbacks run one at a time, in the order of the events, across all subscriptions. After a
-    reconnect the client resumes: what was published meanwhile arrives, or a gap is told.
+    reconnect the client resumes: what was published meanwhile arrives, or a gap is told. Calls and
+    events have no common order: the answer to a call may come before events that are older.
 
     Args:
         server_uri, methods, headers, transport, connect_timeout, retry, on_connect, on_disconnect,
