@@ -282,14 +282,15 @@ def _encode(value: object) -> str:
     return _check_json(to_json(value, bytes_mode="base64"))
 
 
-def _check_json(text: bytes) -> str:
+def _check_json(encoded: bytes) -> str:
     """Raises ValueError for NaN and infinity, which pydantic writes although JSON has none."""
-    if b"NaN" in text or b"Infinity" in text:  # they may also stand in a string, which is harmless
+    text = encoded.decode()
+    if "NaN" in text or "Infinity" in text:  # they may also stand in a string, which is harmless
         try:
             _decode(text)
         except ValueError as error:
             raise ValueError(f"JSON has no NaN and no infinity: {error}") from error
-    return text.decode()
+    return text
 
 
 def _decode(frame: str | bytes) -> Any:
@@ -1436,7 +1437,7 @@ class _RequestRunner:
             request._deadline = loop.time() + request._timeout
         self.running[request] = None
         task: asyncio.Task[None] = asyncio.Task(
-            self._run(request, method), loop=loop, **_TASK_OPTIONS)
+            self._run(request, method), loop=loop, name=method.name, **_TASK_OPTIONS)
         if not task.done():  # pragma: no branch  # it may be, from Python 3.12 on
             self.running[request] = task
             if request._deadline is not None:
