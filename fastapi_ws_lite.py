@@ -1275,7 +1275,8 @@ class _Outbox:
         self._channel = channel
         self.transport: _UvicornTransport | None = getattr(channel._socket, "_uvicorn", None)
         self._queue: list[tuple[str, int]] = []  # messages with their size in bytes
-        self.size = 0  # of them, and of answers that wait for the rest of their batch
+        self.size = 0  # bytes of them
+        self.held = 0  # bytes of answers that wait for the rest of their batch
         self.room_waiters: _Waiters = []  # for room, or for credit
         self.cursor: _Cursor | None = None  # the subscriber that is fed as there is room
         self._is_busy = self.is_ended = False  # busy: a flush is scheduled, or the writer runs
@@ -1297,6 +1298,9 @@ class _Outbox:
         if not self._is_busy and not self.is_ended:
             self._is_busy = True
             self._channel._loop.call_soon(self._flush)
+
+    def is_full(self) -> bool:
+        return self.size + self.held > OUTBOX_BYTES
 
     def write_shared(self, frames: bytes) -> bool:
         """Write frames that many connections get alike. False if something waits before them."""
@@ -1542,6 +1546,8 @@ class _RequestRunner:
                 text = channel.format.request(None, "$/stream", params)
                 if (size := _utf8_len(text)) > channel._peer_max_size:
                     raise MessageTooLarge(f"an item of {size} bytes is too large")
+                if outbox.is_full():  # many streams may have passed the wait below together
+                    raise Overloaded("too many items wait to be sent to this peer")
                 if request._is_open:
                     outbox.put(text, size)
                 request._credit -= 1
@@ -1567,29 +1573,34 @@ class _RequestRunner:
         return InternalError(data={"error_id": error_id})
 
     def answer(self, request: RpcRequest, outcome: str | RpcError) -> None:
-        """Give the one answer: the JSON text of a result, or an error."""
+        """Give the one answer: the JSON text of a result, or an error.
+
+        An answer, also an error, that is too much for the peer or the outbox is replaced by a short
+        error.
+        """
         if not request._is_open:
             return
         channel, outbox, batch = self._channel, self._channel._outbox, request._batch
-        request._is_open, text, size = False, "", 0
-        if isinstance(outcome, str):
-            text = channel.format.result(request.id, outcome)
-            size = _utf8_len(text)
-            if size + (0 if batch is None else batch.size) > channel._peer_max_size:
-                outcome = MessageTooLarge(f"the answer of {size} bytes is too large")
-            elif outbox.size > OUTBOX_BYTES:
-                outcome = Overloaded("too many answers wait to be sent to this peer")
-        if isinstance(outcome, RpcError):
-            text = channel.format.error(request.id, outcome)
+        format, refusal = channel.format, cast(RpcError | None, None)
+        request._is_open = False
+        text = (format.result(request.id, outcome) if isinstance(outcome, str)
+                else format.error(request.id, outcome))
+        size = _utf8_len(text)
+        if size + (0 if batch is None else batch.size) > channel._peer_max_size:
+            refusal = MessageTooLarge(f"the answer of {size} bytes is too large")
+        elif outbox.is_full():
+            refusal = Overloaded("too many answers wait to be sent to this peer")
+        if refusal is not None:
+            text = min(text, format.error(request.id, refusal), key=len)
             size = _utf8_len(text)
         if batch is None:
             outbox.put(text, size)
             return
         batch.append(text)
         batch.size, batch.missing = batch.size + size + 1, batch.missing - 1
-        outbox.size += size + 1
+        outbox.held += size + 1
         if batch.missing == 0:
-            outbox.size -= batch.size - 2
+            outbox.held -= batch.size - 2
             outbox.put(f"[{','.join(batch)}]")
 
     def abort(self, request: RpcRequest, error: RpcError) -> None:
@@ -1792,7 +1803,7 @@ class RpcChannel(_Caller):
                       credit: int = 0) -> None:
         if self._closed is not None:
             raise ChannelClosed(self._closed.code, self._closed.reason)
-        if self._outbox.size > OUTBOX_BYTES:
+        if self._outbox.is_full():
             raise Overloaded("too much waits to be sent to this peer")
         params = None if args is None else _encode(args)
         if params is not None and params[0] not in "{[":

@@ -1349,25 +1349,48 @@ async def test_hostile_pubsub_parameters_are_refused_and_leave_nothing(
     assert not caplog.records
 
 
-@pytest.mark.parametrize("is_batch", [False, True])
+class Large(Worker):
+    async def refuse(self) -> None:
+        raise RpcError(7, "no", "x" * 50_000)
+
+    async def items(self) -> AsyncIterator[str]:
+        await asyncio.sleep(0)  # so all streams begin before the first item is sent
+        yield "x" * 50_000
+
+
+@pytest.mark.parametrize("large", [
+    [ask(1, "text", [50_000])], [ask(1, "text", [50_000]), ask(2, "hold")], [ask(1, "refuse")],
+    [ask(1, "items", stream=9)]], ids=["results", "batches", "errors", "streams"])
 async def test_hostile_requests_for_large_answers_hold_no_more_than_the_outbox(
-        is_batch: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        large: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A peer that reads nothing gets Overloaded once its unsent answers are too much together,
-    also of batches that wait for one that takes long.
+    also of batches that wait for one that takes long, errors with data, and items of streams.
     """
     monkeypatch.setattr(lib, "OUTBOX_BYTES", 2**20)
     monkeypatch.setattr(lib, "PAUSE_BYTES", 2**30)
-    async with plain(RpcEndpoint(worker := Worker())) as peer:
+    async with plain(RpcEndpoint(worker := Large())) as peer:
         for _ in range(200):
-            await peer.send([ask(1, "text", [50_000]), ask(2, "hold")] if is_batch
-                            else ask(1, "text", [50_000]))
+            await peer.send(large if len(large) > 1 else large[0])
         await peer.send(ask(2, "hold"))
-        await until(lambda: len(worker.seen) == 1 + 200 * is_batch)
+        await until(lambda: len(worker.seen) == 1 + 200 * (len(large) > 1))
         worker.go.set()
-        got = flat([await peer.recv() for _ in range(201)])
-    sizes = [len(a["result"]) for a in got if a["id"] == 1 and "result" in a]
-    assert sizes == [50_000] * len(sizes) and 10 < len(sizes) < 60  # 16 are in the transport
-    assert {a["error"]["code"] for a in got if "error" in a} == {-32002}
+        got = [await peer.recv()]
+        while sum("id" in answer for answer in flat(got)) < 201 + 200 * (len(large) > 1):
+            got.append(await peer.recv())
+    is_large = [len(json.dumps(answer)) > 50_000 for answer in flat(got)]
+    assert 10 < sum(is_large) < 60  # 16 are in the transport
+    assert {answer["error"]["code"] for answer in flat(got) if "error" in answer} <= {-32002, 7}
+
+
+async def test_batch_of_subscribes_is_answered_however_large_their_replays_are() -> None:
+    """The first answer waits for the second one, which waits for room, but not for the first."""
+    endpoint = PubSubEndpoint()
+    for n in range(40):
+        endpoint.publish("t", [n, "x" * 5000])
+    async with plain(endpoint) as peer:
+        answers = await peer.ask([ask(n, "subscribe", {"topics": ["t"], "last": 40})
+                                  for n in range(3)])
+        assert [len(answer["result"]["events"]) for answer in answers] == [40] * 3
 
 
 async def test_hostile_burst_of_requests_lets_others_have_their_turn() -> None:
