@@ -2910,15 +2910,17 @@ class RpcEndpoint(_Peer):
             context: any other keyword arguments become ``channel.context``.
 
         Cancelling it closes the connection. If the connection was accepted already, it is served
-        without the subprotocol, with a warning.
+        without the subprotocol, with a warning. ``allowed_origins`` holds in both cases.
         """
         self._attach()
-        if websocket.application_state is WebSocketState.CONNECTING:
+        subprotocol, state = None, WebSocketState
+        if websocket.application_state is not state.DISCONNECTED and not self._welcomes(websocket):
+            await websocket.close(POLICY_VIOLATION)
+        elif websocket.application_state is state.CONNECTING:
             subprotocol = await self._accept(websocket, accept_headers)
         else:
-            subprotocol = None
             logger.warning("leave accept() to main_loop(), which negotiates %s", SUBPROTOCOL)
-        if websocket.application_state is not WebSocketState.CONNECTED:
+        if websocket.application_state is not state.CONNECTED:
             return
         format = _WS_LITE if subprotocol == SUBPROTOCOL else _JSONRPC if subprotocol else None
         channel = RpcChannel(_ServerSocket(websocket, subprotocol), self, format,
@@ -2948,14 +2950,17 @@ class RpcEndpoint(_Peer):
     def _on_channel_closed(self, channel: RpcChannel) -> None:
         self.channels.pop(channel.id, None)
 
-    async def _accept(self, websocket: WebSocket, headers: _HeaderList | None) -> str | None:
+    def _welcomes(self, websocket: WebSocket) -> bool:
+        """Whether the page that connects, if it is one, may do so."""
         origin, host = (websocket.headers.get(name, "") for name in ("origin", "host"))
-        if origin and origin.partition("://")[2] != host.lower() and (
-                not self._origins.fullmatch(origin)):
-            logger.warning("refused a connection from a page of %r to %r: allowed_origins does not "
-                           "name it", origin, host)
-            await websocket.close(POLICY_VIOLATION)
-            return None
+        is_own = bool(host) and origin.partition("://")[2] == host.lower()
+        if not origin or is_own or self._origins.fullmatch(origin):
+            return True
+        logger.warning("refused a connection from a page of %r to %r: allowed_origins does not "
+                       "name it", origin, host)
+        return False
+
+    async def _accept(self, websocket: WebSocket, headers: _HeaderList | None) -> str | None:
         offered = websocket.scope.get("subprotocols", ())
         chosen = next((n for n in (SUBPROTOCOL, *self.subprotocols) if n in offered), None)
         pairs = headers.items() if isinstance(headers, Mapping) else headers or ()

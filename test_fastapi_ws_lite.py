@@ -4670,6 +4670,42 @@ async def test_origin_of_another_site_is_refused_on_a_real_socket(
     assert "allowed_origins does not name it" in caplog.text
 
 
+async def test_origin_of_another_site_is_refused_where_the_route_has_accepted_it() -> None:
+    """A route that accepts by itself has not thought of it, and is closed by 1008."""
+    app, endpoint = FastAPI(), RpcEndpoint(Calculator())
+
+    @app.websocket("/ws")
+    async def route(websocket: WebSocket) -> None:
+        await websocket.accept()
+        await endpoint.main_loop(websocket)
+
+    for origin in ("https://shop.test", "https://evil.test"):
+        peer = Raw(await ASGITransport(app).open(
+            "ws://shop.test/ws", headers=[("origin", origin)], subprotocols=[], max_size=2**24))
+        if origin == "https://shop.test":
+            assert await peer.ask(ask(1, "add", [1, 2])) == done(1, 3)
+            await peer.connection.close(1000, "")
+    with pytest.raises(ChannelClosed) as closed:
+        await peer.ask(ask(1, "add", [1, 2]))
+    assert closed.value.code == 1008
+
+
+async def test_origin_of_no_host_is_not_that_of_a_request_without_one() -> None:
+    """A sandboxed page has the origin "null", and some servers pass no Host on."""
+    sent, kinds = list[str](), iter(["connect", "disconnect"])
+
+    async def receive() -> Message:
+        return {"type": f"websocket.{next(kinds)}"}
+
+    async def send(message: Message) -> None:
+        sent.append(message["type"])
+
+    await app_of(RpcEndpoint(Calculator()))({
+        "type": "websocket", "path": "/ws", "query_string": b"", "subprotocols": [],
+        "headers": [(b"origin", b"null")]}, receive, send)
+    assert sent == ["websocket.close"]
+
+
 @pytest.mark.parametrize("origin", [
     "", "good.test", "https://", "https://good.test/", "https://good.test/path",
     "https://good.test?q", "https://Good.test", "HTTPS://good.test", "https://good.test:443",
