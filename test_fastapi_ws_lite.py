@@ -1654,6 +1654,15 @@ async def test_arguments_that_do_not_fit_are_not_repeated(hint: Any, value: Any)
         assert len(caught.value.data) == 1
 
 
+async def test_arguments_with_long_keys_make_no_long_error() -> None:
+    """A key that the peer has sent stands in the path of each problem below it, and is cut."""
+    async with client_of(echo_of(dict[str, list[int]])) as client:
+        with pytest.raises(InvalidParams) as caught:
+            await client.call("echo", [{"k" * 10_000: ["x"] * 99}])
+        paths = [problem["loc"] for problem in caught.value.data]
+        assert paths == [[0, "k" * 100, n] for n in range(99)] and len(str(caught.value)) < 1000
+
+
 async def test_arguments_without_hints_are_as_they_are() -> None:
     """By name, position, *args and **kwargs; an alias is the name; Base64Bytes are read once."""
     class Loose(RpcMethodsBase):
@@ -3823,15 +3832,21 @@ async def test_subscribe_in_many_requests_is_bounded(monkeypatch: pytest.MonkeyP
         assert endpoint.stats()["subscriptions"] == 5
 
 
-@pytest.mark.parametrize("method", ["subscribe", "unsubscribe", "publish"])
-async def test_topics_by_the_million_are_counted_before_they_are_looked_at(method: str) -> None:
-    """The request costs little more than reading its JSON."""
-    text = json.dumps(ask(1, method, {"topics": [f"t{n}" for n in range(200_000)]}))
+@pytest.mark.parametrize(("method", "params", "said"), [
+    *((method, '{"topics":[*]}', said) for method in ("subscribe", "unsubscribe", "publish")
+      for said in ("not 200000", "a valid string")),
+    ("_ping_", "[*]", "1000000 arguments")])
+async def test_topics_by_the_million_are_counted_before_they_are_looked_at(
+        method: str, params: str, said: str) -> None:
+    """The request costs little more than reading its JSON, also if they are no topics at all."""
+    names = json.dumps([f"t{n}" for n in range(200_000)] if "not" in said else [0] * 1_000_000)
+    params = params.replace("[*]", names)
+    text = f'{{"jsonrpc":"2.0","method":"{method}","params":{params},"id":1}}'
     times = [time.thread_time()]
     json.loads(text)
     times.append(time.thread_time())
     async with plain(PubSubEndpoint(), lib.SUBPROTOCOL) as peer:
-        assert "200000" in (await peer.ask(text))["error"]["message"]
+        assert said in (await peer.ask(text))["error"]["message"]
     assert time.thread_time() - times[1] < 3 * (times[1] - times[0]) + 0.1
 
 
