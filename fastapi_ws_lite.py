@@ -4865,16 +4865,18 @@ class _SharedLog:
         if self._ended is not None:
             raise self._ended.with_traceback(None)
         new_future = asyncio.get_running_loop().create_future
-        source = "null" if origin is None else _json_string(origin)
-        texts = [f"\n[{_json_string(topic)},{source}]\n{data}" for topic in topics]
-        new = [_UnsentEvent(text, _utf8_len(text), new_future()) for text in texts]
-        if (largest := max((event.size for event in new), default=0)) > self._max_entry:
+        source, data_size = "null" if origin is None else _json_string(origin), _utf8_len(data)
+        heads = [f"\n[{_json_string(topic)},{source}]\n" for topic in topics]
+        sizes = [_utf8_len(head) + data_size for head in heads]
+        if (largest := max(sizes, default=0)) > self._max_entry:
             raise MessageTooLarge(f"{largest} bytes, the backbone takes {self._max_entry}")
-        size = sum(event.size for event in new)
-        if self and self._queued_bytes + size > OUTBOX_BYTES:
-            raise Overloaded(f"{self._queued_bytes} bytes wait to be published")
+        queued_bytes = self._queued_bytes + sum(sizes)
+        if queued_bytes > OUTBOX_BYTES and (self or len(topics) > 1):  # a single one is bounded
+            raise Overloaded(f"{queued_bytes} bytes wait to be published")
+        new = [_UnsentEvent(head + data, size, new_future())
+               for head, size in zip(heads, sizes, strict=True)]
         self._queue.extend(new)
-        self._queued_bytes += size
+        self._queued_bytes = queued_bytes
         _notify_all(self._waiters)
         return [event.stored for event in new]
 

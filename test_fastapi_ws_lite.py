@@ -7850,6 +7850,8 @@ async def test_backbone_queue_and_events_are_bounded(
         assert state(one)["queued"] == 4
         broker.is_frozen = False
         await asyncio.gather(*queued)
+        with pytest.raises(Overloaded):  # nothing waits any more, but this is too much at once
+            one.publish(["t"] + [f"{n}" for n in range(5)], "x" * 1000)
         await until(lambda: len(heard) == 4)
         assert max(map(len, broker.entries.values())) < 1200
 
