@@ -1245,6 +1245,7 @@ class _Peer:
         if taken := methods.keys() & self._table.keys():
             raise ValueError(f"there is a method {', '.join(sorted(taken))} already")
         self._table.update(methods)
+        self._document: dict[str, Any] | None = None  # of the methods, once it was asked for
 
     async def _check_allowed(self, channel: "RpcChannel", action: str,
                              names: tuple[str, ...]) -> None:
@@ -4219,7 +4220,8 @@ _WIRE_FORMATS.append(_LegacyFormat())
 # `_discover` when a peer calls `rpc.discover`, and `register_openrpc` serves the same document over
 # HTTP. The schemas are made from the adapters that validate arguments and serialise results, so
 # the document agrees with what the server does. The shell's commands `methods` and `types` print a
-# document as TypeScript. Making a document changes no state.
+# document as TypeScript. It is made once, and anew after methods were added, because that takes
+# milliseconds, in which the event loop serves nobody else.
 
 _SCHEMA_REF: Final = "#/components/schemas/"
 
@@ -4256,7 +4258,14 @@ class _Schemas(GenerateJsonSchema):
 
 
 def _document(peer: RpcEndpoint | RpcClient) -> dict[str, Any]:
-    """The document of a side's own methods, whose class gives its title, text and version."""
+    """The document of a side's own methods. Do not change what it returns."""
+    if peer._document is None:
+        peer._document = _make_document(peer)
+    return peer._document
+
+
+def _make_document(peer: RpcEndpoint | RpcClient) -> dict[str, Any]:
+    """Describe a side's own methods, whose class gives title, text and version."""
     owner = type(peer if peer.methods is None else peer.methods)
     methods = {name: method for name, method in peer._table.items()
                if isinstance(method, _ExposedMethod) and not method.is_built_in}
@@ -4304,7 +4313,7 @@ def _method_object(name: str, method: _ExposedMethod, arguments: dict[str, Any],
 
 def register_openrpc(app_or_router: FastAPI | APIRouter, endpoint: RpcEndpoint, path: str, *,
                      dependencies: Sequence[Depends] | None = None) -> None:
-    """Serve the OpenRPC document of an endpoint over HTTP, made anew for each request.
+    """Serve the OpenRPC document of an endpoint over HTTP.
 
     Args:
         app_or_router: gets a GET route, which is not in FastAPI's own OpenAPI document.

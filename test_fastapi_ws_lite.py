@@ -7553,7 +7553,7 @@ def test_document_bytes_are_base64_unless_a_model_says_otherwise() -> None:
 
 
 def test_document_follows_methods_that_are_added() -> None:
-    """An endpoint without methods has an empty document, until one is added."""
+    """An endpoint without methods has an empty document, until one is added. It is made once."""
     endpoint = lib.RpcEndpoint()
     empty = lib._document(endpoint)
     assert (checked_methods(empty), empty["info"]["title"]) == ({}, "RpcEndpoint")
@@ -7564,6 +7564,7 @@ def test_document_follows_methods_that_are_added() -> None:
         return 1
 
     assert list(checked_methods(lib._document(endpoint))) == ["later"]
+    assert lib._document(endpoint) is lib._document(endpoint)
 
 
 async def test_discover_is_up_to_authorize() -> None:
