@@ -140,7 +140,7 @@ HISTORY_EVENTS: Final = 4096
 HISTORY_BYTES: Final = 16 * 2**20
 REPLAY_EVENTS: Final = 1000  # in the answer to one subscribe with since or last
 REPLAY_BYTES: Final = 2**20
-CATCH_UP_EVENTS: Final = 256  # of the log that are looked at for a subscriber in one turn
+CATCH_UP_EVENTS: Final = 256  # of the log that a subscriber without patterns looks at in one turn
 POSITION_SECONDS: Final = 20.0  # after which quiet subscribers are told how far the log is
 QUEUE_EVENTS: Final = 10_000  # that wait for callbacks, for an iterator, or to be published
 QUEUE_BYTES: Final = 16 * 2**20
@@ -996,6 +996,10 @@ class _SubscriptionTable(Generic[_Sink]):
             if is_pattern:
                 del self._expressions[name]
                 self._patterns_of.cache_clear()
+
+    def topics_per_turn(self) -> int:
+        """How many topics to match in one turn of the loop: a match may take 0.1 ms."""
+        return max(1, YIELD_MESSAGES // (1 + len(self.patterns)))
 
     def match(self, topic: str) -> Mapping[_Sink, None]:
         """Everybody who gets an event of this topic, each once. Do not change what it returns."""
@@ -2116,7 +2120,7 @@ class Subscription:
         self._dispatcher, self._callback = dispatcher, callback
         self._call = None if callback is None else _bind_callback(callback)
         self._replay = replay  # since or last, until the server has answered
-        self._queue = _EventQueue()  # of an iterator
+        self._queue, self._taken = _EventQueue(), 0  # of an iterator
         self._waiters: _Waiters = []
         self._is_started = self._is_confirmed = self._has_ended = False
         self._error: Exception | None = None
@@ -2151,6 +2155,7 @@ class Subscription:
 
         Raises RequestTimeout; and what iterating raises, or ChannelClosed after `cancel`.
         """
+        await self._take_turns()
         event = await _in_time(
             timeout, self._next_event(), f"no event of {', '.join(self.topics)} in {timeout} s")
         if event is None:
@@ -2161,10 +2166,17 @@ class Subscription:
         try:
             while (event := await self._next_event()) is not None:
                 yield event
+                await self._take_turns()
             if self._error is not None and type(self._error) is not ChannelClosed:
                 raise self._error
         finally:
             self.cancel()
+
+    async def _take_turns(self) -> None:
+        """Let others run, from time to time: events may be queued, and their reader never wait."""
+        self._taken += 1
+        if self._taken % YIELD_MESSAGES == 0:
+            await asyncio.sleep(0)
 
     async def _next_event(self) -> Event | None:
         """The next event for an iterator; None when there will be no more."""
@@ -2284,14 +2296,13 @@ class _Dispatcher:
         _current_request.set(None)  # the deadline of who published is not that of callbacks
         handled = 0
         while self.queue:
-            item = self.queue[0]
-            if isinstance(event := self.queue.take(), Gap):
-                await self.on_gap(event)
-            else:
-                await _run_hooks_logged(item.receivers, event)
-            self.queue.current, handled = None, handled + 1
-            if handled % YIELD_MESSAGES == 0:  # plain callbacks never wait
-                await asyncio.sleep(0)
+            item, event = self.queue[0], self.queue.take()
+            for receiver in (self.on_gap,) if isinstance(event, Gap) else item.receivers:
+                await _run_hooks_logged(receiver, event)
+                handled += 1
+                if handled % YIELD_MESSAGES == 0:  # plain callbacks never wait
+                    await asyncio.sleep(0)
+            self.queue.current = None
         self._on_drained()
 
     def oldest(self) -> _QueuedEvent | None:
@@ -2389,6 +2400,7 @@ class EventNotifier:
             lambda keys: None, self._log_gap, lambda: None, lambda: None)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._from_threads: deque[tuple[tuple[str, ...], str, str | None]] = deque()
+        self._takes_from_threads = False  # the loop was told, and has not begun to take them
         self._pending: list[_Entry] = []  # published in this turn of the loop
         self._pending_bytes = self._burst_bytes = 0
         self._position_timer: asyncio.TimerHandle | None = None
@@ -2460,7 +2472,9 @@ class EventNotifier:
             return self._append(names, text, notifier_id)
         assert self._loop is not None
         self._from_threads.append((names, text, notifier_id))
-        self._loop.call_soon_threadsafe(self._take_from_threads)
+        if not self._takes_from_threads:
+            self._takes_from_threads = True
+            self._loop.call_soon_threadsafe(self._take_from_threads)
         return _OptionalAwait(None)
 
     def _is_on_loop(self) -> bool:
@@ -2491,7 +2505,9 @@ class EventNotifier:
         self._take_from_threads()
 
     def _take_from_threads(self) -> None:
-        while self._from_threads:
+        """Take what is there now. Threads may add events as fast as we take them."""
+        self._takes_from_threads = False
+        for _ in range(len(self._from_threads)):
             topics, data, origin = self._from_threads.popleft()
             try:
                 self._append(topics, data, origin)
@@ -2806,7 +2822,7 @@ class _Cursor:
         """Send what there is room for; at the end of the log, be live again."""
         self._skip_dropped()
         log, outbox = self._notifier._log, self.outbox
-        stop = min(log.end, self.next + CATCH_UP_EVENTS)
+        stop = min(log.end, self.next + 1 + CATCH_UP_EVENTS // (1 + len(self.patterns)))
         while outbox.cursor is self and self.next < stop and outbox.size <= LAGGING_BYTES:
             entry = log[self.next]
             self.next += 1
@@ -3203,7 +3219,7 @@ class PubSubEndpoint(RpcEndpoint):
         """Match what is in the log, so that this takes nothing of the one step. Others may run."""
         for count, entry in enumerate(list(self.notifier._log.values()) if patterns else ()):
             matches(entry.topic)
-            if count % YIELD_MESSAGES == 0:
+            if count * len(patterns) % YIELD_MESSAGES < len(patterns):
                 await asyncio.sleep(0)
 
     async def _unsubscribe(self, channel: RpcChannel, topics: _Names | None = None,
@@ -3226,10 +3242,11 @@ class PubSubEndpoint(RpcEndpoint):
         await self._check_allowed(channel, "publish", names)
         own = channel.id if channel._subscriber is None else channel._subscriber.subscriber_id
         published = []
-        for start in range(0, len(names), YIELD_MESSAGES):  # others have their turn in between
+        step = self.notifier._table.topics_per_turn()
+        for start in range(0, len(names), step):  # others have their turn in between
             try:
                 published.append(self.notifier.publish(
-                    names[start:start + YIELD_MESSAGES], data, notifier_id=notifier_id or own))
+                    names[start:start + step], data, notifier_id=notifier_id or own))
             except ValueError as error:  # 1e999 was read as infinite
                 raise InvalidParams("the data is not JSON: a number may be infinite") from error
             if start:

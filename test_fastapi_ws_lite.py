@@ -3299,6 +3299,41 @@ async def test_callbacks_that_never_wait_let_others_run() -> None:
     notifier.unsubscribe("again")
     assert got[3000:] == list(range(len(got) - 3000))[:30 * lib.YIELD_MESSAGES]
     await until(lambda: running_tasks() <= {asyncio.current_task()})
+    for _ in range(1000):
+        notifier.subscribe("to several", got.append)
+    got.clear()
+    notifier.publish("to several", 1)
+    while len(got) < 1000:
+        before = len(got)
+        await asyncio.sleep(0)
+        assert len(got) - before <= lib.YIELD_MESSAGES
+
+
+@pytest.mark.parametrize("how", ["async for", "next"])
+async def test_iterators_whose_readers_never_wait_let_others_run(how: str) -> None:
+    """Also where the reader always publishes again. A timeout of 0 still gets what is queued."""
+    notifier, got = EventNotifier(), list[int]()
+    subscription = notifier.subscribe("t")
+
+    async def events() -> AsyncIterator[Event]:
+        while how == "next":
+            yield await subscription.next(timeout=0)
+        async for event in subscription:
+            yield event
+
+    async def read() -> None:
+        async for event in events():
+            got.append(event.data)
+            if len(got) == 5000:
+                break
+            notifier.publish("t", event.data + 1)
+
+    notifier.publish("t", 0)
+    reading = asyncio.create_task(read())
+    for _ in range(20):
+        await asyncio.sleep(0)
+    reading.cancel()
+    assert got == list(range(len(got))) and 30 < len(got) <= 30 * lib.YIELD_MESSAGES
 
 
 async def test_iterator_yields_until_it_is_left_or_cancelled() -> None:
@@ -3457,6 +3492,30 @@ async def test_publish_of_what_cannot_be_sent_raises(topics: Any, data: Any, err
         endpoint.publish(topics, data)
     await endpoint.publish("t" * 1024, "x" * 8_000)
     assert endpoint.stats()["events_published"] == 1
+
+
+async def test_publish_from_threads_that_never_end_lets_others_run() -> None:
+    """In a turn the loop takes what is there, and not what threads add meanwhile."""
+    endpoint, topic, rounds = PubSubEndpoint(), f"{lib.INTERNAL_PREFIX}x", list[int]()
+
+    def publish() -> None:
+        endpoint.publish(topic)
+
+    def again(data: str) -> None:  # called while the loop takes what came from threads
+        rounds.append(len(rounds))
+        if len(rounds) < 1000:
+            thread = threading.Thread(target=publish)
+            thread.start()
+            thread.join()
+
+    endpoint.notifier.internal[topic] = again
+    endpoint.publish(topic)
+    for _ in range(10):
+        before = len(rounds)
+        await asyncio.sleep(0)
+        assert len(rounds) - before <= 2
+    assert 5 < len(rounds) < 20
+    rounds += [0] * 1000
 
 
 async def test_publish_from_threads_that_the_loop_does_not_take_is_bounded(
@@ -3872,6 +3931,33 @@ async def test_requests_with_many_topics_hold_up_nobody_for_long() -> None:
         await peer.ask("subscribe", patterns=[f"room/*{n}*x" for n in range(100)], last=1000)
     watching.cancel()
     assert max(turns) < 0.3  # 0.015 on a quiet machine; it was 7 once
+
+
+async def test_patterns_are_matched_in_turns() -> None:
+    """One match may take 0.1 ms. With 100 patterns others run after every few events, whether
+    these are asked for, resumed, or published to many topics at once.
+    """
+    turns, names = 0, [f"room/{n}" for n in range(600)]
+
+    async def watch() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    watching, endpoint = asyncio.create_task(watch()), PubSubEndpoint()
+    start = endpoint.position
+    for name in names:
+        endpoint.publish(name)
+    async with subscriber_of(endpoint) as peer:
+        for method, params in (
+                ("subscribe", {"patterns": [f"{n}*" for n in range(100)], "last": 1}),
+                ("subscribe", {"resume": start}), ("publish", {"topics": names})):
+            turns = 0
+            await peer.ask(method, **params)
+            await until(lambda: endpoint.stats()["lagging"] == 0)
+            assert turns > 150, method
+    watching.cancel()
 
 
 # -------------------------------------------------- events on connections: who may do and who knows
