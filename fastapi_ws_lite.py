@@ -943,6 +943,15 @@ class Backbone(Protocol):
         """Release the connections. A later call of another method may open them again."""
 
 
+def _parse_event(fields: Any) -> Event | None:
+    """An event in a decoded message of a server, or None if it is none."""
+    fields = fields if type(fields) is dict else {}
+    topic, position = fields.get("topic"), fields.get("position")
+    if type(topic) is not str:
+        return None
+    return Event(topic, fields.get("data"), position if type(position) is str else None)
+
+
 def _check_topics(topics: str | Iterable[str], *, is_pattern: bool = False) -> tuple[str, ...]:
     """The topics, each once. Raises InvalidParams."""
     if not isinstance(topics, Iterable):
@@ -1754,7 +1763,7 @@ class RpcChannel(_Caller):
         call cancels the method at the peer.
         """
         if not self._format_known.is_set():
-            await self._wait_for_format(timeout)
+            timeout = await self._wait_for_format(timeout)
         return await self._await_response(method, *self._send_call(method, args, timeout, meta))
 
     async def stream(self, method: str, args: _Arguments = None, *, timeout: _Timeout = _UNSET,
@@ -1789,10 +1798,12 @@ class RpcChannel(_Caller):
         """
         self._send_request(None, method, args)
 
-    async def _wait_for_format(self, timeout: _Timeout) -> None:
-        """Wait for the peer's first message, which shows what it speaks."""
-        await _in_time(self._time_left(timeout), self._format_known.wait(),
+    async def _wait_for_format(self, timeout: _Timeout) -> float | None:
+        """Wait for the peer's first message, which shows what it speaks. Returns the time left."""
+        seconds, began = self._time_left(timeout), self._loop.time()
+        await _in_time(seconds, self._format_known.wait(),
                        "the peer has not sent its first message")
+        return None if seconds is None else seconds - (self._loop.time() - began)
 
     def _send_call(self, method: str, args: _Arguments, timeout: _Timeout,
                    meta: Mapping[str, Any] | None = None, *, credit: int = 0,
@@ -1920,8 +1931,9 @@ class RpcChannel(_Caller):
                     if isinstance(message, RpcRequest) and message._is_open:
                         message._batch = batch
                         batch.missing += 1
-        self._message_size, limit = len(frame) // len(messages), self._peer.max_message_size
-        for message in messages if len(frame) > limit else ():
+        size = _utf8_len(frame) if isinstance(frame, str) else len(frame)
+        self._message_size, limit = size // len(messages), self._peer.max_message_size
+        for message in messages if size > limit else ():
             if isinstance(message, RpcRequest):
                 message._problem = MessageTooLarge(f"the limit is {limit} bytes")
         return messages
@@ -2056,7 +2068,12 @@ class _EventQueue(deque[_QueuedEvent]):
     current: _QueuedEvent | None = None  # taken out, and not handled yet
 
     def is_full(self) -> bool:
-        return len(self) >= QUEUE_EVENTS or self.size >= QUEUE_BYTES
+        """Whether it takes no more. When it has dropped something, it is until it is half empty, so
+        that a slow reader is told few long gaps, and not many short ones.
+        """
+        last = self[-1].event if self else None
+        share = 2 if isinstance(last, Gap) and last.reason == "queue" else 1
+        return len(self) * share >= QUEUE_EVENTS or self.size * share >= QUEUE_BYTES
 
     def put(self, item: _QueuedEvent, topics: tuple[str, ...] = (), *,
             may_drop: bool = True) -> None:
@@ -2156,9 +2173,7 @@ class Subscription:
         Raises RequestTimeout; and what iterating raises, or ChannelClosed after `cancel`.
         """
         await self._take_turns()
-        event = await _in_time(
-            timeout, self._next_event(), f"no event of {', '.join(self.topics)} in {timeout} s")
-        if event is None:
+        if (event := await self._next_event(timeout)) is None:
             raise self._error or ChannelClosed(1000, "the subscription has ended")
         return event
 
@@ -2178,8 +2193,11 @@ class Subscription:
         if self._taken % YIELD_MESSAGES == 0:
             await asyncio.sleep(0)
 
-    async def _next_event(self) -> Event | None:
-        """The next event for an iterator; None when there will be no more."""
+    async def _next_event(self, timeout: float | None = None) -> Event | None:
+        """The next event for an iterator; None when there will be no more.
+
+        The timeout does not cover hooks of a gap, which would be cancelled in their middle.
+        """
         if self._call is not None:
             raise TypeError("a subscription with a callback cannot be iterated over")
         while True:
@@ -2192,7 +2210,8 @@ class Subscription:
                 return None
             else:
                 self._dispatcher.before_wait()
-                await _wait_notified(self._waiters)
+                await _in_time(timeout, _wait_notified(self._waiters),
+                               f"no event of {', '.join(self.topics)} in {timeout} s")
 
     def _start(self) -> None:
         """Receive events from now on."""
@@ -2522,7 +2541,8 @@ class EventNotifier:
             for topic in topics:
                 self.commit(None, topic, data, origin)
         elif futures := self._shared.put(topics, data, origin):
-            return _OptionalAwait(futures[-1], f"publish to {topics}")
+            stored = futures[0] if len(futures) == 1 else asyncio.gather(*futures)
+            return _OptionalAwait(stored, f"publish to {topics}")
         is_burst, self._burst_bytes = self._burst_bytes > 2**18, self._burst_bytes % 2**18
         return _OptionalAwait(None, "burst" if is_burst else "")
 
@@ -2531,6 +2551,7 @@ class EventNotifier:
     def begin(self, position: str) -> None:
         """The log is empty, and begins at a position."""
         self._log = _Log(self.history, self.history_bytes, position)
+        self._tell_gap(position, "log")  # after a close, while subscribers stayed
 
     def commit(self, position: str | None, topic: str, data: str, origin: str | None,
                is_new: bool = True) -> None:
@@ -2557,11 +2578,15 @@ class EventNotifier:
         self._deliver()
         self._log.reset(position)
         if is_new:
-            for subscriber in list(self._subscribers):
-                subscriber.go_live()
-                if len(subscriber):
-                    subscriber.tell_gap(position, reason)
+            self._tell_gap(position, reason)
             self._dispatcher.put_gap(Gap(None, position, reason))
+
+    def _tell_gap(self, position: str, reason: str) -> None:
+        """Have all subscribers go on at the end of the log, where they miss something."""
+        for subscriber in list(self._subscribers):
+            subscriber.go_live()
+            if len(subscriber):
+                subscriber.tell_gap(position, reason)
 
     async def _log_gap(self, gap: Gap) -> None:
         logger.warning("events were missed: %s", gap)
@@ -3949,14 +3974,11 @@ class PubSubClient(RpcClient):
     # What the server tells, in the order of its log.
 
     def _on_event(self, channel: RpcChannel, params: Any) -> None:
-        fields = params if type(params) is dict else {}
-        topic, position = fields.get("topic"), fields.get("position")
         if self._position is not None and self._dispatcher.queue.is_full() and not self._is_behind:
             self._is_behind = self._is_draining = True
         if self._is_behind:
             self._dispatcher.start()  # a callback may have cancelled the task
-        elif type(topic) is str:
-            event = Event(topic, fields.get("data"), position if type(position) is str else None)
+        elif (event := _parse_event(params)) is not None:
             self._dispatcher.put(event, channel._message_size, self._position)
             self._position = event.position
 
@@ -4084,7 +4106,7 @@ class PubSubClient(RpcClient):
         if not isinstance(outcome, RpcResponse) or step.method != "subscribe":
             return
         result: dict[str, Any] = outcome.result if type(outcome.result) is dict else {}
-        position = result.get("position")
+        position, names = result.get("position"), result.get("refused")
         position = position if type(position) is str else None
         if "resume" in step.args:
             if result.get("recovered") is not True:
@@ -4097,7 +4119,7 @@ class PubSubClient(RpcClient):
             self._is_behind = self._is_draining = False
         elif not self._is_behind:
             self._position = position
-        refused = {key for key in step.keys if key[0] in result.get("refused", ())}
+        refused = {key for key in step.keys if type(names) is list and key[0] in names}
         self._grant(step.keys - refused)
         if step.subscription is not None and not refused:
             self._take_replay(step.subscription, result)
@@ -4125,8 +4147,8 @@ class PubSubClient(RpcClient):
         if result.get("recovered") is not True:
             gap = Gap(since, None, "history", subscription.topics)
             self._dispatcher.put_gap(gap, only=subscription)
-        for fields in result.get("events", ()):
-            event = Event(fields.get("topic"), fields.get("data"), fields.get("position"))
+        events = result.get("events")
+        for event in filter(None, map(_parse_event, events if type(events) is list else ())):
             size = len(_json_string(event.topic)) + 256
             self._dispatcher.put(event, size, since, only=subscription)
             since = event.position
@@ -5293,8 +5315,9 @@ class Fleet:
             return
         id, (_, answer) = message["id"], self._calls.get(message["id"], ("", None))
         if "call" in message:
-            self._running[id] = asyncio.Task(
+            task = self._running[id] = asyncio.Task(
                 self._perform(message["from"], id, *message["call"]))
+            task.add_done_callback(lambda task: self._running.pop(id))
         elif "cancel" in message and id in self._running:
             self._running[id].cancel()
         elif answer is not None and not answer.done():
@@ -5315,8 +5338,9 @@ class Fleet:
             tell(closed=[error.code, error.reason])
         except RpcError as error:  # also of a result that is too large for the backbone
             tell(error=_decode(_error_object(error)))
-        finally:
-            del self._running[id]
+        except Exception as error:  # such as a TypeError for the arguments
+            told = channels[-1]._runner.error_for_caller(method, error)
+            tell(error=_decode(_error_object(told)))
 
 
 __all__ += ["Fleet"]

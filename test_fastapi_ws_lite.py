@@ -680,6 +680,9 @@ async def test_jsonrpc_batch_is_answered_when_its_slowest_is_done() -> None:
 async def test_jsonrpc_message_over_the_limit_is_an_error() -> None:
     """A request is not run, an answer not sent. In a batch it is first come, first served."""
     async with plain(RpcEndpoint(worker := Worker(), max_message_size=3000)) as peer:
+        assert await answers(peer, json.dumps(ask(1, "echo", ["\N{SNOWMAN}" * 1000]),
+                                              ensure_ascii=False)) == [
+            failed(1, -32003, "the limit is 3000 bytes")]  # of UTF-8
         got = await answers(peer, ask(1, "hold") | {"x": "x" * 3000}, tell("hold", ["x" * 3000]))
         assert got == [failed(1, -32003, "the limit is 3000 bytes")] and worker.seen == []
         await peer.send([ask(n, "text", [n]) for n in (1000, 2500, 500, 2990, 900)])
@@ -779,6 +782,21 @@ async def test_strict_server_gets_nothing_but_jsonrpc(greeting: int) -> None:
     assert all(message.keys() <= {"jsonrpc", "method", "params", "id"} for message in server.seen)
     assert [m["method"] for m in server.seen] == [
         "_ping_", "slow", "nope", "ticks", "busy", *["sum"] * 11]
+
+
+@pytest.mark.parametrize("answer", [
+    None, 5, {"refused": 5}, {"refused": {}, "events": 5}, {"events": [5, {"topic": []}, {}]}])
+@pytest.mark.parametrize("last", [None, 1])
+async def test_server_of_another_kind_that_subscribes_ends_no_client(
+        answer: Any, last: int | None) -> None:
+    """Whatever it answers: what is no event is none, and the connection goes on."""
+    class Other(StrictServer):
+        def answer(self, **request: Any) -> Any:
+            return done(request["id"], answer if request["method"] == "subscribe" else "pong")
+
+    async with PubSubClient(transport=ASGITransport(Other()), connect_timeout=5) as client:
+        await client.subscribe("t", print, last=last)
+        assert (await client.call("any")).result == "pong"
 
 
 async def test_strict_client_gets_nothing_but_jsonrpc() -> None:
@@ -6669,6 +6687,37 @@ async def test_pubsub_next_that_times_out_ends_the_wait_only() -> None:
         assert (await subscription.next(timeout=5)).data == 1
 
 
+async def test_pubsub_next_that_times_out_does_not_cut_a_hook_short() -> None:
+    """on_gap is called before the next event, and runs to its end."""
+    async def on_gap(gap: Gap) -> None:
+        await asyncio.sleep(0.05)
+        ended.append(gap)
+
+    ended = list[Gap]()
+    async with client_at(PubSubEndpoint(), on_gap=on_gap) as client:
+        subscription = await client.subscribe("t")
+        gap = Gap(None, "1-x", "history")
+        client._dispatcher.put_gap(gap, only=subscription)
+        with pytest.raises(RequestTimeout):
+            await subscription.next(timeout=0.01)
+        assert ended == [gap]
+
+
+async def test_pubsub_iterator_that_is_slow_is_told_few_gaps(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it has dropped events, it does so until half of its queue was read."""
+    monkeypatch.setattr(lib, "QUEUE_EVENTS", 50)
+    endpoint, gaps = PubSubEndpoint(), list[Gap]()
+    async with client_at(endpoint, on_gap=gaps.append) as client:
+        subscription = await client.subscribe("t")
+        for _ in range(100):
+            for _ in range(4):
+                endpoint.publish("t", 1)
+            await until(lambda: client._position == endpoint.position)
+            await subscription.next()
+        assert 0 < len(gaps) < 5
+
+
 async def test_pubsub_iterator_that_nobody_reads_delays_nobody_and_has_its_own_gap(
         monkeypatch: pytest.MonkeyPatch) -> None:
     """It loses what it did not read and is told so in its place, bounded in number and bytes."""
@@ -7868,6 +7917,31 @@ async def test_backbone_append_of_unknown_fate_is_there_once(
         assert len(broker.entries) > 60
 
 
+@pytest.mark.parametrize("topics", [["refused", "t"], ["t", "refused"]])
+async def test_backbone_publish_of_which_a_part_is_refused_fails(
+        broker: MemoryLog, topics: list[str]) -> None:
+    """Whichever part it is; the other one is in the log."""
+    async with serving_on(broker) as endpoint:
+        endpoint.subscribe(ALL_TOPICS, (heard := list[Any]()).append)
+        with pytest.raises(MessageTooLarge):
+            await endpoint.publish(topics, 1)
+        await until(lambda: heard == [1])
+
+
+async def test_backbone_left_and_joined_again_is_a_gap(broker: MemoryLog) -> None:
+    """For clients that stayed connected: what they hear, and what they are told, is everything."""
+    async with serving_on(broker) as endpoint, client_of(endpoint, on_gap=(
+            gaps := list[Gap]()).append) as client:
+        await client.subscribe("t", (heard := list[int]()).append)
+        for first in (0, 10):
+            for n in range(first, first + 10):
+                await endpoint.publish("t", n)
+            await until(lambda first=first: heard[-1:] == [first + 9])  # type: ignore[misc]
+            await endpoint.notifier.close()
+        assert heard[:10] == [*range(10)] and [gap.reason for gap in gaps] == ["log"]
+        assert heard[10:] == [*range(heard[10], 20)]
+
+
 async def test_backbone_flapping_broker_loses_nothing(broker: MemoryLog) -> None:
     """It freezes, fails and forgets to answer in turn; every event arrives once and in order."""
     async with two_hearing(broker) as (one, two, at_one, at_two):
@@ -8857,6 +8931,14 @@ async def test_fleet_answer_that_is_too_large_for_the_backbone_is_an_error() -> 
     async with fleet_of(2, log) as (here, there), there.agent("ann", Talker()):
         with pytest.raises(MessageTooLarge):
             await here.fleet.call("ann", "talk")
+
+
+async def test_fleet_call_that_cannot_be_made_is_an_error() -> None:
+    """Where the agent is connected elsewhere: at once, and not by a timeout."""
+    async with fleet_of() as (here, there), there.agent("ann", FleetAgent()):
+        with pytest.raises(InternalError):
+            await here.fleet.call("ann", "double", "text", timeout=30)
+        assert not there.fleet._running
 
 
 async def test_fleet_that_cannot_tell_its_roster_tries_again(
