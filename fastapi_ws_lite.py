@@ -117,7 +117,8 @@ logger = logging.getLogger(__name__)
 # Bytes are bytes of UTF-8.
 
 SUBPROTOCOL: Final = "ws-lite.1"
-ALL_TOPICS: Final = "__EventNotifier_ALL_TOPICS__"  # the same text as in fastapi_websocket_pubsub
+# Subscribe to it to get all events, as with the pattern "*"; the text is fastapi_websocket_pubsub's.
+ALL_TOPICS: Final = "__EventNotifier_ALL_TOPICS__"
 INTERNAL_PREFIX: Final = "$fastapi_ws_lite/"  # of topics that servers use among themselves
 
 DEFAULT_RESPONSE_TIMEOUT_SECONDS: Final = 60.0
@@ -141,7 +142,6 @@ HISTORY_BYTES: Final = 16 * 2**20
 REPLAY_EVENTS: Final = 1000  # in the answer to one subscribe with since or last
 REPLAY_BYTES: Final = 2**20
 CATCH_UP_EVENTS: Final = 256  # of the log that a subscriber without patterns looks at in one turn
-POSITION_SECONDS: Final = 20.0  # after which quiet subscribers are told how far the log is
 QUEUE_EVENTS: Final = 10_000  # that wait for callbacks, for an iterator, or to be published
 QUEUE_BYTES: Final = 16 * 2**20
 MAX_TOPIC_CHARACTERS: Final = 1024
@@ -973,54 +973,56 @@ _Sink = TypeVar("_Sink")
 _Key: TypeAlias = tuple[str, bool]  # a topic, and whether it is a pattern
 
 
-class _SubscriptionTable(Generic[_Sink]):
+def _keys(topics: str | Iterable[str], *, is_pattern: bool = False) -> dict[_Key, None]:
+    """What to subscribe to, each once. ALL_TOPICS is the pattern "*". Raises InvalidParams."""
+    return {("*", True) if name == ALL_TOPICS else (name, is_pattern): None
+            for name in _check_topics(topics, is_pattern=is_pattern)}
+
+
+class _SubscriptionTable(dict[_Key, dict[_Sink, None]], Generic[_Sink]):
     """Who subscribes to which topics and patterns. What patterns match is remembered by topic."""
 
     def __init__(self) -> None:
-        self.topics: dict[str, dict[_Sink, None]] = {}
-        self.patterns: dict[str, dict[_Sink, None]] = {}
         self._expressions: dict[str, Callable[[str], object]] = {}
-        self._patterns_of = functools.lru_cache(1000)(self._find_patterns)
-
-    def keys(self) -> set[_Key]:
-        return {(name, False) for name in self.topics} | {(name, True) for name in self.patterns}
-
-    def subscribers_of(self, key: _Key) -> Mapping[_Sink, None]:
-        """Who has subscribed to just this topic or pattern."""
-        return (self.patterns if key[1] else self.topics).get(key[0], {})
+        self._patterns_of = functools.lru_cache(HISTORY_EVENTS)(self._find_patterns)
 
     def add(self, sink: _Sink, key: _Key) -> None:
         name, is_pattern = key
-        if is_pattern and name not in self.patterns:
+        if is_pattern and key not in self:
             self._expressions[name] = re.compile(fnmatch.translate(name)).match
             self._patterns_of.cache_clear()
-        (self.patterns if is_pattern else self.topics).setdefault(name, {})[sink] = None
+        self.setdefault(key, {})[sink] = None
 
     def discard(self, sink: _Sink, key: _Key) -> None:
         name, is_pattern = key
-        table = self.patterns if is_pattern else self.topics
-        del table[name][sink]
-        if not table[name]:
-            del table[name]
+        del self[key][sink]
+        if not self[key]:
+            del self[key]
             if is_pattern:
                 del self._expressions[name]
                 self._patterns_of.cache_clear()
 
-    def topics_per_turn(self) -> int:
+    def subscribers_of(self, keys: Iterable[_Key]) -> dict[_Sink, None]:
+        """Who has subscribed to any of just these topics and patterns, each once."""
+        return {sink: None for key in keys for sink in self.get(key, ())}
+
+    def topics_per_turn(self, most: int = YIELD_MESSAGES) -> int:
         """How many topics to match in one turn of the loop: a match may take 0.1 ms."""
-        return max(1, YIELD_MESSAGES // (1 + len(self.patterns)))
+        return 1 + most // (1 + len(self._expressions))
 
     def match(self, topic: str) -> Mapping[_Sink, None]:
         """Everybody who gets an event of this topic, each once. Do not change what it returns."""
-        found = self.topics.get(topic, {})
-        if self.patterns or ALL_TOPICS in self.topics:
-            found = found | self.topics.get(ALL_TOPICS, {})
-            for name in self._patterns_of(topic):
-                found |= self.patterns[name]
+        found: dict[_Sink, None] = self.get((topic, False), {})
+        for key in self._patterns_of(topic) if self._expressions else ():
+            found = found | self[key]
         return found
 
-    def _find_patterns(self, topic: str) -> list[str]:
-        return [name for name, matches in self._expressions.items() if matches(topic)]
+    def has(self, sink: _Sink, topic: str) -> bool:
+        """Whether this one gets an event of this topic."""
+        return any(sink in self.get(key, ()) for key in ((topic, False), *self._patterns_of(topic)))
+
+    def _find_patterns(self, topic: str) -> list[_Key]:
+        return [(name, True) for name, matches in self._expressions.items() if matches(topic)]
 
 
 class _Entry:
@@ -1126,13 +1128,27 @@ async def _wait_notified(waiters: _Waiters) -> None:
             waiters.remove(waiter)
 
 
-async def _in_time(seconds: float | None, waiting: Awaitable[_T], otherwise: str) -> _T:
+async def _in_time(seconds: float | None, waiting: Awaitable[_T], text: Callable[[], str]) -> _T:
     """Wait for something. Raises RequestTimeout, with this text, when the seconds are over."""
     try:
         async with asyncio.timeout(seconds):
             return await waiting
-    except TimeoutError:
-        raise RequestTimeout(otherwise) from None
+    except TimeoutError as error:
+        raise error if isinstance(error, RequestTimeout) else RequestTimeout(text()) from None
+
+
+def _import_library(oldest: tuple[int, ...], *modules: str) -> Any:
+    """Import a library and modules of it. Raises ImportError that says what to install."""
+    name, found = modules[0], "it is not installed"
+    with contextlib.suppress(ImportError):
+        library = importlib.import_module(name)
+        found = f"{library.__version__} is installed"
+        if tuple(map(int, re.findall(r"\d+", found)[:3])) >= oldest:
+            for module in modules[1:]:
+                importlib.import_module(module)
+            return library
+    wanted = f"{name}>={'.'.join(map(str, oldest))}"
+    raise ImportError(f"this needs {wanted}, and {found}: pip install '{wanted}'")
 
 
 def _spawn_into(tasks: set[_Task], work: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":
@@ -1186,7 +1202,8 @@ class _Unset:
 _UNSET: Final = _Unset()
 _Timeout: TypeAlias = float | _Unset | None
 _Arguments: TypeAlias = Mapping[str, Any] | Sequence[Any] | None
-_InlineHandler: TypeAlias = Callable[["RpcChannel", Any], object]  # runs in the reader; never waits
+# Gets the arguments by name, and runs in the reader, so that it must not wait.
+_InlineHandler: TypeAlias = Callable[["RpcChannel", dict[str, Any]], object]
 _Hooks: TypeAlias = Callable[..., Any] | Sequence[Callable[..., Any]]
 _Middleware: TypeAlias = Callable[[RpcRequest, Callable[[RpcRequest], Awaitable[Any]]],
                                   Awaitable[Any]]
@@ -1446,7 +1463,7 @@ class _RequestRunner:
             self.answer(request, request._problem or MethodNotFound(
                 f"Method not found: {request.method:.200}"))
         elif not isinstance(method, _ExposedMethod):
-            method(self._channel, request.params)
+            method(self._channel, request.params if type(request.params) is dict else {})
             self.answer(request, "null")
         elif method.is_stream is not (request._credit > 0):
             kind = "a stream" if method.is_stream else "no stream"
@@ -1632,10 +1649,9 @@ class _RequestRunner:
         self._channel._loop.call_soon(task.cancel)  # when it has had its first step
         _notify_all(self._channel._outbox.room_waiters)
 
-    def steer(self, params: Any, *, is_cancel: bool) -> None:
+    def steer(self, params: dict[str, Any], *, is_cancel: bool) -> None:
         """$/cancelRequest: the caller gave up. $/credit: it takes n more items of a stream."""
-        fields: dict[str, Any] = params if type(params) is dict else {}
-        id, n = fields.get("id"), fields.get("n")
+        id, n = params.get("id"), params.get("n")
         for request in [r for r in self.running if r._is_open and r.id == id]:
             if is_cancel:
                 self.abort(request, Cancelled())
@@ -1780,7 +1796,7 @@ class RpcChannel(_Caller):
             while call.items or not call.future.done():
                 if not call.items:
                     await _in_time(self._time_left(timeout), _wait_notified(call.waiters),
-                                   f"{method} has sent no item in time")
+                                   lambda: f"{method} has sent no item in time")
                     continue
                 yield call.items.popleft()
                 if (granted := call.consume()) and id in self._calls:
@@ -1802,7 +1818,7 @@ class RpcChannel(_Caller):
         """Wait for the peer's first message, which shows what it speaks. Returns the time left."""
         seconds, began = self._time_left(timeout), self._loop.time()
         await _in_time(seconds, self._format_known.wait(),
-                       "the peer has not sent its first message")
+                       lambda: "the peer has not sent its first message")
         return None if seconds is None else seconds - (self._loop.time() - began)
 
     def _send_call(self, method: str, args: _Arguments, timeout: _Timeout,
@@ -1874,12 +1890,11 @@ class RpcChannel(_Caller):
             if self.format.is_ws_lite:
                 self._outbox.put(self.format.request(None, "$/cancelRequest", f'{{"id":{id}}}'))
 
-    def _take_items(self, params: Any) -> None:
+    def _take_items(self, params: dict[str, Any]) -> None:
         """$/stream: items of a stream have come."""
-        fields: dict[str, Any] = params if type(params) is dict else {}
-        id: Any = fields.get("id")
+        id: Any = params.get("id")
         call = self._calls.get(id) if type(id) in (int, float) else None
-        if call is not None and not call.put_items(fields.get("items")):
+        if call is not None and not call.put_items(params.get("items")):
             self._give_up(id, InternalError("the peer sent items that nobody asked for"))
 
     # Receiving.
@@ -2126,14 +2141,11 @@ class Subscription:
     break, cancels the subscription. Awaiting and iterating raise Forbidden or InvalidParams if the
     server refuses, and ChannelClosed if the client is closed before.
 
-    Attributes:
-        topics: the topics or patterns.
-        pattern: whether these are patterns.
     """
 
-    def __init__(self, dispatcher: "_Dispatcher", topics: tuple[str, ...], pattern: bool,
+    def __init__(self, dispatcher: "_Dispatcher", keys: Iterable[_Key],
                  callback: _Callback | None, replay: dict[str, Any] | None) -> None:
-        self.topics, self.pattern = topics, pattern
+        self._keys = dict.fromkeys(keys)
         self._dispatcher, self._callback = dispatcher, callback
         self._call = None if callback is None else _bind_callback(callback)
         self._replay = replay  # since or last, until the server has answered
@@ -2149,12 +2161,14 @@ class Subscription:
         """Call back, unless the subscription has ended."""
         return None if self._call is None or self._has_ended else self._call(event)
 
-    def _keys(self) -> set[_Key]:
-        return {(topic, self.pattern) for topic in self.topics}
+    @property
+    def topics(self) -> tuple[str, ...]:
+        """The topics or patterns that it still has. ALL_TOPICS is the pattern "*"."""
+        return tuple(name for name, _ in self._keys)
 
     def cancel(self) -> None:
         """Receive no more, from now on."""
-        self._dispatcher.remove(self, self.topics)
+        self._dispatcher.remove(self, self._keys)
 
     def __await__(self) -> Generator[Any, None, Self]:
         return self._wait_confirmed().__await__()
@@ -2211,7 +2225,7 @@ class Subscription:
             else:
                 self._dispatcher.before_wait()
                 await _in_time(timeout, _wait_notified(self._waiters),
-                               f"no event of {', '.join(self.topics)} in {timeout} s")
+                               lambda: f"no event of {', '.join(self.topics)} in {timeout} s")
 
     def _start(self) -> None:
         """Receive events from now on."""
@@ -2243,38 +2257,33 @@ class _Dispatcher:
 
     def subscribe(self, topics: str | Iterable[str], callback: _Callback | None, pattern: bool,
                   replay: dict[str, Any] | None = None) -> Subscription:
-        names = _check_topics(topics, is_pattern=pattern)
-        if not names:
+        keys = _keys(topics, is_pattern=pattern)
+        if not keys:
             raise InvalidParams("there is no topic to subscribe to")
-        subscription = Subscription(self, names, pattern, callback, replay)
-        for key in subscription._keys():
+        subscription = Subscription(self, keys, callback, replay)
+        for key in keys:
             self.table.add(subscription, key)
         if callback is None:
             self.iterators[subscription] = None
-        self._on_change(subscription._keys())
+        self._on_change(set(keys))
         return subscription
 
     def unsubscribe(self, topics: str | Iterable[str], pattern: bool) -> None:
-        names = _check_topics(topics)
-        for subscription in self.subscribers_of({(name, pattern) for name in names}):
-            self.remove(subscription, names)
+        keys = _keys(topics, is_pattern=pattern)
+        for subscription in self.table.subscribers_of(keys):
+            self.remove(subscription, keys)
 
-    def remove(self, subscription: Subscription, topics: Sequence[str],
+    def remove(self, subscription: Subscription, keys: Iterable[_Key],
                error: RpcError | None = None) -> None:
         """End a subscription to these topics; without any topic left, it has ended."""
-        gone = {(topic, subscription.pattern) for topic in topics} & subscription._keys()
-        for key in gone:
+        changed = set(subscription._keys)
+        for key in changed.intersection(keys):
             self.table.discard(subscription, key)
-        subscription.topics = tuple(
-            topic for topic in subscription.topics if (topic, subscription.pattern) not in gone)
-        if not subscription.topics:
+            del subscription._keys[key]
+        if not subscription._keys:
             self.iterators.pop(subscription, None)
             subscription._end(error)
-        self._on_change(gone | subscription._keys())
-
-    def subscribers_of(self, keys: Iterable[_Key]) -> dict[Subscription, None]:
-        """The subscriptions with any of these topics and patterns, each once."""
-        return {s: None for key in keys for s in self.table.subscribers_of(key)}
+        self._on_change(changed)
 
     def put(self, event: Event, size: int, previous: str | None = None,
             only: Subscription | None = None) -> None:
@@ -2422,7 +2431,6 @@ class EventNotifier:
         self._takes_from_threads = False  # the loop was told, and has not begun to take them
         self._pending: list[_Entry] = []  # published in this turn of the loop
         self._pending_bytes = self._burst_bytes = 0
-        self._position_timer: asyncio.TimerHandle | None = None
         self._announced = 1  # the end of the log when quiet subscribers were last told of it
         self._published = self._delivered = self._slow_closed = self._gaps_told = 0
 
@@ -2518,7 +2526,7 @@ class EventNotifier:
         """Serve the running event loop from now on."""
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
-            self._loop, self._pending, self._position_timer = loop, [], None
+            self._loop, self._pending = loop, []
             if self._make_shared_log is not None:
                 self._shared = self._make_shared_log(self)
         self._take_from_threads()
@@ -2585,7 +2593,7 @@ class EventNotifier:
         """Have all subscribers go on at the end of the log, where they miss something."""
         for subscriber in list(self._subscribers):
             subscriber.go_live()
-            if len(subscriber):
+            if subscriber.keys:
                 subscriber.tell_gap(position, reason)
 
     async def _log_gap(self, gap: Gap) -> None:
@@ -2645,29 +2653,10 @@ class EventNotifier:
 
     def _announce_position(self) -> None:
         """Tell subscribers how far the log is, so that one that hears little can resume, too."""
-        self._deliver()
-        has_moved, self._announced = self._announced != self._log.end, self._log.end
-        if self._position_timer is not None:
-            self._position_timer.cancel()
-        self._position_timer = None
-        if self._subscribers and self._loop is not None:
-            self._position_timer = self._loop.call_later(POSITION_SECONDS, self._announce_position)
-        for subscriber in self._subscribers if has_moved else ():
-            if len(subscriber) and not subscriber.is_lagging:
+        self._announced = self._log.end
+        for subscriber in self._subscribers:
+            if subscriber.keys and not subscriber.is_lagging:
                 subscriber.tell("position", position=self._log.position)
-
-
-def _topic_matcher(topics: Iterable[str], patterns: Iterable[str]) -> Callable[[str], bool]:
-    """Whether a topic is one of these, or matches; it remembers what it was asked for."""
-    wanted = frozenset(topics)
-    expressions = [re.compile(fnmatch.translate(pattern)).match for pattern in patterns]
-
-    @functools.cache
-    def matches(topic: str) -> bool:
-        return (topic in wanted or ALL_TOPICS in wanted
-                or any(match(topic) for match in expressions))
-
-    return matches
 
 
 class _Cursor:
@@ -2677,54 +2666,40 @@ class _Cursor:
     replay ends there, and a client needs to remember one position only.
     """
 
-    __slots__ = ("_notifier", "channel", "format", "hook_calls", "is_lagging", "lock",
-                 "max_bytes", "next", "outbox", "patterns", "subscriber_id", "topics")
+    __slots__ = ("_notifier", "channel", "format", "hook_calls", "is_lagging", "keys",
+                 "lock", "max_bytes", "next", "outbox", "subscriber_id")
 
     def __init__(self, channel: RpcChannel, notifier: EventNotifier) -> None:
         self.channel, self.outbox, self._notifier = channel, channel._outbox, notifier
         self.subscriber_id = channel.id  # what it publishes does not come back to it
         self.format, self.max_bytes = channel.format, channel._peer_max_size
         self.is_lagging, self.next = False, notifier._log.end
-        self.topics, self.patterns = dict[str, None](), dict[str, None]()
+        self.keys: dict[_Key, None] = {}
         self.lock = asyncio.Lock()  # so that requests take effect in their order
         self.hook_calls: list[Any] = []  # calls of on_subscribe and on_unsubscribe to make
         notifier._subscribers[self] = None
-        if notifier._position_timer is None:
-            notifier._announce_position()
 
-    def __len__(self) -> int:
-        return len(self.topics) + len(self.patterns)
-
-    def _tables(self, topics: Iterable[str], patterns: Iterable[str],
-                ) -> Iterator[tuple[dict[str, None], str, _Key]]:
-        yield from ((self.topics, name, (name, False)) for name in topics)
-        yield from ((self.patterns, name, (name, True)) for name in patterns)
-
-    def add(self, topics: Iterable[str], patterns: Iterable[str]) -> tuple[str, ...]:
+    def add(self, keys: Iterable[_Key]) -> tuple[str, ...]:
         """Subscribe from the cursor on. Returns what was not subscribed to before."""
-        added = []
-        for mine, name, key in self._tables(topics, patterns):
-            if name not in mine:
-                mine[name] = None
-                self._notifier._table.add(self, key)
-                added.append(name)
-        return tuple(added)
+        added = [key for key in keys if key not in self.keys]
+        for key in added:
+            self._notifier._table.add(self, key)
+        self.keys.update(dict.fromkeys(added))
+        return tuple(name for name, _ in added)
 
-    def remove(self, topics: Iterable[str], patterns: Iterable[str]) -> tuple[str, ...]:
+    def remove(self, keys: Iterable[_Key]) -> tuple[str, ...]:
         """Unsubscribe. Returns what had been subscribed to."""
         self._notifier._deliver()
-        removed = []
-        for mine, name, key in self._tables(topics, patterns):
-            if name in mine:
-                del mine[name]
-                self._notifier._table.discard(self, key)
-                removed.append(name)
-        return tuple(removed)
+        removed = [key for key in keys if key in self.keys]
+        for key in removed:
+            self._notifier._table.discard(self, key)
+            del self.keys[key]
+        return tuple(name for name, _ in removed)
 
     def clear(self) -> tuple[str, ...]:
         """Unsubscribe from everything: the connection has ended."""
         self._notifier._subscribers.pop(self, None)
-        return self.remove(tuple(self.topics), tuple(self.patterns))
+        return self.remove(tuple(self.keys))
 
     def go_live(self) -> None:
         """Go on at the end of the log."""
@@ -2754,7 +2729,7 @@ class _Cursor:
         while self.is_lagging and self.next < index and not self.outbox.is_ended:
             await _wait_notified(self.outbox.room_waiters)
 
-    def recent(self, matches: Callable[[str], bool], since: str | None,
+    def recent(self, wanted: _SubscriptionTable[None], since: str | None,
                last: int | None) -> tuple[list[str], bool]:
         """The JSON texts of the events before the cursor, from ``since`` on or the last ones; and
         whether these are all that were asked for. At most REPLAY_EVENTS and REPLAY_BYTES.
@@ -2767,7 +2742,7 @@ class _Cursor:
         end = self.next if self.is_lagging else log.end
         for index in range(end - 1, (log.first if first is None else first) - 1, -1):
             entry = log[index]
-            if not matches(entry.topic) or self._is_own(entry):
+            if not wanted.match(entry.topic) or self._is_own(entry):
                 continue
             room -= entry.size
             if len(found) == limit or room < 0:
@@ -2777,12 +2752,10 @@ class _Cursor:
         return found[::-1], is_complete
 
     def _is_own(self, entry: _Entry) -> bool:
-        return entry.origin is not None and entry.origin == self.subscriber_id
+        return entry.origin == self.subscriber_id
 
     def _wants(self, entry: _Entry) -> bool:
-        expressions = self._notifier._table._expressions
-        return (entry.topic in self.topics or ALL_TOPICS in self.topics
-                or any(expressions[pattern](entry.topic) for pattern in self.patterns))
+        return self._notifier._table.has(self, entry.topic)
 
     def catch_up(self) -> None:
         """Have what was published before this moment go before what is sent next."""
@@ -2847,14 +2820,15 @@ class _Cursor:
         """Send what there is room for; at the end of the log, be live again."""
         self._skip_dropped()
         log, outbox = self._notifier._log, self.outbox
-        stop = min(log.end, self.next + 1 + CATCH_UP_EVENTS // (1 + len(self.patterns)))
+        turn = self._notifier._table.topics_per_turn(CATCH_UP_EVENTS)
+        stop = min(log.end, self.next + turn)
         while outbox.cursor is self and self.next < stop and outbox.size <= LAGGING_BYTES:
             entry = log[self.next]
             self.next += 1
             if self._wants(entry):
                 self._send(entry)
         if outbox.cursor is self:
-            self.is_lagging = self.next < log.end and len(self) > 0
+            self.is_lagging = self.next < log.end and bool(self.keys)
             outbox.schedule_flush()  # there may be more to look at, and nothing to send
 
 
@@ -3048,15 +3022,14 @@ class RpcEndpoint(_Peer):
                 await asyncio.sleep(min(0.001, RESTART_SPREAD_SECONDS / len(channels)))
 
 
-# Of a million wrong names, the first is told: pydantic's errors take 70 times the memory of "1,".
-_Names: TypeAlias = Annotated[list[str], Field(fail_fast=True)] | str
+# Of a million names, too many or wrong, the first is told: pydantic's errors take 70 times the
+# memory of "1,", and to check them all would hold up everybody.
+_Topics: TypeAlias = Annotated[
+    list[str], Field(max_length=MAX_SUBSCRIPTIONS, fail_fast=True)] | str
+_Patterns: TypeAlias = Annotated[list[str], Field(max_length=MAX_PATTERNS, fail_fast=True)] | str
+_PublishTopics: TypeAlias = Annotated[
+    list[str], Field(max_length=MAX_PUBLISH_TOPICS, fail_fast=True)] | str
 _Id: TypeAlias = Annotated[str, StringConstraints(max_length=MAX_TOPIC_CHARACTERS)]
-
-
-def _check_count(names: _Names | None, limit: int, what: str) -> None:
-    """Count before looking: to check a million names would hold up everybody."""
-    if isinstance(names, list) and len(names) > limit:
-        raise InvalidParams(f"there are at most {limit} {what}, not {len(names)}")
 
 
 @dataclass(eq=False, repr=False)
@@ -3115,8 +3088,8 @@ class PubSubEndpoint(RpcEndpoint):
         """Gauges and counters by name."""
         notifier = self.notifier
         return super().stats() | {
-            "topics": len(notifier._table.topics) + len(notifier._table.patterns),
-            "subscriptions": sum(map(len, notifier._subscribers)),
+            "topics": len(notifier._table),
+            "subscriptions": sum(len(subscriber.keys) for subscriber in notifier._subscribers),
             "lagging": sum(subscriber.is_lagging for subscriber in notifier._subscribers),
             "log_events": len(notifier._log), "log_bytes": notifier._log.size,
             "events_published": notifier._published, "events_delivered": notifier._delivered,
@@ -3163,44 +3136,43 @@ class PubSubEndpoint(RpcEndpoint):
                 await asyncio.sleep(0)
         return tuple(allowed)
 
-    async def _granted(self, channel: RpcChannel, topics: tuple[str, ...],
-                       patterns: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The topics and patterns that authorize grants, and those that no client can have."""
-        exact = tuple(t for t in topics if t != ALL_TOPICS and not t.startswith(INTERNAL_PREFIX))
-        granted = await self._allowed_topics(channel, "subscribe", exact)
-        wide = (*patterns, *(("*",) if ALL_TOPICS in topics and "*" not in patterns else ()))
-        globs = await self._allowed_topics(channel, "subscribe_pattern", wide)
-        if ALL_TOPICS in topics and "*" in globs:
-            granted = (*granted, ALL_TOPICS)
-        return granted, tuple(glob for glob in globs if glob in patterns)
+    async def _granted(self, channel: RpcChannel, keys: Iterable[_Key]) -> list[_Key]:
+        """The topics and patterns that authorize grants. Topics of servers are never granted."""
+        granted = []
+        for action, kind in (("subscribe", False), ("subscribe_pattern", True)):
+            names = tuple(name for name, is_pattern in keys if is_pattern is kind
+                          and (kind or not name.startswith(INTERNAL_PREFIX)))
+            allowed = await self._allowed_topics(channel, action, names)
+            granted += [(name, kind) for name in allowed]
+        return granted
 
-    async def _subscribe(self, channel: RpcChannel, topics: _Names | None = None,
-                         patterns: _Names | None = None, resume: str | None = None,
+    async def _subscribe(self, channel: RpcChannel, topics: _Topics | None = None,
+                         patterns: _Patterns | None = None, resume: str | None = None,
                          since: str | None = None, last: NonNegativeInt | None = None,
                          subscriber_id: _Id | None = None,
                          max_size: NonNegativeInt | None = None) -> Any:
         request, subscriber = _current_request.get(), self._subscriber_of(channel)
         assert request is not None
-        _check_count(topics, MAX_SUBSCRIPTIONS, "topics in a subscribe")
-        _check_count(patterns, MAX_PATTERNS, "patterns in a subscribe")
         if sum(value is not None for value in (resume, since, last)) > 1:
             raise InvalidParams("a subscribe has one of resume, since and last")
-        names, globs = _check_topics(topics or ()), _check_topics(patterns or (), is_pattern=True)
+        keys = _keys(topics or ()) | _keys(patterns or (), is_pattern=True)
         if len(subscriber.hook_calls) > self.max_concurrent_requests:
             raise Overloaded("too many hooks of this connection wait to be called")
         async with subscriber.lock:
-            granted, granted_globs = await self._granted(channel, names, globs)
-            allowed = {*granted, *granted_globs}
-            refused = [name for name in (*names, *globs) if name not in allowed]
-            if refused and not (granted or granted_globs):
+            granted = await self._granted(channel, keys)
+            allowed = frozenset(granted)
+            refused = [key[0] for key in keys if key not in allowed]
+            if refused and not granted:
                 raise Forbidden(f"subscribe is forbidden: {', '.join(refused):.200}",
                                 {"action": "subscribe", "topics": refused})
-            self._check_room(subscriber, granted, granted_globs)
+            self._check_room(subscriber, granted)
             if (shared := self.notifier._shared) is not None:
                 await shared.ready(resume or since, self.notifier.has)
-            matches = _topic_matcher(granted, granted_globs)
+            wanted = _SubscriptionTable[None]()
+            for key in granted:
+                wanted.add(None, key)
             if since is not None or last is not None:
-                await self._match_history(matches, granted_globs)
+                await self._match_history(wanted)
             if resume is None:
                 await subscriber.wait_for(self.notifier._log.end)
                 await channel._outbox.wait_for_room(LAGGING_BYTES)
@@ -3215,8 +3187,8 @@ class PubSubEndpoint(RpcEndpoint):
             recovered = None if resume is None else subscriber.resume(resume)
             position, events = subscriber.position(), list[str]()
             if since is not None or last is not None:
-                events, recovered = subscriber.recent(matches, since, last)
-            added = subscriber.add(granted, granted_globs)
+                events, recovered = subscriber.recent(wanted, since, last)
+            added = subscriber.add(granted)
             self._answer_subscribe(channel, request, position, recovered, refused, events)
             self._run_topic_hooks(subscriber, self.on_subscribe, added)
 
@@ -3231,36 +3203,33 @@ class PubSubEndpoint(RpcEndpoint):
             channel._subscriber = channel._outbox.cursor = _Cursor(channel, self.notifier)
         return channel._subscriber
 
-    def _check_room(self, subscriber: _Cursor, topics: Sequence[str],
-                    patterns: Sequence[str]) -> None:
-        all_patterns = len(subscriber.patterns.keys() | patterns)
-        if (all_patterns > MAX_PATTERNS
-                or all_patterns + len(subscriber.topics.keys() | topics) > MAX_SUBSCRIPTIONS):
+    def _check_room(self, subscriber: _Cursor, keys: Iterable[_Key]) -> None:
+        together = subscriber.keys.keys() | keys
+        if (len(together) > MAX_SUBSCRIPTIONS
+                or sum(is_pattern for _, is_pattern in together) > MAX_PATTERNS):
             raise InvalidParams(f"a connection has at most {MAX_SUBSCRIPTIONS} subscriptions, "
                                 f"{MAX_PATTERNS} of them patterns")
 
-    async def _match_history(self, matches: Callable[[str], bool],
-                             patterns: Sequence[str]) -> None:
+    async def _match_history(self, wanted: _SubscriptionTable[None]) -> None:
         """Match what is in the log, so that this takes nothing of the one step. Others may run."""
-        for count, entry in enumerate(list(self.notifier._log.values()) if patterns else ()):
-            matches(entry.topic)
-            if count * len(patterns) % YIELD_MESSAGES < len(patterns):
+        step = wanted.topics_per_turn()
+        entries = list(self.notifier._log.values()) if wanted._expressions else ()
+        for count, entry in enumerate(entries):
+            wanted.match(entry.topic)
+            if count % step == 0:
                 await asyncio.sleep(0)
 
-    async def _unsubscribe(self, channel: RpcChannel, topics: _Names | None = None,
-                           patterns: _Names | None = None) -> bool:
-        _check_count(topics, MAX_SUBSCRIPTIONS, "topics in an unsubscribe")
-        _check_count(patterns, MAX_SUBSCRIPTIONS, "patterns in an unsubscribe")
-        names, globs = _check_topics(topics or ()), _check_topics(patterns or ())
+    async def _unsubscribe(self, channel: RpcChannel, topics: _Topics | None = None,
+                           patterns: _Topics | None = None) -> bool:
+        keys = _keys(topics or ()) | _keys(patterns or (), is_pattern=True)
         if (subscriber := channel._subscriber) is not None:
             async with subscriber.lock:
-                removed = subscriber.remove(names, globs)
+                removed = subscriber.remove(keys)
                 self._run_topic_hooks(subscriber, self.on_unsubscribe, removed)
         return True
 
-    async def _publish(self, channel: RpcChannel, topics: _Names, data: Any = None,
+    async def _publish(self, channel: RpcChannel, topics: _PublishTopics, data: Any = None,
                        notifier_id: _Id | None = None) -> bool:
-        _check_count(topics, MAX_PUBLISH_TOPICS, "topics in a publish")
         names = _check_topics(topics)
         if any(name.startswith(INTERNAL_PREFIX) for name in names):
             raise Forbidden("these topics are for servers only")
@@ -3378,9 +3347,9 @@ class NetworkTransport:
     async def open(self, uri: str, *, headers: Sequence[tuple[str, str]], subprotocols: list[str],
                    max_size: int) -> Socket:
         """As `Transport.open`. Raises ImportError without websockets 14.1 or later."""
-        library, connect = self._library()
+        library = _import_library((14, 1), "websockets", "websockets.asyncio.client")
         try:
-            return _NetworkSocket(await connect(
+            return _NetworkSocket(await library.asyncio.client.connect(
                 uri, additional_headers=headers, subprotocols=subprotocols, max_size=max_size,
                 **self._options), library.ConnectionClosed)
         except library.InvalidStatus as error:
@@ -3390,18 +3359,6 @@ class NetworkTransport:
                              f"wss:// ({error})") from error
         except library.InvalidHandshake as error:
             raise ChannelClosed(1006, str(error)) from error
-
-    @staticmethod
-    def _library() -> tuple[Any, Any]:
-        how = "pip install 'websockets>=14.1'"
-        try:
-            library = importlib.import_module("websockets")
-            version = importlib.import_module("websockets.version").version
-        except ImportError as error:
-            raise ImportError(f"a client needs the websockets library: {how}") from error
-        if tuple(map(int, version.split(".")[:2])) < (14, 1):
-            raise ImportError(f"websockets {version} is too old for a client: {how}")
-        return library, importlib.import_module("websockets.asyncio.client").connect
 
 
 class _NetworkSocket:
@@ -3641,13 +3598,10 @@ class RpcClient(_Peer, _Caller):
     async def __aenter__(self) -> Self:
         self.start()
         try:
-            async with asyncio.timeout(self.connect_timeout):
-                await self.wait_until_ready()
-        except BaseException as error:
+            await _in_time(self.connect_timeout, self.wait_until_ready(), lambda: (
+                f"no connection to {self._name} in {self.connect_timeout} s: {self.last_error!r}"))
+        except BaseException:
             await self.close()
-            if isinstance(error, TimeoutError):
-                raise RequestTimeout(f"no connection to {self._name} in {self.connect_timeout} s: "
-                                     f"{self.last_error!r}") from error
             raise
         return self
 
@@ -3817,15 +3771,13 @@ class RpcClient(_Peer, _Caller):
         if self.channel is not None and self.state == "ready":
             return self.channel, self._seconds(timeout)
         self._check_started()
-        seconds, began = self._seconds(timeout), asyncio.get_running_loop().time()
-        try:
-            async with asyncio.timeout(seconds):
-                while self.channel is None or self.state != "ready":
-                    await self.wait_until_ready()
-        except TimeoutError as error:
-            raise RequestTimeout(f"not connected: {self.last_error!r}") from error
-        spent = asyncio.get_running_loop().time() - began
-        return self.channel, None if seconds is None else seconds - spent
+        left, began = self._seconds(timeout), asyncio.get_running_loop().time()
+        while self.channel is None or self.state != "ready":
+            await _in_time(left, self.wait_until_ready(),
+                           lambda: f"not connected: {self.last_error!r}")
+            now = asyncio.get_running_loop().time()
+            left, began = None if left is None else left - (now - began), now
+        return self.channel, left
 
     def _check_started(self) -> None:
         if self.state == "new":
@@ -3954,13 +3906,13 @@ class PubSubClient(RpcClient):
         return _OptionalAwait(publishing, f"publish to {args['topics']}")
 
     async def _publish(self, args: dict[str, Any]) -> RpcResponse:
-        seconds = self._seconds(_UNSET)
-        try:
-            async with asyncio.timeout(seconds), self._publish_slots:
+        async def publish() -> RpcResponse:
+            async with self._publish_slots:
                 return await self.call("publish", args)
-        except TimeoutError as error:
-            raise error if isinstance(error, RequestTimeout) else RequestTimeout(
-                f"publish was not answered in {seconds} s") from error
+
+        seconds = self._seconds(_UNSET)
+        return await _in_time(
+            seconds, publish(), lambda: f"publish was not answered in {seconds} s")
 
     def _check_thread(self) -> None:
         """Raises RuntimeError in another thread than that of the client's loop."""
@@ -3973,7 +3925,7 @@ class PubSubClient(RpcClient):
 
     # What the server tells, in the order of its log.
 
-    def _on_event(self, channel: RpcChannel, params: Any) -> None:
+    def _on_event(self, channel: RpcChannel, params: dict[str, Any]) -> None:
         if self._position is not None and self._dispatcher.queue.is_full() and not self._is_behind:
             self._is_behind = self._is_draining = True
         if self._is_behind:
@@ -3982,14 +3934,13 @@ class PubSubClient(RpcClient):
             self._dispatcher.put(event, channel._message_size, self._position)
             self._position = event.position
 
-    def _on_position(self, channel: RpcChannel, params: Any) -> None:
-        position = params.get("position") if type(params) is dict else None
+    def _on_position(self, channel: RpcChannel, params: dict[str, Any]) -> None:
+        position = params.get("position")
         if type(position) is str and not self._is_behind:
             self._position = position
 
-    def _on_gap_told(self, channel: RpcChannel, params: Any) -> None:
-        fields = params if type(params) is dict else {}
-        position, reason = fields.get("position"), fields.get("reason")
+    def _on_gap_told(self, channel: RpcChannel, params: dict[str, Any]) -> None:
+        position, reason = params.get("position"), params.get("reason")
         if type(position) is str and type(reason) is str and not self._is_behind:
             self._put_gap(position, reason)
 
@@ -4009,7 +3960,7 @@ class PubSubClient(RpcClient):
     # What the server is asked for.
 
     async def _greet(self, channel: RpcChannel) -> None:
-        self._agreed, self._changed = set(), self._dispatcher.table.keys()
+        self._agreed, self._changed = set(), set(self._dispatcher.table)
         self._is_behind = self._position is not None and bool(self._resumable(self._changed))
         await self._sync(channel)
         if channel._closed is not None:
@@ -4022,7 +3973,7 @@ class PubSubClient(RpcClient):
         self._changed |= keys
         if self._starts_at_since:
             self._is_behind = True
-            for subscription in self._dispatcher.subscribers_of(keys):
+            for subscription in self._dispatcher.table.subscribers_of(keys):
                 subscription._is_started = subscription._replay is None
         self._start_sync()
 
@@ -4059,13 +4010,13 @@ class PubSubClient(RpcClient):
     def _next_step(self, at_once: int) -> _SyncStep | None:
         """The next request to send, or None if the server has what is wanted."""
         table = self._dispatcher.table
-        if gone := {k for k in self._changed & self._agreed if not table.subscribers_of(k)}:
+        if gone := {k for k in self._changed & self._agreed if k not in table}:
             gone = set(itertools.islice(gone, at_once))
             self._agreed -= gone
             return _SyncStep("unsubscribe", gone, self._named(gone))
         new = self._without_replay(self._changed - self._agreed)
         own = {"subscriber_id": self._id, "max_size": self.max_message_size}
-        if self._is_behind and not self._resumable(table.keys()):
+        if self._is_behind and not self._resumable(set(table)):
             self._is_behind = False  # nobody misses anything
         may_resume = self._is_behind and not self._is_draining
         resumed = self._resumable(new)
@@ -4076,12 +4027,12 @@ class PubSubClient(RpcClient):
             return _SyncStep("subscribe", keys, args)
         if may_resume and self._agreed:
             return _SyncStep("subscribe", set(), {"resume": self._position, **own})
-        replays = (s for key in self._changed for s in table.subscribers_of(key) if s._replay)
+        replays = (s for key in self._changed for s in table.get(key, ()) if s._replay)
         if (subscription := next(replays, None)) is not None:
-            keys = subscription._keys()
+            keys = set(subscription._keys)
             args = {**self._named(keys), **own, **(subscription._replay or {})}
             return _SyncStep("subscribe", keys, args, subscription)
-        for subscription in self._dispatcher.subscribers_of(self._changed):
+        for subscription in self._dispatcher.table.subscribers_of(self._changed):
             self._start_agreed(subscription)  # what was not agreed may have been unsubscribed
         self._changed.clear()
         return None
@@ -4089,12 +4040,12 @@ class PubSubClient(RpcClient):
     def _without_replay(self, keys: set[_Key]) -> set[_Key]:
         """The topics and patterns with a subscription that does not ask for a replay of its own."""
         return {key for key in keys
-                if any(s._replay is None for s in self._dispatcher.table.subscribers_of(key))}
+                if any(s._replay is None for s in self._dispatcher.table.get(key, ()))}
 
     def _resumable(self, keys: set[_Key]) -> set[_Key]:
         """The topics and patterns that go on at _position, as a subscription has started before."""
         return {key for key in keys
-                if any(s._is_started for s in self._dispatcher.table.subscribers_of(key))}
+                if any(s._is_started for s in self._dispatcher.table.get(key, ()))}
 
     @staticmethod
     def _named(keys: set[_Key]) -> dict[str, Any]:
@@ -4129,14 +4080,14 @@ class PubSubClient(RpcClient):
 
     def _grant(self, keys: set[_Key]) -> None:
         self._agreed |= keys
-        for subscription in self._dispatcher.subscribers_of(keys):
+        for subscription in self._dispatcher.table.subscribers_of(keys):
             self._start_agreed(subscription)
 
     def _start_agreed(self, subscription: Subscription) -> None:
         """Start a subscription whose topics the server has agreed to; one with a replay is not
         started before the answer to its own request.
         """
-        if subscription._replay is None and subscription._keys() <= self._agreed:
+        if subscription._replay is None and subscription._keys.keys() <= self._agreed:
             subscription._start()
 
     def _take_replay(self, subscription: Subscription, result: dict[str, Any]) -> None:
@@ -4163,9 +4114,9 @@ class PubSubClient(RpcClient):
         return bool(refused)
 
     def _end_refused(self, keys: set[_Key], error: RpcError) -> None:
-        for subscription in self._dispatcher.subscribers_of(keys):
+        for subscription in self._dispatcher.table.subscribers_of(keys):
             logger.warning("the subscription to %.200s is refused: %s", subscription.topics, error)
-            self._dispatcher.remove(subscription, subscription.topics, error)
+            self._dispatcher.remove(subscription, subscription._keys, error)
 
     # Its end.
 
@@ -4187,7 +4138,7 @@ class PubSubClient(RpcClient):
         if state == "ready":
             self._start_sync()  # something may have changed during the greeting
         elif state == "closed":
-            for subscription in self._dispatcher.subscribers_of(self._dispatcher.table.keys()):
+            for subscription in self._dispatcher.table.subscribers_of(self._dispatcher.table):
                 subscription._end(self._why_closed())
 
 
@@ -4488,7 +4439,6 @@ class _Broker:
 
     modules: ClassVar[tuple[str, ...]]  # of the driver; the first one has its version
     oldest: ClassVar[tuple[int, ...]]  # the oldest version that works
-    extra: ClassVar[str]  # of this package, which installs the driver
 
     def __init__(self, url: str, channel: str, history: int) -> None:
         self._url, self._channel, self._history = url, channel, history
@@ -4496,18 +4446,7 @@ class _Broker:
         digest = hashlib.sha256(channel.encode()).hexdigest()[:16]
         self._name = name if name == channel else f"{name}-{digest}"
         self._stack, self._client = AsyncExitStack(), None
-        self._driver = self._import_driver()
-
-    def _import_driver(self) -> Any:
-        """Raises ImportError if the driver is missing or too old, and says what to install."""
-        oldest, found = ".".join(map(str, self.oldest)), "it is not installed"
-        with contextlib.suppress(ImportError):
-            driver, *_ = map(importlib.import_module, self.modules)
-            found = f"{driver.__version__} is installed"
-            if tuple(map(int, re.findall(r"\d+", found)[:3])) >= self.oldest:
-                return driver
-        raise ImportError(f"this backbone needs {self.modules[0]} {oldest} or later, and {found}: "
-                          f"pip install 'fastapi-ws-lite[{self.extra}]'")
+        self._driver = _import_library(self.oldest, *self.modules)
 
     async def _connect(self, use: str) -> Any:
         """Open a connection to "append" or "read", and make the log if there is none.
@@ -4534,7 +4473,7 @@ class _RedisBroker(_Broker):
     failover, what the new primary does not have is told as a gap.
     """
 
-    modules, oldest, extra = ("redis", "redis.asyncio", "redis.backoff"), (5, 0, 1), "redis"
+    modules, oldest = ("redis", "redis.asyncio", "redis.backoff"), (5, 0, 1)
 
     async def _connect(self, use: str) -> Any:
         retry = self._driver.asyncio.retry.Retry(self._driver.backoff.NoBackoff(), 0)
@@ -4582,7 +4521,7 @@ class _PostgresBroker(_Broker):
     or what a check on the table allows.
     """
 
-    modules, oldest, extra = ("asyncpg",), (0, 27), "postgres"
+    modules, oldest = ("asyncpg",), (0, 27)
     _CREATE: Final = """SELECT pg_advisory_xact_lock(7817260511);  -- IF NOT EXISTS has a race
         CREATE TABLE IF NOT EXISTS fastapi_ws_lite_head (
             channel text PRIMARY KEY, last bigint NOT NULL);
@@ -4642,7 +4581,7 @@ class _RabbitBroker(_Broker):
     max_message_size of RabbitMQ, which is 16 MiB by default in RabbitMQ 4.
     """
 
-    modules, oldest, extra = ("aio_pika",), (9, 0), "rabbitmq"
+    modules, oldest = ("aio_pika",), (9, 0)
 
     async def _connect(self, use: str) -> Any:
         connection = self._driver.Connection(self._driver.connection.make_url(self._url))
@@ -4723,7 +4662,7 @@ class _KafkaBroker(_Broker):
     topic's max.message.bytes allows.
     """
 
-    modules, oldest, extra = ("aiokafka", "aiokafka.admin", "aiokafka.helpers"), (0, 10), "kafka"
+    modules, oldest = ("aiokafka", "aiokafka.admin", "aiokafka.helpers"), (0, 10)
 
     def __init__(self, url: str, channel: str, history: int) -> None:
         super().__init__(url, channel, history)
@@ -5269,7 +5208,8 @@ class Fleet:
         for channel in self._endpoint.channels.values():
             if channel.identity is not None:
                 topics = clients.setdefault(channel.identity, [])
-                topics += channel._subscriber.topics if channel._subscriber else ()
+                keys = channel._subscriber.keys if channel._subscriber else ()
+                topics += [name for name, is_pattern in keys if not is_pattern]
         try:
             self._tell(_ROSTER, clients=clients)
         except RpcError as error:  # the next beat tries again
@@ -5920,7 +5860,7 @@ export function connect(url = "/ws", options = {}) {
     subscribe(topics, callback, { pattern = false, last, since } = {}) {
       const list = JSON.parse(toJson([topics].flat())), globs = pattern ? list.map(glob) : [];
       const sub = { topics: list, callback };
-      sub.names = list.map((name) => (pattern ? "~" : "=") + name);
+      sub.names = list.map((name) => (name === ALL_TOPICS ? "~*" : (pattern ? "~" : "=") + name));
       sub.replay = (last ?? since ?? null) === null ? null : { last, since };
       sub.matches = pattern ? (topic) => globs.some((glob) => glob.test(topic))
         : (topic) => list.includes(topic) || list.includes(ALL_TOPICS);

@@ -3703,17 +3703,16 @@ async def test_event_larger_than_one_peer_takes_is_a_gap_for_it_alone() -> None:
         assert [kind for kind, _ in large.told] == ["answer"]
 
 
-async def test_position_is_told_to_who_hears_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a quarter of the history, and after a while, so that it can resume nevertheless."""
+async def test_position_is_told_to_who_hears_little() -> None:
+    """After a quarter of the history, so that it can resume nevertheless."""
     endpoint = PubSubEndpoint(history=40)
     async with subscriber_of(endpoint, "quiet") as peer:
-        monkeypatch.setattr(lib, "POSITION_SECONDS", 0.02)  # after the first mark
-        for count in (11, 1):
-            for _ in range(count):
+        for _ in range(2):
+            for _ in range(11):
                 endpoint.publish("t", 1)
             await peer.read()
             assert peer.told.pop() == ("position", {"position": endpoint.position})
-        await asyncio.sleep(0.05)  # nothing has changed, so nothing is told
+        endpoint.publish("t", 1)
         await peer.ask("_ping_")
         assert [kind for kind, _ in peer.told] == ["answer", "answer"]
 
@@ -3999,10 +3998,10 @@ async def test_authorize_is_asked_once_and_then_for_each_alone() -> None:
                          ("subscribe", ("bad",)), ("subscribe", ("b",)),
                          ("subscribe_pattern", ("a*",))]
         answer = await peer.ask("subscribe", topics=["worse", ALL_TOPICS, "c"], patterns=["b*"])
-        assert answer["refused"] == ["worse", ALL_TOPICS, "b*"]
-        assert ("subscribe_pattern", ("b*", "*")) in asked
+        assert sorted(answer["refused"]) == ["*", "b*", "worse"]
+        assert ("subscribe_pattern", ("*", "b*")) in asked
         error = await peer.ask("subscribe", topics=["bad", ALL_TOPICS], patterns=["*"])
-        assert (error["code"], error["data"]["topics"]) == (-32001, ["bad", ALL_TOPICS, "*"])
+        assert (error["code"], error["data"]["topics"]) == (-32001, ["bad", "*"])
         assert (await peer.ask("publish", topics=["a", "bad"]))["code"] == -32001
         assert await peer.ask("publish", topics=["a", "c"]) is True
         assert asked[-2:] == [("publish", ("a", "bad")), ("publish", ("a", "c"))]
@@ -5630,18 +5629,18 @@ async def test_peers_that_come_and_go_leave_nothing() -> None:
 
 
 @pytest.mark.parametrize(("version", "text"), [
-    (None, r"needs the websockets library: pip install 'websockets>=14\.1'"),
-    ("12.0", r"websockets 12\.0 is too old for a client: pip install 'websockets>=14\.1'"),
-    ("13.1", "too old"), ("14.0", "too old"), ("14.1", None), ("15.0.1", None), ("20", None)])
+    (None, r"this needs websockets>=14\.1, and it is not installed: pip install 'websockets>=14"),
+    ("12.0", r"this needs websockets>=14\.1, and 12\.0 is installed: pip install 'websockets>=14"),
+    ("13.1", "13.1 is"), ("14.0", "14.0 is"), ("14.1", None), ("15.0.1", None), ("20", None)])
 async def test_network_transport_with_an_old_websockets_says_what_to_install(
         version: str | None, text: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client fails at once, and does not take it for a server that is away."""
-    import websockets.version
+    import websockets
 
     if version is None:
         monkeypatch.setitem(sys.modules, "websockets", None)
     else:
-        monkeypatch.setattr(websockets.version, "version", version)
+        monkeypatch.setattr(websockets, "__version__", version)
     client = RpcClient(f"ws://127.0.0.1:{free_tcp_port()}/ws", connect_timeout=0.1)
     with pytest.raises(RequestTimeout if text is None else ImportError, match=text):
         await client.__aenter__()
@@ -8567,10 +8566,10 @@ def test_broker_driver_missing_or_too_old_raises_import_error(
     """The endpoint's constructor says which version is needed, and what to install."""
     driver = pytest.importorskip(SCHEMES[scheme])
     monkeypatch.setattr(driver, "__version__", "0.1.0")
-    with pytest.raises(ImportError, match=r"or later, and 0\.1\.0 is installed: pip install 'fast"):
+    with pytest.raises(ImportError, match=r"and 0\.1\.0 is installed: pip install '"):
         PubSubEndpoint(backbone=f"{scheme}://127.0.0.1")
     monkeypatch.setitem(sys.modules, SCHEMES[scheme], None)
-    with pytest.raises(ImportError, match=f"needs {SCHEMES[scheme]} .*, and it is not installed"):
+    with pytest.raises(ImportError, match=f"needs {SCHEMES[scheme]}>=.*, and it is not installed"):
         PubSubEndpoint(backbone=f"{scheme}://127.0.0.1")
 
 
@@ -9468,10 +9467,10 @@ class Page:
 
 @pytest.fixture
 async def page(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Page]:
-    """A page that waits 0.15 and 0.3 s for the answer to a ping, instead of 3 and 20 s."""
+    """A page that waits 0.3 and 1.5 s for the answer to a ping, instead of 3 and 20 s."""
     page, closing = Page(), asyncio.Event()
     client = lib._BROWSER_CLIENT.replace("SILENCE = 25, ANSWER = 20, QUICK = 3, CHECK = 5",
-                                         "SILENCE = 25, ANSWER = .3, QUICK = .15, CHECK = .02")
+                                         "SILENCE = 25, ANSWER = 1.5, QUICK = .3, CHECK = .02")
     assert client != lib._BROWSER_CLIENT
     client += "export { glob };"
 
