@@ -117,7 +117,7 @@ logger = logging.getLogger(__name__)
 # Bytes are bytes of UTF-8.
 
 SUBPROTOCOL: Final = "ws-lite.1"
-# Subscribe to it to get all events, as with the pattern "*"; the text is fastapi_websocket_pubsub's.
+# It is for subscribing: the same as the pattern "*". The text is that of fastapi_websocket_pubsub.
 ALL_TOPICS: Final = "__EventNotifier_ALL_TOPICS__"
 INTERNAL_PREFIX: Final = "$fastapi_ws_lite/"  # of topics that servers use among themselves
 
