@@ -1672,6 +1672,14 @@ def _by_position_or_name(name: str, args: tuple[Any, ...], kwargs: dict[str, Any
     return args or kwargs or None
 
 
+def _encode_arguments(args: _Arguments) -> str | None:
+    """The JSON text of arguments. Raises TypeError, or ValueError for what is not JSON."""
+    text = None if args is None else _encode(args)
+    if text is not None and text[0] not in "{[":
+        raise TypeError(f"arguments are a mapping or a sequence, not {type(args).__name__}")
+    return text
+
+
 class _Other:
     """Calls the methods of the peer as if they were its own, or as those of a class are called."""
 
@@ -1844,9 +1852,7 @@ class RpcChannel(_Caller):
             raise ChannelClosed(self._closed.code, self._closed.reason)
         if self._outbox.is_full():
             raise Overloaded("too much waits to be sent to this peer")
-        params = None if args is None else _encode(args)
-        if params is not None and params[0] not in "{[":
-            raise TypeError(f"arguments are a mapping or a sequence, not {type(args).__name__}")
+        params = _encode_arguments(args)
         text = self.format.request(id, method, params, timeout=timeout, credit=credit,
                                    meta=None if meta is None else _encode(meta))
         if (size := _utf8_len(text)) > self._peer_max_size:
@@ -5136,7 +5142,8 @@ class Fleet:
         """The identities of the clients of all servers, or of a topic's subscribers."""
         with contextlib.suppress(RuntimeError):  # a plain def route runs in a thread
             self._start()
-        return list(dict.fromkeys(identity for (_, identity), topics in list(self._clients.items())
+        told = [(name, topics) for (_, name), topics in list(self._clients.items())]
+        return list(dict.fromkeys(name for name, topics in (*told, *self._roster().items())
                                   if topic is None or topic in topics))
 
     async def call(self, identity: str, method: str, args: _Arguments = None, *,
@@ -5146,27 +5153,45 @@ class Fleet:
         Raises ChannelClosed at once if nobody has this identity, or when its server is lost.
         """
         loop, seconds = self._start(), self._endpoint._seconds(timeout)
-        while not (servers := [s for s, name in self._clients if name == identity]):
-            if loop.time() > self._started_at + 1.0:
-                raise ChannelClosed(1006, f"no client {identity!r} is online")
-            await asyncio.sleep(0.02)  # other servers have not answered our first roster yet
-        if (server := servers[-1]) == self._id:
-            return await self._channels(identity)[-1].call(method, args, timeout=timeout)
+        _encode_arguments(args)  # raises for those that cannot be sent
+        began, late = loop.time(), lambda: f"{method} was not answered in {seconds} s"
+        server = await _in_time(seconds, self._find(identity), late)
+        left = None if seconds is None else max(0.0, began + seconds - loop.time())
+        if server == self._id:
+            return await self._channels(identity)[-1].call(method, args, timeout=left)
         id, answer = uuid.uuid4().hex, loop.create_future()
+
+        def on_told(told: "asyncio.Future[None]") -> None:
+            if not answer.done() and (error := told.exception()) is not None:
+                answer.set_result(error)  # the backbone has refused it
+
         self._calls[id] = server, answer
         try:
-            async with asyncio.timeout(seconds):
-                await self._tell(_CALLS, to=server, id=id, call=[identity, method, args, seconds])
-                outcome = await answer
-        except TimeoutError:
-            raise RequestTimeout(f"{method} was not answered in {seconds} s") from None
+            asyncio.ensure_future(self._tell(_CALLS, to=server, id=id, call=[
+                identity, method, args, left])).add_done_callback(on_told)
+            outcome = await _in_time(left, answer, late)
         finally:
             del self._calls[id]
-            if not answer.done() or answer.cancelled():
-                self._tell(_CALLS, to=server, id=id, cancel=True)
+            if answer.cancelled():
+                with contextlib.suppress(RpcError):  # too much waits for the backbone
+                    self._tell(_CALLS, to=server, id=id, cancel=True)
         if isinstance(outcome, RpcError):
             raise outcome
         return RpcResponse(outcome)
+
+    async def _find(self, identity: str) -> str:
+        """The server of the newest connection of a client. Raises ChannelClosed."""
+        while True:
+            is_here = bool(self._channels(identity))  # which our roster tells a moment later
+            servers = [server for server, name in self._clients
+                       if name == identity and (is_here or server != self._id)]
+            if is_here and self._id not in servers:
+                servers.append(self._id)
+            if servers:
+                return servers[-1]
+            if asyncio.get_running_loop().time() > self._started_at + 1.0:
+                raise ChannelClosed(1006, f"no client {identity!r} is online")
+            await asyncio.sleep(0.02)  # other servers have not answered our first roster yet
 
     async def call_all(self, method: str, args: _Arguments = None, *, timeout: _Timeout = _UNSET,
                        ) -> dict[str, RpcResponse | RpcError]:
@@ -5186,6 +5211,16 @@ class Fleet:
     def _channels(self, identity: str) -> list[RpcChannel]:
         return [c for c in self._endpoint.channels.values() if c.identity == identity]
 
+    def _roster(self) -> dict[str, list[str]]:
+        """The identities of this server's clients, with their topics."""
+        clients: dict[str, list[str]] = {}
+        for channel in list(self._endpoint.channels.values()):
+            if channel.identity is not None:
+                topics = clients.setdefault(channel.identity, [])
+                keys = channel._subscriber.keys if channel._subscriber else ()
+                topics += [name for name, is_pattern in keys if not is_pattern]
+        return clients
+
     def _start(self) -> asyncio.AbstractEventLoop:
         """Begin, once on each event loop, and anew after the endpoint was closed."""
         loop = asyncio.get_running_loop()
@@ -5204,14 +5239,8 @@ class Fleet:
         if (loop := self._notifier._loop) is not self._loop or loop is None:
             return
         self._beat = loop.call_later(FLEET_BEAT_SECONDS, self._tell_roster)
-        clients: dict[str, list[str]] = {}
-        for channel in self._endpoint.channels.values():
-            if channel.identity is not None:
-                topics = clients.setdefault(channel.identity, [])
-                keys = channel._subscriber.keys if channel._subscriber else ()
-                topics += [name for name, is_pattern in keys if not is_pattern]
         try:
-            self._tell(_ROSTER, clients=clients)
+            self._tell(_ROSTER, clients=self._roster())
         except RpcError as error:  # the next beat tries again
             logger.warning("other servers were not told who is connected here: %s", error)
 
@@ -5270,17 +5299,22 @@ class Fleet:
         """Call a client of this server for another one, and tell it the outcome."""
         _current_request.set(None)
         tell = functools.partial(self._tell, _CALLS, to=server, id=id)
+        answer: dict[str, Any]
         try:
             if not (channels := self._channels(identity)):
                 raise ChannelClosed(1006, "the client has left")
-            tell(result=(await channels[-1].call(method, args, timeout=timeout)).result)
+            answer = {"result": (await channels[-1].call(method, args, timeout=timeout)).result}
         except ChannelClosed as error:
-            tell(closed=[error.code, error.reason])
-        except RpcError as error:  # also of a result that is too large for the backbone
-            tell(error=_decode(_error_object(error)))
-        except Exception as error:  # such as a TypeError for the arguments
-            told = channels[-1]._runner.error_for_caller(method, error)
-            tell(error=_decode(_error_object(told)))
+            answer = {"closed": [error.code, error.reason]}
+        except RpcError as error:
+            answer = {"error": _decode(_error_object(error))}
+        try:
+            try:
+                await tell(**answer)
+            except MessageTooLarge as error:
+                await tell(error=_decode(_error_object(error)))
+        except RpcError as error:  # the caller waits until its timeout
+            logger.warning("an answer to another server is lost: %s", error)
 
 
 __all__ += ["Fleet"]
