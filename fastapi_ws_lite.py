@@ -2117,9 +2117,8 @@ class _EventQueue(deque[_QueuedEvent]):
 
 
 def _bind_callback(callback: _Callback) -> Callable[[Event], Any]:
-    """Call back with those parameters that it names, of data, topic and event; else with the data.
-
-    Raises TypeError for a callback that needs anything else.
+    """Pass a callback those of data, topic and event that it has as parameters; else only the data,
+    or the event, if its first parameter is annotated with Event. Raises TypeError for others.
     """
     try:
         signature = inspect.signature(callback)
@@ -2135,7 +2134,9 @@ def _bind_callback(callback: _Callback) -> Callable[[Event], Any]:
         raise TypeError(
             f"a callback takes (data), (data, topic) or (event), not {signature}") from error
     if not named:
-        return lambda event: callback(event.data)
+        first = next(iter(shown), None)
+        wants_event = first is not None and first.annotation in (Event, "Event")
+        return callback if wants_event else lambda event: callback(event.data)
     return lambda event: callback(**{
         name: event if name == "event" else getattr(event, name) for name in named})
 
@@ -3615,14 +3616,21 @@ class RpcClient(_Peer, _Caller):
         await self.close()
 
     async def wait_until_ready(self) -> None:
-        """Wait for a connection that works. Raises Refused, or ChannelClosed if it was closed."""
+        """Wait for a connection that works. Raises Refused, or ChannelClosed if it was closed, and
+        RuntimeError if the client was not started.
+        """
+        self._check_started()
         while self.state != "ready":
             if self.state == "closed":
                 raise self._why_closed()
             await _wait_notified(self._waiters)
 
     async def wait_until_done(self) -> None:
-        """Wait until the client is closed. Raises Refused if the server refused it."""
+        """Wait until the client is closed. Raises Refused if the server refused it.
+
+        Raises RuntimeError if the client was not started.
+        """
+        self._check_started()
         while self.state != "closed":
             await _wait_notified(self._waiters)
         if not isinstance(error := self._why_closed(), ChannelClosed) or isinstance(error, Refused):
@@ -6037,6 +6045,8 @@ def _cli_vendor(dest: str, *, without: str | None = None, check: bool = False) -
     example: fastapi-ws-lite vendor myapp/ --without backbones,browser
     """
     source = inspect.getsource(sys.modules[__name__])
+    if dest.endswith("/") and not check:
+        os.makedirs(dest, exist_ok=True)
     path = os.path.join(dest, __name__.rpartition(".")[2] + ".py") if os.path.isdir(dest) else dest
     if check or os.path.exists(path):
         with open(path, encoding="utf-8") as file:

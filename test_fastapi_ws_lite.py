@@ -6339,6 +6339,7 @@ async def test_client_not_started_or_in_another_thread_raises() -> None:
     for wait in (lambda: client.call("add", [1, 2]), lambda: client.other.add(1, 2),
                  lambda: anext(client.stream("ticks")), lambda: await_it(client.publish("t", 1)),
                  lambda: await_it(subscription), subscription.next,
+                 client.wait_until_ready, client.wait_until_done,
                  lambda: anext(aiter(client.subscribe("u")))):
         with pytest.raises(RuntimeError, match="not started"):
             await wait()
@@ -6570,6 +6571,13 @@ async def test_pubsub_unsubscribe_ends_a_topic_or_a_pattern_or_one_subscription(
 # ------------------------------------------------------ events of a client: callbacks, iterators
 
 
+def takes_an_event(got: list[Any]) -> Callable[[Event], None]:
+    def callback(e: Event) -> None:
+        got.append(e.data)
+
+    return callback
+
+
 CALLBACK_SHAPES: dict[str, tuple[Callable[[list[Any]], Any], Any]] = {
     "data and topic": (lambda got: lambda data, topic: got.append((data, topic)), (1, "t")),
     "topic and data": (lambda got: lambda topic, data: got.append((data, topic)), (1, "t")),
@@ -6579,6 +6587,7 @@ CALLBACK_SHAPES: dict[str, tuple[Callable[[list[Any]], Any], Any]] = {
     "defaults": (lambda got: lambda value=0, x=2: got.append((value, x)), (1, 2)),
     "keyword only": (lambda got: lambda *, topic, data: got.append((data, topic)), (1, "t")),
     "builtin": (lambda got: got.append, 1),
+    "annotation": (takes_an_event, 1),
     "bound method": (lambda got: types.MethodType(
         lambda self, data, topic: got.append((self, data, topic)), 0), (0, 1, "t")),
     "partial": (lambda got: functools.partial(
@@ -10463,8 +10472,9 @@ def test_vendor_check_tells_other_versions_and_edits(
         tmp_path: Path, monkeypatch: Patch, capsys: Printed,
 ) -> None:
     """A copy into a folder keeps the module's name; the check compares hashes."""
+    tmp_path /= "new"
     path = tmp_path / "fastapi_ws_lite.py"
-    assert lib._main(["vendor", str(tmp_path), "--without", "browser, fleet"]) == 0
+    assert lib._main(["vendor", f"{tmp_path}/", "--without", "browser, fleet"]) == 0
     text = path.read_text()
     assert text.startswith(f"# A copy of fastapi_ws_lite {lib.__version__}")
     assert lib._main(["vendor", "--check", str(path)]) == 0
