@@ -3899,7 +3899,11 @@ class PubSubClient(RpcClient):
         """Cancel all subscriptions to these topics. Await it for the server's answer, or do not."""
         self._check_thread()
         self._dispatcher.unsubscribe(topics, pattern)
-        return _OptionalAwait(self._syncing, "unsubscribe")
+        if (syncing := self._syncing) is None:
+            return _OptionalAwait(None)
+        answered = syncing.get_loop().create_future()  # or the connection has ended with it
+        syncing.add_done_callback(lambda _: answered.set_result(None))
+        return _OptionalAwait(answered, "unsubscribe")
 
     def publish(self, topics: str | Iterable[str], data: Any = None, *,
                 include_self: bool = False) -> _OptionalAwait[RpcResponse]:
@@ -5409,9 +5413,25 @@ class Remote:
         """Publish an event to each topic, and wait until the server has it."""
         self._wait(self._client.publish, topics, data, include_self=include_self)
 
+    def _confirmed(self, *args: Any, **named: Any) -> Subscription:
+        """Subscribe; if that is not confirmed within the usual timeout, cancel it and raise."""
+        async def subscribe() -> Subscription:
+            subscription = self._client.subscribe(*args, **named)
+            try:
+                return await _in_time(self._client._seconds(_UNSET), subscription._wait_confirmed(),
+                                      f"{subscription!r} was not confirmed in time")
+            except RequestTimeout:
+                subscription.cancel()
+                raise
+
+        return cast(Subscription, self._wait(subscribe))
+
     def subscribe(self, topics: str | Iterable[str], callback: _Callback, *, pattern: bool = False,
                   last: int | None = None, since: str | None = None) -> None:
-        """As `PubSubClient.subscribe`, confirmed. Callbacks run in a thread, one at a time."""
+        """As `PubSubClient.subscribe`, confirmed within the usual timeout, or RequestTimeout.
+
+        Callbacks run in a thread, one at a time.
+        """
         call = _bind_callback(callback)
 
         async def in_thread(event: Event) -> None:
@@ -5419,21 +5439,21 @@ class Remote:
             if inspect.isawaitable(result):
                 await result
 
-        self._wait(self._client.subscribe, topics, in_thread, pattern=pattern, last=last,
-                   since=since)
+        self._confirmed(topics, in_thread, pattern=pattern, last=last, since=since)
 
     def unsubscribe(self, topics: str | Iterable[str], *, pattern: bool = False) -> None:
-        """Cancel all subscriptions to these topics."""
-        self._wait(self._client.unsubscribe, topics, pattern=pattern)
+        """Cancel all subscriptions to these topics, and wait for the server within the timeout."""
+        self._wait(lambda: _in_time(
+            self._client._seconds(_UNSET), self._client.unsubscribe(topics, pattern=pattern),
+            "the unsubscribe was not answered in time"))
 
     def events(self, topics: str | Iterable[str], *, pattern: bool = False,
                last: int | None = None, since: str | None = None) -> "_RemoteIterator":
-        """Subscribe, confirmed, and iterate over `Event`; ``next(timeout)`` waits for one event.
+        """Subscribe, as `subscribe`, and iterate over `Event`; ``next(timeout)`` waits for one.
 
         `close` what this returns, or drop it, to unsubscribe.
         """
-        subscription = self._wait(
-            self._client.subscribe, topics, pattern=pattern, last=last, since=since)
+        subscription = self._confirmed(topics, pattern=pattern, last=last, since=since)
         return _RemoteIterator(self, lambda timeout: subscription.next(timeout=timeout),
                                subscription.cancel)
 
@@ -5602,6 +5622,7 @@ export const ALL_TOPICS = "__EventNotifier_ALL_TOPICS__";
  */
 const TIMED_OUT = -32000, FORBIDDEN = -32001, OVERLOADED = -32002, TOO_LARGE = -32003;
 const SILENCE = 25, ANSWER = 20, QUICK = 3, CHECK = 5; // seconds, of pings
+const MOST_CALLS = 10000, MOST_UNSENT = 2 ** 26; // calls that wait, also while away; and bytes
 
 // JSON.stringify writes half an emoji as "\ud83d", which no server can read: U+FFFD replaces it.
 const toJson = (value) => JSON.stringify(value)
@@ -5665,6 +5686,8 @@ export function connect(url = "/ws", options = {}) {
       }
       calls.set(id, pending);
       if (state === "closed" || signal?.aborted) return settle(signal?.reason ?? why);
+      if (calls.size > MOST_CALLS || socket?.bufferedAmount > MOST_UNSENT)
+        return settle(new RpcError(OVERLOADED, "Overloaded"));
       signal?.addEventListener("abort", stop);
       if (timeout !== null) timer = setTimeout(stop, timeout * 1000);
       if (state === "ready" || now) send();

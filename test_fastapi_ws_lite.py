@@ -6511,6 +6511,19 @@ async def test_pubsub_subscribe_refused_raises_and_spares_the_others(
     assert "the subscription to ('open0',) is refused" in caplog.text
 
 
+async def test_pubsub_unsubscribe_ends_with_the_connection_and_cancels_nobody() -> None:
+    """A server without the connection has no subscription of it either."""
+    async with played_client() as (client, links):
+        client.subscribe("t", print)
+        client.start()
+        await answer_sync(peer := await server_end(links))
+        await until(lambda: client.state == "ready")
+        waiting = asyncio.create_task(client.unsubscribe("t"))
+        assert (await peer.recv())["method"] == "unsubscribe"
+        links[0].cut()
+        assert await waiting is None  # type: ignore[func-returns-value]
+
+
 async def test_pubsub_subscribe_where_it_cannot_be_raises() -> None:
     """To what is no topic, with what is no callback, at an RpcEndpoint, or at a closed client."""
     async with client_at(RpcEndpoint(Calculator())) as client:
@@ -9387,6 +9400,28 @@ def test_remote_that_closes_ends_the_waits_of_other_threads() -> None:
 
 
 @loopless
+def test_remote_subscription_that_is_not_confirmed_raises_after_the_timeout() -> None:
+    """Nothing else could end the wait of a thread; and nothing is subscribed to."""
+    endpoint = PubSubEndpoint(authorize=lambda *_: asyncio.sleep(3600))
+    outcomes = list[Any]()
+
+    def subscribe() -> None:
+        for wait in (lambda: remote.subscribe("t", print), lambda: remote.events("t", last=1),
+                     lambda: remote.unsubscribe("t")):
+            try:
+                outcomes.append(wait())
+            except RequestTimeout as error:
+                outcomes.append(error)
+
+    with remote_of(endpoint, default_response_timeout=0.1) as remote:
+        thread = threading.Thread(target=subscribe, daemon=True)
+        thread.start()
+        thread.join(5)
+        assert [type(outcome) for outcome in outcomes] == [RequestTimeout] * 3
+        assert not remote._client._dispatcher.table.keys()
+
+
+@loopless
 def test_remote_without_a_server_raises_after_connect_timeout() -> None:
     """Connecting fails as `async with` does, and leaves nothing."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -9944,6 +9979,16 @@ async def test_browser_first_load_waits_for_a_server_that_is_away(page: Page) ->
     async with serving(app, port=int(url.rpartition(":")[2])):
         assert await page.run("return ws.call('add', [1, 2])") == 3
     assert await page.run("return states.some(([, why]) => why?.status)") is False
+
+
+async def test_browser_calls_that_wait_are_bounded(page: Page) -> None:
+    """More than 10,000 are Overloaded, also publishes that nobody waits for while it is away."""
+    await page.connect("ws://127.0.0.1:1/ws")
+    outcomes = await page.run("""
+        const all = Array.from({ length: 10010 }, (_, n) => tried(ws.publish("t", n)));
+        await tried(all.at(-1)); ws.close(); return (await Promise.all(all)).map(([code]) => code);
+        """)
+    assert outcomes == [1000] * 10_000 + [-32002] * 10
 
 
 async def test_browser_address_that_is_none_is_final_and_a_failing_token_is_not(
