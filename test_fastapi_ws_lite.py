@@ -8455,6 +8455,33 @@ async def test_broker_servers_have_one_order_and_history(url: str, channel: str)
             assert three.position == one.position
 
 
+async def test_broker_that_is_quiet_keeps_its_connections(
+        url: str, channel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server has two, to read and to append, however often it finds that nothing is new."""
+    broker, opened, empty = lib._BROKERS[url.partition(":")[0]], list[str](), list[Any]()
+    connect, read = broker._connect, broker.read  # type: ignore[attr-defined]
+
+    async def connect_counted(log: Any, use: str) -> Any:
+        opened.append(use)
+        return await connect(log, use)
+
+    async def read_counted(log: Any, start: int) -> Any:
+        page = await read(log, start)
+        empty.extend([] if page else [start])
+        return page
+
+    monkeypatch.setattr(broker, "_connect", connect_counted)
+    monkeypatch.setattr(broker, "read", read_counted)
+    monkeypatch.setattr(lib, "READ_SECONDS", 0.05)
+    async with hearing(url, channel=channel) as (one, heard):
+        for n in range(3):
+            await one.publish(["t"], n)
+            await has(heard, *range(n + 1))
+            before = len(empty)
+            await until(lambda before=before: len(empty) > before + 3)  # type: ignore[misc]
+        assert (sorted(opened), state(one)["last_error"]) == (["append", "read"], None)
+
+
 @pytest.mark.slow
 async def test_broker_deleted_log_is_one_gap(url: str, channel: str) -> None:
     """A log that is deleted under live readers and writers: one gap each, then all goes on."""
