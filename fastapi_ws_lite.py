@@ -5419,7 +5419,7 @@ class Remote:
             subscription = self._client.subscribe(*args, **named)
             try:
                 return await _in_time(self._client._seconds(_UNSET), subscription._wait_confirmed(),
-                                      f"{subscription!r} was not confirmed in time")
+                                      lambda: f"{subscription!r} was not confirmed in time")
             except RequestTimeout:
                 subscription.cancel()
                 raise
@@ -5445,7 +5445,7 @@ class Remote:
         """Cancel all subscriptions to these topics, and wait for the server within the timeout."""
         self._wait(lambda: _in_time(
             self._client._seconds(_UNSET), self._client.unsubscribe(topics, pattern=pattern),
-            "the unsubscribe was not answered in time"))
+            lambda: "the unsubscribe was not answered in time"))
 
     def events(self, topics: str | Iterable[str], *, pattern: bool = False,
                last: int | None = None, since: str | None = None) -> "_RemoteIterator":
