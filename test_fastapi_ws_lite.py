@@ -8512,7 +8512,8 @@ async def test_broker_trimmed_log_begins_with_the_oldest_entry(url: str, channel
 async def test_broker_postgresql_wakes_for_its_own_log_only(
         url: str, channel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A read is not woken by another channel's event, and connections stay while it is quiet."""
-    async with logs_of(url, channel, 2) as (log, writer), logs_of(url, "2nd", 1) as (other,):
+    second = f"2nd {channel}"
+    async with logs_of(url, channel, 2) as (log, writer), logs_of(url, second, 1) as (other,):
         await writer.append(b"x")
         (first, _), = await log.read(1)
         connection, reading = log._client, asyncio.create_task(log.read(first + 1))
@@ -8523,7 +8524,7 @@ async def test_broker_postgresql_wakes_for_its_own_log_only(
         assert [e for _, e in await reading] == [b"z"] and log._notified.is_set()
         monkeypatch.setattr(lib, "READ_SECONDS", 0.1)
         assert not await log.read(first + 2) and log._client is connection
-    await delete_log(url, "2nd")
+    await delete_log(url, second)
 
 
 @pytest.mark.parametrize("scheme, setting, size", [
