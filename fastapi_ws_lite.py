@@ -112,6 +112,31 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+
+def _version(text: str) -> tuple[int, ...]:
+    """The first three numbers of a version, which can be compared."""
+    return tuple(map(int, re.findall(r"\d+", text)[:3]))
+
+
+def _import_library(oldest: tuple[int, ...], *modules: str) -> Any:
+    """Import a library and modules of it. Raises ImportError that says what to install."""
+    name, found = modules[0], "it is not installed"
+    with contextlib.suppress(ImportError):
+        library = importlib.import_module(name)
+        found = f"{library.__version__} is installed"
+        if _version(found) >= oldest:
+            for module in modules[1:]:
+                importlib.import_module(module)
+            return library
+    wanted = f"{name}>={'.'.join(map(str, oldest))}"
+    raise ImportError(f"this needs {wanted}, and {found}: pip install '{wanted}'")
+
+
+# No installer sees a copied file, so it looks itself. Before 0.41 starlette gives no answer to a
+# WebSocket for which a dependency raises HTTPException.
+for _oldest, _library in (((0, 115, 3), "fastapi"), ((2, 10), "pydantic"), ((0, 41), "starlette")):
+    _import_library(_oldest, _library)
+
 # ------------------------------------------------------------------------------------- constants
 # Limits, so that no peer can make this process grow without bound or hold up its other connections.
 # Bytes are bytes of UTF-8.
@@ -1135,20 +1160,6 @@ async def _in_time(seconds: float | None, waiting: Awaitable[_T], text: Callable
             return await waiting
     except TimeoutError as error:
         raise error if isinstance(error, RequestTimeout) else RequestTimeout(text()) from None
-
-
-def _import_library(oldest: tuple[int, ...], *modules: str) -> Any:
-    """Import a library and modules of it. Raises ImportError that says what to install."""
-    name, found = modules[0], "it is not installed"
-    with contextlib.suppress(ImportError):
-        library = importlib.import_module(name)
-        found = f"{library.__version__} is installed"
-        if tuple(map(int, re.findall(r"\d+", found)[:3])) >= oldest:
-            for module in modules[1:]:
-                importlib.import_module(module)
-            return library
-    wanted = f"{name}>={'.'.join(map(str, oldest))}"
-    raise ImportError(f"this needs {wanted}, and {found}: pip install '{wanted}'")
 
 
 def _spawn_into(tasks: set[_Task], work: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":

@@ -31,10 +31,12 @@ import sys
 import tempfile
 import threading
 import time
+import tomllib
 import types
 import urllib.error
 import urllib.request
 import uuid
+import warnings
 import zipfile
 import zlib
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
@@ -10736,7 +10738,7 @@ def test_examples_recipes_are_short() -> None:
 
 
 @pytest.mark.slow
-def test_wheel_carries_types_and_asks_for_fastapi_and_pydantic(tmp_path: Path) -> None:
+def test_wheel_carries_types_and_asks_for_what_the_core_imports(tmp_path: Path) -> None:
     """The module becomes a package with py.typed; everything else is an extra."""
     build = ("-m", "build", "--wheel", "--no-isolation", "-o", str(tmp_path), ".")
     run_process(sys.executable, *build)
@@ -10747,7 +10749,7 @@ def test_wheel_carries_types_and_asks_for_fastapi_and_pydantic(tmp_path: Path) -
             "fastapi_ws_lite/py.typed"} <= set(names)
     required = re.findall(r"^Requires-Dist: (\w+).*$", metadata, re.MULTILINE)
     plain = re.findall(r"^Requires-Dist: (\w+)[^;\n]*$", metadata, re.MULTILINE)
-    assert plain == ["fastapi", "pydantic"] and "uvicorn" in required
+    assert plain == ["fastapi", "pydantic", "starlette"] and "uvicorn" in required
     assert f"Version: {lib.__version__}" in metadata
 
 
@@ -10796,6 +10798,29 @@ def test_module_copied_alone_works(tmp_path: Path) -> None:
     code = ("import sys, vendored; print([n for n in ('websockets', 'uvicorn', 'argparse', 'redis')"
             " if n in sys.modules], vendored.__name__)")
     assert run_process(sys.executable, "-c", code, cwd=tmp_path) == "[] vendored\n"
+
+
+@pytest.mark.parametrize("name", ["fastapi", "pydantic", "starlette"])
+def test_module_with_an_old_library_says_what_to_install(
+        name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of the file, which no installer has seen, says so when it is imported."""
+    monkeypatch.setattr(sys.modules[name], "__version__", "0.40.0")
+    with pytest.raises(ImportError, match=rf"{name} 0\.40\.0 is too old: pip install '{name}>="):
+        runpy.run_path(str(HERE / "fastapi_ws_lite.py"))
+
+
+def test_module_asks_for_the_versions_that_pyproject_names() -> None:
+    """The oldest versions, which CI tests, are those that the module refuses to go below."""
+    project = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    named = {requirement for requirement in (*project["dependencies"], *itertools.chain(*(
+        extras[name] for name in extras if name != "test"))) if ">=" in requirement}
+    checked = {library.__name__: oldest for library, oldest in lib._OLDEST} | {
+        broker.modules[0].replace("_", "-"): broker.oldest
+        for broker in lib._Broker.__subclasses__()}
+    asked = {f"{name}>={'.'.join(map(str, oldest))}" for name, oldest in checked.items()}
+    source = (HERE / "fastapi_ws_lite.py").read_text()
+    assert named == asked | set(re.findall(r"websockets>=[\d.]+", source))
 
 
 def test_ci_runs_the_command_of_the_readme() -> None:
