@@ -134,8 +134,9 @@ def _import_library(oldest: tuple[int, ...], *modules: str) -> Any:
 
 # No installer sees a copied file, so it looks itself. Before 0.41 starlette gives no answer to a
 # WebSocket for which a dependency raises HTTPException.
-for _oldest, _library in (((0, 115, 3), "fastapi"), ((2, 10), "pydantic"), ((0, 41), "starlette")):
-    _import_library(_oldest, _library)
+_OLDEST: Final = {"fastapi": (0, 115, 3), "pydantic": (2, 10), "starlette": (0, 41)}
+for _name, _oldest in _OLDEST.items():
+    _import_library(_oldest, _name)
 
 # ------------------------------------------------------------------------------------- constants
 # Limits, so that no peer can make this process grow without bound or hold up its other connections.
@@ -3351,7 +3352,7 @@ def _received(message: Message) -> str | bytes:
 
 
 class NetworkTransport:
-    """The default transport: a connection of the websockets library, 14.1 or later.
+    """The default transport: a connection of the websockets library, 15.0 or later.
 
     Args:
         options: those of ``websockets.connect``, such as ``ssl``, ``proxy``, ``unix`` and ``path``,
@@ -3364,8 +3365,8 @@ class NetworkTransport:
 
     async def open(self, uri: str, *, headers: Sequence[tuple[str, str]], subprotocols: list[str],
                    max_size: int) -> Socket:
-        """As `Transport.open`. Raises ImportError without websockets 14.1 or later."""
-        library = _import_library((14, 1), "websockets", "websockets.asyncio.client")
+        """As `Transport.open`. Raises ImportError without websockets 15.0 or later."""
+        library = _import_library((15, 0), "websockets", "websockets.asyncio.client")
         try:
             return _NetworkSocket(await library.asyncio.client.connect(
                 uri, additional_headers=headers, subprotocols=subprotocols, max_size=max_size,
