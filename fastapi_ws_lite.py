@@ -795,6 +795,10 @@ def _exposed_methods(instance: RpcMethodsBase | None, *,
     return methods
 
 
+# Before 2.12 pydantic takes no notice of a parameter's validation_alias.
+_ALIAS: Final = "alias" if _version(pydantic.VERSION) < (2, 12) else "validation_alias"
+
+
 class _MethodStub:
     """A method as a class declares it, for calling it at the peer: typed values in and out."""
 
@@ -829,8 +833,8 @@ class _MethodStub:
     def _wire_name(self, name: str) -> str:
         """The alias of a parameter, under which the peer expects it, or its name."""
         for mark in getattr(self._hints.get(name), "__metadata__", ()):
-            if isinstance(mark, FieldInfo) and isinstance(mark.validation_alias, str):
-                name = mark.validation_alias
+            if isinstance(mark, FieldInfo) and isinstance(found := getattr(mark, _ALIAS), str):
+                name = found
         return name
 
     def check(self, value: Any) -> Any:
