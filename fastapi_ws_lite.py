@@ -89,8 +89,8 @@ from fastapi import APIRouter, BackgroundTasks, FastAPI, Request, Response, WebS
 from fastapi.dependencies.utils import get_dependant, solve_dependencies
 from fastapi.params import Depends, Param
 from fastapi.security import SecurityScopes
-from pydantic import ConfigDict, EncodedBytes, Field, NonNegativeInt, PydanticUserError
-from pydantic import StringConstraints, TypeAdapter, ValidationError
+from pydantic import VERSION, ConfigDict, EncodedBytes, Field, NonNegativeInt
+from pydantic import PydanticUserError, StringConstraints, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import ArgsKwargs, PydanticOmit, SchemaValidator, core_schema, from_json
@@ -796,7 +796,7 @@ def _exposed_methods(instance: RpcMethodsBase | None, *,
 
 
 # Before 2.12 pydantic takes no notice of a parameter's validation_alias.
-_ALIAS: Final = "alias" if _version(pydantic.VERSION) < (2, 12) else "validation_alias"
+_ALIAS: Final = "alias" if _version(VERSION) < (2, 12) else "validation_alias"
 
 
 class _MethodStub:
@@ -3642,11 +3642,7 @@ class RpcClient(_Peer, _Caller):
             await _wait_notified(self._waiters)
 
     async def wait_until_done(self) -> None:
-        """Wait until the client is closed. Raises Refused if the server refused it.
-
-        Raises RuntimeError if the client was not started.
-        """
-        self._check_started()
+        """Wait until the client is closed. Raises Refused if the server refused it."""
         while self.state != "closed":
             await _wait_notified(self._waiters)
         if not isinstance(error := self._why_closed(), ChannelClosed) or isinstance(error, Refused):

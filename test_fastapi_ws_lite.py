@@ -6341,7 +6341,7 @@ async def test_client_not_started_or_in_another_thread_raises() -> None:
     for wait in (lambda: client.call("add", [1, 2]), lambda: client.other.add(1, 2),
                  lambda: anext(client.stream("ticks")), lambda: await_it(client.publish("t", 1)),
                  lambda: await_it(subscription), subscription.next,
-                 client.wait_until_ready, client.wait_until_done,
+                 client.wait_until_ready,
                  lambda: anext(aiter(client.subscribe("u")))):
         with pytest.raises(RuntimeError, match="not started"):
             await wait()
