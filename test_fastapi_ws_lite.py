@@ -216,8 +216,9 @@ class FastLoop(asyncio.SelectorEventLoop):
 
     def _run_once(self) -> None:
         mine: Any = self
-        if not mine._ready and mine._scheduled:
-            self.now = max(self.now, mine._scheduled[0]._when)
+        if not mine._ready:
+            timers = [timer._when for timer in mine._scheduled if not timer._cancelled]
+            self.now = max(self.now, min(timers, default=0))
         super()._run_once()  # type: ignore[misc]
 
 
@@ -383,30 +384,24 @@ class Worker(Calculator):
 
 # ----------------------------------------------------------------------------------------- errors
 
-ERRORS: list[RpcError] = [
-    RpcError(1, "m", {"a": 1}), MethodNotFound(), InvalidParams("m", [1]), InternalError(),
-    RequestTimeout("late"), Forbidden("m", {"topics": ["x"]}), Overloaded(), MessageTooLarge("m"),
-    Cancelled(), ChannelClosed(4000, "why"), ChannelClosed(), Refused(403), Refused(None, 1008, "")]
-
-
-@pytest.mark.parametrize("error", ERRORS, ids=repr)
-def test_error_is_copied_and_pickled(error: RpcError) -> None:
-    """Errors pass through pickle, copy and deepcopy as they are."""
-    for other in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
-        assert (type(other), vars(other)) == (type(error), vars(error))
-        assert (str(other), other.args) == (str(error), error.args)
-
-
-@pytest.mark.parametrize(("error", "text"), [
-    (RpcError(1, "m", 2), "m"), (Overloaded(), "Overloaded"), (Forbidden("no"), "no"),
-    (Forbidden(""), ""), (ChannelClosed(4000, "why"), "the connection is closed: 4000 why"),
+ERRORS: list[tuple[RpcError, str]] = [
+    (RpcError(1, "m", {"a": 1}), "m"), (InvalidParams("m", [1]), "m"), (MessageTooLarge("m"), "m"),
+    (Forbidden("", {"topics": ["x"]}), ""), (RequestTimeout("late"), "late"),
+    (MethodNotFound(), "Method not found"), (InternalError(), "Internal error"),
+    (Overloaded(), "Overloaded"), (Cancelled(), "Request cancelled"),
+    (ChannelClosed(4000, "why"), "the connection is closed: 4000 why"),
     (ChannelClosed(), "the connection is closed: 1006"),
     (Refused(401), "the server refused the connection: HTTP status 401"),
     (Refused(403), "the server refused the connection: HTTP status 403, or there is no such route"),
-    (Refused(code=1008), "the server refused the connection: close code 1008")])
-def test_error_says_its_message(error: RpcError, text: str) -> None:
-    """str() of an error is for people; TimeoutError and ConnectionError catch what is like them."""
-    assert str(error) == text
+    (Refused(None, 1008, ""), "the server refused the connection: close code 1008")]
+
+
+@pytest.mark.parametrize(("error", "text"), ERRORS, ids=repr)
+def test_error_says_its_message_and_is_copied_and_pickled(error: RpcError, text: str) -> None:
+    """str() is for people; TimeoutError and ConnectionError catch what is like them."""
+    for other in (error, pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
+        assert (str(other), other.args) == (text, error.args)
+        assert (type(other), vars(other)) == (type(error), vars(error))
     assert issubclass(RequestTimeout, TimeoutError) and issubclass(Refused, ConnectionError)
 
 
@@ -473,10 +468,6 @@ class Unreadable(RpcError):
     (RequestTimeout("of another server"), failed(1, -32000, "Request timed out")),
     (RpcError(1, "m", object()), failed(1, -32603, "Internal error")),
     (RpcError(1, "m", {"a": {math.inf}}), failed(1, -32603, "Internal error")),
-    (HTTPException(403, "no"), failed(1, -32001, "no")),
-    (HTTPException(418, {"a": 1}), failed(1, 418, "{'a': 1}", data={"a": 1})),
-    (WebSocketException(1008), failed(1, -32001, "Forbidden")),
-    (WebSocketException(1013, "later"), failed(1, 1013, "later")),
     (SystemExit(1), failed(1, -32603, "Internal error"))], ids=repr)
 async def test_error_object_of_a_user_is_answered(raised: BaseException, told: Any) -> None:
     """Whatever a method raises, its caller is told, and the next call is served."""
@@ -570,14 +561,6 @@ async def test_jsonrpc_example_is_answered(sent: Any, answer: Any) -> None:
             assert got == ([] if answer is None else [answer])
 
 
-@pytest.mark.parametrize("id", ["", "a", "é\u2028", 0, -1, 1.5, 2**63, 2**70, None])
-async def test_jsonrpc_sound_id_comes_back(id: Any) -> None:
-    """An id is a string, a number or null, and a null one is answered too."""
-    async with plain(RpcEndpoint()) as peer:
-        assert await peer.ask(ask(id, "_ping_")) == done(id, "pong")
-        assert await peer.ask(ask(id, "nope")) == failed(id, -32601, "Method not found: nope")
-
-
 @pytest.mark.parametrize(("text", "answer"), [
     *((text, PARSE_ERROR) for text in (
         "{", "", '"\\ud800"', json.dumps(ask("\ud800", "nope", nested(300))), "1" * 5000)),
@@ -603,9 +586,12 @@ async def test_jsonrpc_odd_message_is_answered_with_an_error(text: str, answer: 
     (ask(1, "_ping_", [], timeout=None, meta=None, stream=None, auth="x"), [done(1, "pong")]),
     (done(77, 1), []), (failed(78, 1, "x"), []), (tell("$/progress", {"x": 1}), []),
     (ask(1, "$/progress"), [failed(1, -32601, "Method not found: $/progress")]),
-    ([ask(1, "echo", ["a"]), ask(1, "echo", ["b"])], [[done(1, "a"), done(1, "b")]])])
+    ([ask(1, "echo", ["a"]), ask(1, "echo", ["b"])], [[done(1, "a"), done(1, "b")]]),
+    *((ask(id, method), [answer]) for id in ("", "a", "é\u2028", 0, -1, 1.5, 2**63, 2**70, None)
+      for method, answer in (("_ping_", done(id, "pong")),
+                             ("no", failed(id, -32601, "Method not found: no"))))])
 async def test_jsonrpc_unusual_message_is_understood(sent: Any, expected: list[Any]) -> None:
-    """Null and unknown members, answers to nothing, names with a dollar, an id in use already."""
+    """Any id, null and unknown members, answers to nothing, dollars, an id in use already."""
     async with plain(RpcEndpoint(Worker())) as peer:
         assert await answers(peer, sent) == expected
 
@@ -680,13 +666,19 @@ async def test_jsonrpc_batch_is_answered_when_its_slowest_is_done() -> None:
 
 
 async def test_jsonrpc_message_over_the_limit_is_an_error() -> None:
-    """A request is not run, an answer not sent. In a batch it is first come, first served."""
-    async with plain(RpcEndpoint(worker := Worker(), max_message_size=3000)) as peer:
+    """A request is not run, an answer not sent, but a response is taken. In a batch it is first
+    come, first served.
+    """
+    endpoint = RpcEndpoint(worker := Worker(), max_message_size=3000)
+    async with plain(endpoint) as peer:
         assert await answers(peer, json.dumps(ask(1, "echo", ["\N{SNOWMAN}" * 1000]),
                                               ensure_ascii=False)) == [
             failed(1, -32003, "the limit is 3000 bytes")]  # of UTF-8
         got = await answers(peer, ask(1, "hold") | {"x": "x" * 3000}, tell("hold", ["x" * 3000]))
         assert got == [failed(1, -32003, "the limit is 3000 bytes")] and worker.seen == []
+        call = asyncio.create_task(only(endpoint).call("x"))
+        await peer.send(done((await peer.recv())["id"], "x" * 4000))
+        assert (await call).result == "x" * 4000
         await peer.send([ask(n, "text", [n]) for n in (1000, 2500, 500, 2990, 900)])
         text = await peer.connection.recv()
         codes = [answer.get("error", {}).get("code") for answer in json.loads(text)]
@@ -842,15 +834,18 @@ def greeting_endpoint(greet: Callable[[RpcChannel], Coroutine[Any, Any, object]]
 
 
 @pytest.mark.parametrize("first", ["{", "5", "[]", "[1]", "null", '"x"', '{"jsonrpc":"1.0"}'])
-async def test_format_before_it_is_known_is_jsonrpc(first: str) -> None:
-    """What is not understood decides nothing. A call of a hook waits for what shows the format."""
-    endpoint, got = greeting_endpoint(lambda channel: channel.call("who", {"a": 1}, timeout=5))
+@pytest.mark.parametrize("greet", [
+    lambda channel: channel.call("who", {"a": 1}, timeout=5),
+    lambda channel: anext(channel.stream("who", {"a": 1}, timeout=5))], ids=["call", "stream"])
+async def test_format_before_it_is_known_is_jsonrpc(first: str, greet: Any) -> None:
+    """What is not understood decides nothing. A hook's work waits for what shows the format."""
+    endpoint, got = greeting_endpoint(greet)
     async with plain(endpoint) as peer:
         assert await peer.ask(first) in (PARSE_ERROR, INVALID, [INVALID])
         assert await peer.ask(ask("x", "add", [1, 2])) == ask(1, "who", {"a": 1})
-        await peer.send(done(1, 5))
+        await peer.send(failed(1, -32601, "Method not found"))
         assert await peer.recv() == done("x", 3)
-        assert got == [RpcResponse(5)]
+        assert got == [MethodNotFound]
 
 
 async def test_format_that_does_not_show_in_time_ends_the_call() -> None:
@@ -883,8 +878,6 @@ OLD_PONG = old_done("first", "pong", "str")
 OLD_ERROR = {"code": -32600, "message": "Invalid Request"}
 OLD_ANSWERS: dict[str, tuple[Any, list[Any]]] = {
     "call": (old("c", "add", {"a": 1, "b": 2}), [old_done("c", 3, "int")]),
-    "none": (old("c", "echo", {"value": None}), [old_done("c", None, "NoneType")]),
-    "bool": (old("c", "echo", {"value": True}), [old_done("c", True, "bool")]),
     "arguments null": (old("c", "_ping_", None), [old_done("c", "pong", "str")]),
     "arguments left out": ({"request": {"method": "_ping_", "call_id": "c"}},
                            [old_done("c", "pong", "str")]),
@@ -984,22 +977,6 @@ async def test_old_wire_bytes_are_those_that_its_clients_read() -> None:
         assert await peer.connection.recv() == (
             '{"request":{"method":"notify","arguments":{"subscription":{"topic":"t"},'
             '"data":{"é":1}},"call_id":null},"response":null}')
-
-
-@pytest.mark.parametrize(("limit", "code"), [(1000, 1009), (2**20, 1013)])
-async def test_old_wire_client_that_would_miss_an_event_is_closed(limit: int, code: int) -> None:
-    """As by its own server: by 1009 for an event over its limit, by 1013 when it is too slow."""
-    endpoint = PubSubEndpoint(history=4, legacy_max_message_size=limit)
-    async with plain(endpoint) as peer:
-        await peer.ask(old("c", "subscribe", {"topics": ["t"]}))
-        for size in (500, *[20_000] * 40):
-            endpoint.publish("t", "x" * size)
-            await asyncio.sleep(0)
-        with pytest.raises(ChannelClosed) as caught:
-            while True:
-                await peer.recv()
-        assert caught.value.code == code
-    assert endpoint.stats()["slow_closed"] == (code == 1013)
 
 
 def old_client(url: str, *functions: Callable[..., Any]) -> Any:
@@ -1102,11 +1079,13 @@ async def test_old_subscriber_takes_what_both_limits_allow() -> None:
 @pytest.mark.parametrize("size", [2**20, 500_000], ids=["too large", "too slow"])
 async def test_old_subscriber_that_misses_an_event_comes_back(size: int) -> None:
     """1009 closes it for an event over its limit, 1013 while a callback keeps it from reading."""
-    endpoint, go = PubSubEndpoint(history=4), asyncio.Event()
+    async def left(channel: RpcChannel) -> None:
+        codes.append((await channel.wait_closed()).code)
 
     async def slow(data: Any, topic: str) -> None:
         await go.wait()
 
+    endpoint, go, codes = PubSubEndpoint(history=4, on_disconnect=left), asyncio.Event(), []
     async with old_subscriber(endpoint, []) as (client, got):
         await client.subscribe("t", slow)
         await client.subscribe("other", client.heard)
@@ -1119,24 +1098,7 @@ async def test_old_subscriber_that_misses_an_event_comes_back(size: int) -> None
         endpoint.publish("other", "after")
         await until(lambda: got == [("other", "after")])
     assert endpoint.stats()["slow_closed"] == (size == 500_000)
-
-
-async def test_old_subscriber_returns_after_a_restart() -> None:
-    """After the server restarts on its port, the old client is subscribed again."""
-    async def heard(data: Any, topic: str) -> None:
-        got.append(data)
-
-    library, wait = map(pytest.importorskip, ("fastapi_websocket_pubsub", "tenacity"))
-    endpoint, got = PubSubEndpoint(), list[Any]()
-    client = library.PubSubClient(["t"], heard, retry_config={"wait": wait.wait_fixed(0.02)})
-    async with serving(app_of(endpoint)) as url:
-        client.start_client(f"{url}/ws")
-        await client.wait_until_ready()
-    async with serving(app_of(endpoint), port=int(url.rpartition(":")[2])):
-        await until(lambda: endpoint.stats()["subscriptions"] == 1)
-        endpoint.publish("t", "again")
-        await until(lambda: got == ["again"])
-        await client.disconnect()
+    assert codes[0] == (1013 if size == 500_000 else 1009)
 
 
 # ------------------------------------------------------------------------------- whatever is sent
@@ -1343,24 +1305,22 @@ async def test_hostile_protocol_message_is_ignored(method: str) -> None:
 
 
 @pytest.mark.parametrize(("method", "params"), [
-    ("subscribe", {"topics": [f"{n}" for n in range(100_000)]}),
-    ("subscribe", {"topics": ["x" * 1025]}), ("subscribe", {"patterns": ["x" * 129]}),
-    ("subscribe", {"patterns": [f"{n}*" for n in range(101)]}), ("subscribe", {"topics": [1]}),
-    ("subscribe", {"topics": {"a": 1}}), ("subscribe", {"topics": ["t"], "since": 7}),
-    ("subscribe", {"topics": ["t"], "last": -1}), ("subscribe", {"topics": ["t"], "max_size": "x"}),
-    ("subscribe", {"topics": ["t"], "max_size": -1}),
-    ("subscribe", {"topics": ["t"], "resume": "1-a", "last": 1}),
-    ("subscribe", {"topics": ["t"], "subscriber_id": "x" * 1025}),
+    *(("subscribe", {"topics": ["t"], **odd}) for odd in (
+        {"topics": ["t"] * 10_001}, {"topics": ["x" * 1025]}, {"topics": [1]}, {"topics": {"a": 1}},
+        {"patterns": ["x" * 129]}, {"patterns": [f"{n}*" for n in range(101)]}, {"since": 7},
+        {"last": -1}, {"last": "many"}, {"max_size": "x"}, {"max_size": -1},
+        {"subscriber_id": "x" * 1025}, {"resume": "1-a", "last": 1}, {"since": "1-a", "last": 1},
+        {"resume": "1-a", "since": "1-a"})),
     ("publish", {"topics": "t", "notifier_id": "x" * 1025}), ("publish", {"topics": None}),
     *(("publish", {"topics": "t", "data": data}) for data in ("1e999", "-1e999", "[1e999]")),
-    ("publish", {"topics": [f"{n}" for n in range(1001)]}),
-    ("unsubscribe", {"topics": [f"{n}" for n in range(100_000)]})])
+    ("publish", {"topics": [f"{n}" for n in range(1001)]})])
 async def test_hostile_pubsub_parameters_are_refused_and_leave_nothing(
         method: str, params: Any, caplog: pytest.LogCaptureFixture) -> None:
     """Too many or too long names, negative numbers, other types, and infinite data, which is read
-    as JSON but cannot be said in it. The peer is told; no log is filled with it.
+    as JSON but cannot be said in it. The peer is told, before authorize is asked for topics; no log
+    is filled with it.
     """
-    endpoint = PubSubEndpoint()
+    endpoint = PubSubEndpoint(authorize=lambda channel, action, names: action == "publish")
     async with plain(endpoint) as peer:
         text = re.sub(r'"(\[?-?1e999\]?)"', r"\1", json.dumps(ask(1, method, params)))
         assert (await peer.ask(text))["error"]["code"] == -32602
@@ -1790,9 +1750,6 @@ class Accounts(RpcMethodsBase):
         yield UserInDb(name="ann")
         yield UserRow()  # type: ignore[misc]
 
-    async def wrong(self) -> int:
-        return "the secret"  # type: ignore[return-value]
-
     async def wrong_items(self) -> AsyncIterator[int]:
         yield 1
         yield "the secret"  # type: ignore[misc]
@@ -1821,20 +1778,11 @@ async def test_result_items_of_a_stream_are_filtered(side: int) -> None:
     async with pair(Accounts()) as ends:
         assert await listed(ends[side].stream("stream")) == [ANN, ANN]
         assert await ends[side].proxy(Accounts).row() == UserOut.model_validate(ANN)
-
-
-async def test_result_that_does_not_fit_is_an_internal_error(
-        caplog: pytest.LogCaptureFixture) -> None:
-    """The caller gets an error_id, and the log has it beside the traceback."""
-    async with pair(Accounts()) as (client, _):
-        items = client.stream("wrong_items")
+        items = ends[side].stream("wrong_items")
         assert await anext(items) == 1
-        for call in (client.call("wrong"), anext(items)):
-            with pytest.raises(InternalError) as caught:
-                await call
-            assert "secret" not in f"{caught.value} {caught.value.data}"
-            assert f"failed (error_id {caught.value.data['error_id']})" in caplog.text
-    assert len(caplog.records) == 2
+        with pytest.raises(InternalError) as caught:
+            await anext(items)
+        assert "secret" not in f"{caught.value} {caught.value.data}"
 
 
 @pytest.mark.parametrize(("value", "result", "kind"), [
@@ -1853,15 +1801,18 @@ async def test_result_without_annotation_is_as_it_is(value: Any, result: Any, ki
 
 @pytest.mark.parametrize(("value", "hint"), [
     *((value, Any) for value in (object(), math.nan, [math.inf], "\ud800", {(1, 2): object()})),
-    (math.nan, float), ([math.inf], list[float]), ("\ud800", str), (Opaque(), Opaque)], ids=repr)
-async def test_result_that_is_not_json_is_an_internal_error(
+    (math.nan, float), ([math.inf], list[float]), ("\ud800", str), (Opaque(), Opaque),
+    ("the secret", int)], ids=repr)
+async def test_result_that_does_not_fit_or_is_not_json_is_an_internal_error(
         value: Any, hint: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """The caller gets an error, the log the reason, and the connection goes on."""
+    """The caller gets an error_id, the log has it beside the reason, and the connection goes on."""
     async with client_of(echo_of(hint, value)) as client:
-        with pytest.raises(InternalError):
+        with pytest.raises(InternalError) as caught:
             await client.call("echo")
-        assert "echo failed" in caplog.text
+        assert "secret" not in f"{caught.value} {caught.value.data}"
+        assert f"echo failed (error_id {caught.value.data['error_id']})" in caplog.text
         assert (await client.call("_ping_")).result == "pong"
+    assert len(caplog.records) == 1
 
 
 # ----------------------------------------------------------------- methods: FastAPI's conventions
@@ -2340,25 +2291,19 @@ async def test_call_arguments_that_cannot_be_sent_raise_at_once(args: Any) -> No
 
 @each_wire
 @each_side
-@pytest.mark.parametrize("args", [None, {}])
-async def test_timeout_ends_the_call_and_its_work(wire: str, side: int, args: Any) -> None:
-    """A call past its timeout raises, and with ws-lite.1 the method is cancelled."""
-    async with pair(worker := Worker(), wire) as ends:
+@pytest.mark.parametrize(("default", "call"), [
+    (60, lambda end: end.call("hold", {}, timeout=0.02)), (0.02, lambda end: end.call("hold")),
+    (60, lambda end: end.other(timeout=0.02).hold()), (0.02, lambda end: end.other.hold())])
+async def test_timeout_ends_the_call_and_its_work(
+        wire: str, side: int, default: float, call: Any) -> None:
+    """A call past its timeout, or else its side's, raises; with ws-lite.1 the method is cancelled.
+    """
+    async with pair(worker := Worker(), wire, default_response_timeout=default) as ends:
         with pytest.raises(RequestTimeout, match="hold") as caught:
-            await ends[side].call("hold", args, timeout=0.02)
+            await call(ends[side])
         assert isinstance(caught.value, TimeoutError)
         if wire == lib.SUBPROTOCOL:
             await until(lambda: worker.seen == ["held", "cancelled"] and nothing_pending(*ends))
-        assert (await ends[side].call("add", {"a": 1, "b": 2})).result == 3
-
-
-@each_side
-async def test_timeout_default_is_the_sides(side: int) -> None:
-    """default_response_timeout holds where neither a call, nor other(timeout=), gives one."""
-    async with pair(Worker(), default_response_timeout=0.02) as ends:
-        for call in (ends[side].call("hold"), ends[side].other.hold()):
-            with pytest.raises(RequestTimeout):
-                await call
         assert (await ends[side].other(timeout=5).add(a=1, b=2)).result == 3
 
 
@@ -2722,20 +2667,6 @@ async def test_stream_that_exceeds_its_credit_is_ended(items: Any) -> None:
 
 
 @each_side
-async def test_stream_slow_consumer_stops_the_producer(side: int) -> None:
-    """It is ahead by no more than the credit, however long it has."""
-    async with pair(streamer := Streamer()) as ends:
-        async with contextlib.aclosing(ends[side].stream("count")) as items:
-            for consumed in range(1, 26):
-                await anext(items)
-                for _ in range(2):
-                    await ends[side].call("plain")  # a round trip, in which all comes that can
-                assert consumed < streamer.made <= consumed + 16
-        await until(lambda: streamer.closed)
-        assert streamer.made <= 25 + 16
-
-
-@each_side
 @pytest.mark.parametrize("how", ["break", "cancel", "timeout", "drop"])
 async def test_stream_that_is_left_is_closed_in_a_round_trip(side: int, how: str) -> None:
     """Whichever way it is left, the generator's finally has run when a call is answered."""
@@ -2911,6 +2842,7 @@ async def test_proxy_wrong_calls_fail_before_anything_is_sent() -> None:
         for name in ("nope", "_private", "channel", "made"):
             with pytest.raises(AttributeError, match=f"Depot has no method '{name}'"):
                 getattr(depot, name)
+        assert not hasattr(client.other, "__wrapped__")  # which copy, pickle and inspect look for
         for args, kwargs in [((), {}), ((1, 2, 3), {}), ((1,), {"a": 1}), ((1,), {"c": 1})]:
             with pytest.raises(TypeError, match="add: "):
                 depot.add(*args, **kwargs)
@@ -2986,49 +2918,20 @@ async def test_socket_is_closed_once_with_the_first_code() -> None:
         assert client.channel is None or (await client.channel.wait_closed()).code == 4000
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["stubborn", "block"])
 async def test_socket_that_is_cut_leaves_a_method_behind_that_ignores_it(
-        method: str, caplog: pytest.LogCaptureFixture) -> None:
+        method: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a second the connection is given up; a thread that still runs is no task."""
+    monkeypatch.setattr(lib, "GRACE_SECONDS", 0.02)
     link, worker = Link(), Worker()
     async with on_link(link, RpcEndpoint(worker)) as channel:
-        link.queues[0].put_nowait(json.dumps(tell(method)))
+        link.queues[0].put_nowait(json.dumps(ask(1, method)))
         await until(lambda: worker.seen)
         link.cut()
         await channel.wait_closed()
     assert ("go on although" in caplog.text) is (method == "stubborn")
     worker.go.set()
     worker.thread_go.set()
-
-
-async def test_socket_brings_too_large_a_response() -> None:
-    """It is taken: the limit is for requests, which can be answered."""
-    link = Link()
-    async with on_link(link, RpcEndpoint(max_message_size=1000)) as channel:
-        call = asyncio.ensure_future(channel.call("text"))
-        id = json.loads(await link.queues[1].get())["id"]
-        link.queues[0].put_nowait(json.dumps(done(id, "x" * 2000)))
-        assert len((await call).result) == 2000
-
-
-async def test_format_is_waited_for_by_streams_of_the_server() -> None:
-    """A stream of the server begins after the client's first message, too."""
-    async with plain(endpoint := RpcEndpoint()) as peer:
-        stream = only(endpoint).stream("count")
-        first = asyncio.ensure_future(anext(stream))
-        await asyncio.sleep(0)
-        await peer.ask(ask(1, "_ping_"))
-        asked = await peer.recv()
-        await peer.send(failed(asked["id"], -32601, "Method not found"))
-        with pytest.raises(MethodNotFound):
-            await first
-
-
-async def test_other_has_no_special_attributes() -> None:
-    """copy, pickle and inspect look for such names, which are no methods of the peer."""
-    async with pair(Calculator()) as (client, _):
-        assert not hasattr(client.other, "__wrapped__")
 
 
 @pytest.mark.parametrize("ws", ["websockets-sansio", "wsproto"])
@@ -3043,44 +2946,20 @@ async def test_resume_behind_events_of_other_topics_finds_its_own(ws: Any) -> No
             assert (await client.subscribe("wanted").next(timeout=10)).data == 650
 
 
-class Stubborn(RpcMethodsBase):
-    """Methods that go on although they are cancelled."""
-
-    def __init__(self) -> None:
-        self.go, self.thread_go = asyncio.Event(), threading.Event()
-        self.began = 0
-
-    async def items(self) -> AsyncIterator[int]:
-        self.began += 1
-        with contextlib.suppress(asyncio.CancelledError):
-            await self.go.wait()
-        yield 1
-
-    def block(self) -> None:
-        self.began += 1
-        self.thread_go.wait(10)
-
-
 async def test_stream_that_ignores_its_cancellation_sends_nothing_more() -> None:
     """The answer was given; an item that comes later is dropped."""
-    async with plain(RpcEndpoint(methods := Stubborn()), lib.SUBPROTOCOL) as peer:
+    @(endpoint := RpcEndpoint(worker := Worker())).method
+    async def items() -> AsyncIterator[int]:
+        await worker.stubborn()
+        yield 1
+
+    async with plain(endpoint, lib.SUBPROTOCOL) as peer:
         await peer.send(ask(1, "items", stream=4))
-        await until(lambda: methods.began)
+        await until(lambda: worker.seen)
         cancelled = await answers(peer, tell("$/cancelRequest", {"id": 1}))
         assert [answer["error"]["code"] for answer in cancelled] == [-32800]
+        worker.go.set()
         assert await answers(peer) == []
-
-
-async def test_method_in_a_thread_outlives_its_connection() -> None:
-    """Nobody waits for it, and its result is dropped."""
-    endpoint = RpcEndpoint(methods := Stubborn())
-    async with plain(endpoint, lib.SUBPROTOCOL) as peer:
-        await peer.send(ask(1, "block"))
-        await until(lambda: methods.began)
-    try:
-        await until(lambda: not endpoint.channels)
-    finally:
-        methods.thread_go.set()
 
 
 # ----------------------------------------------------------------------------- events: a plain peer
@@ -3856,47 +3735,6 @@ async def test_subscribe_replay_meets_what_is_live_without_a_seam() -> None:
         assert numbers == list(range(start, end + 1))
 
 
-async def test_snapshot_and_changes_neither_lose_nor_double_one() -> None:
-    """A method returns some state with the position; the client subscribes since that."""
-    endpoint, state = PubSubEndpoint(), 0
-
-    @endpoint.method
-    async def snapshot() -> tuple[int, str]:
-        return state, endpoint.position
-
-    async def change() -> None:
-        nonlocal state
-        while True:
-            state += 1
-            endpoint.publish("changes", state)
-            await asyncio.sleep(0)
-
-    changing = asyncio.create_task(change())
-    async with client_of(endpoint) as client:
-        for _ in range(20):
-            taken, position = (await client.call("snapshot")).result
-            got = list[int]()
-            subscription = await client.subscribe("changes", got.append, since=position)
-            await until(lambda got=got: len(got) > 100)  # type: ignore[misc]
-            subscription.cancel()
-            assert got == list(range(taken + 1, taken + 1 + len(got)))
-    changing.cancel()
-
-
-@pytest.mark.parametrize("params", [
-    {"resume": "x", "since": "x"}, {"resume": "x", "last": 1}, {"since": "x", "last": 1},
-    {"last": "many"}, {"last": -1}, {"topics": [1]}, {"topics": ["x" * 1025]},
-    {"patterns": ["x" * 129]}, {"topics": {"a": 1}}, {"subscriber_id": "x" * 1025},
-    {"max_size": "big"}, {"patterns": [f"{n}*" for n in range(101)]}, {"topics": ["t"] * 10_001}])
-async def test_subscribe_that_asks_for_nonsense_is_refused(params: dict[str, Any]) -> None:
-    """By InvalidParams, before authorize is asked; and nothing has changed."""
-    asked: list[Any] = []
-    endpoint = PubSubEndpoint(authorize=lambda *args: asked.append(args))
-    async with subscriber_of(endpoint) as peer:
-        assert (await peer.ask("subscribe", **{"topics": ["t"], **params}))["code"] == -32602
-        assert not asked and endpoint.stats()["subscriptions"] == 0
-
-
 async def test_subscribe_in_many_requests_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A connection has so many subscriptions, of which so many are patterns; what it has stays."""
     monkeypatch.setattr(lib, "MAX_SUBSCRIPTIONS", 5)
@@ -4079,7 +3917,7 @@ async def test_hooks_of_topics_are_called_in_pairs() -> None:
 
 
 async def test_publish_of_a_client_is_in_the_log_when_it_is_answered() -> None:
-    """To several topics at once; what is no event is refused. Callbacks have no deadline of it."""
+    """To several topics at once; what is too large is refused. Callbacks have no deadline of it."""
     endpoint, data = PubSubEndpoint(max_message_size=9000), {"x": [None, 1.5]}
     iterator, requests = endpoint.subscribe(["a", "b"]), list[Any]()
     endpoint.subscribe("a", lambda data: requests.append(lib._current_request.get()))
@@ -4088,12 +3926,7 @@ async def test_publish_of_a_client_is_in_the_log_when_it_is_answered() -> None:
         assert await peer.ask("publish", topics="b") is True
         assert [(await iterator.next(timeout=0))[:2] for _ in range(3)] == [
             ("a", data), ("b", data), ("b", None)]
-        for code, params in ((-32003, {"topics": ["a"], "data": "x" * 8800}),
-                             (-32602, {"topics": ["a"] * 1001}),
-                             (-32602, {"topics": ["a"], "notifier_id": "x" * 1025})):
-            assert (await peer.ask("publish", **params))["code"] == code
-        text = '{"jsonrpc":"2.0","method":"publish","params":["a",[1e999]],"id":7}'
-        assert (await peer.peer.ask(text))["error"]["code"] == -32602
+        assert (await peer.ask("publish", topics=["a"], data="x" * 8800))["code"] == -32003
         assert endpoint.stats()["events_published"] == 3 and requests == [None]
 
 
@@ -4110,21 +3943,6 @@ async def test_replay_of_the_last_of_a_full_log_costs_little() -> None:
             costs.append(time.thread_time() - began)
             assert len(json.loads(frame)["result"]["events"]) == 20
     assert min(costs) < 0.001
-
-
-@pytest.mark.slow
-async def test_replay_for_a_thousand_clients_at_once_takes_two_seconds_at_most() -> None:
-    """Of the last 20 events in a full log."""
-    endpoint, request = PubSubEndpoint(), ask(1, "subscribe", {"topics": ["room/1"], "last": 20})
-    for n in range(lib.HISTORY_EVENTS):
-        endpoint.publish(f"room/{n % 50}", {"n": n, "text": "x" * 100})
-    async with contextlib.AsyncExitStack() as stack, serving(app_of(endpoint)) as url:
-        peers = [await stack.enter_async_context(raw(
-            f"{url}/ws", subprotocols=[lib.SUBPROTOCOL], compression=None)) for _ in range(1000)]
-        began = time.monotonic()
-        answers = await asyncio.gather(*(peer.ask(request) for peer in peers))
-        assert time.monotonic() - began < 2
-        assert all(len(answer["result"]["events"]) == 20 for answer in answers)
 
 
 # ------------------------------------------------------------------------- the log, against a model
@@ -4145,22 +3963,6 @@ SMALL_HISTORY = 12
 WALK_NAMES = [("a",), ("b",), ("a", "b"), ("a*",), ("*b", "a"), (ALL_TOPICS,)]
 WALK_STEPS = (["publish"] * 6 + ["disturb"] * 9 + ["subscribe"] * 4 + ["wait"] * 3 + [
     "read", "read", "unsubscribe", "restart", "begin_again_where_it_was", "settle"])
-
-
-class HastyLoop(asyncio.SelectorEventLoop):
-    """A loop whose time passes as fast as there is nothing to do, and the same each time."""
-
-    now = 0.0
-
-    def time(self) -> float:
-        return self.now
-
-    def _run_once(self) -> None:
-        mine: Any = self
-        if not mine._ready:
-            timers = [timer._when for timer in mine._scheduled if not timer._cancelled]
-            self.now = max(self.now, min(timers, default=0))
-        super()._run_once()  # type: ignore[misc]
 
 
 async def first_of(*work: Coroutine[Any, Any, Any]) -> Any:
@@ -4570,7 +4372,7 @@ def test_log_agrees_with_its_model(world: type[World], monkeypatch: pytest.Monke
         async def walk() -> None:
             await world().walk(steps)
 
-        with asyncio.Runner(loop_factory=HastyLoop) as runner:
+        with asyncio.Runner(loop_factory=FastLoop) as runner:
             runner.run(walk())
 
     agree()
