@@ -1085,7 +1085,8 @@ async def test_old_subscriber_that_misses_an_event_comes_back(size: int) -> None
     async def slow(data: Any, topic: str) -> None:
         await go.wait()
 
-    endpoint, go, codes = PubSubEndpoint(history=4, on_disconnect=left), asyncio.Event(), []
+    endpoint, go = PubSubEndpoint(history=4, on_disconnect=left), asyncio.Event()
+    codes = list[int]()
     async with old_subscriber(endpoint, []) as (client, got):
         await client.subscribe("t", slow)
         await client.subscribe("other", client.heard)
@@ -3976,53 +3977,45 @@ async def first_of(*work: Coroutine[Any, Any, Any]) -> Any:
             task.cancel()
 
 
-class StallingSocket:
-    """A connection which can be held up, on its server's side and on its client's, and be cut."""
-
-    def __init__(self, transport: "StallingTransport") -> None:
-        self.transport, self.cut, self.subprotocol = transport, asyncio.Event(), lib.SUBPROTOCOL
-
-    async def open(self, app: FastAPI, uri: str, **options: Any) -> None:
-        async def serve(scope: Scope, receive: Receive, send: Send) -> None:
-            async def send_later(message: Message) -> None:
-                await first_of(self.transport.takes.wait(), self.cut.wait())
-                await send(message)
-
-            await app(scope, receive, send_later)
-
-        self.inner = await ASGITransport(serve).open(uri, **options)
-        self.send, self.close = self.inner.send, self.inner.close
-
-    async def recv(self) -> str | bytes:
-        async def receive() -> str | bytes:
-            data = await self.inner.recv()
-            await self.transport.flow.wait()
-            return data
-
-        task = await first_of(receive(), self.cut.wait())
-        if self.cut.is_set():
-            raise ChannelClosed(1006, "cut")
-        return task.result()  # type: ignore[no-any-return]
-
-
 class StallingTransport:
-    """Opens such connections to one of the servers, unless it is down."""
+    """Connects to one of the servers, unless it is down. What is sent can be held up, on the
+    server's side and on the client's, and the connection be cut.
+    """
 
     def __init__(self, world: "World") -> None:
         self.world, self.up, self.server = world, True, 0
-        self.flow, self.takes = asyncio.Event(), asyncio.Event()
-        self.socket: StallingSocket | None = None
+        self.flow, self.takes, self.cut = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self.go()
 
     async def open(self, uri: str, **options: Any) -> Socket:
+        async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+            async def send_later(message: Message) -> None:
+                await first_of(self.takes.wait(), cut.wait())
+                await send(message)
+
+            await app_of(server)(scope, receive, send_later)
+
+        async def stalling() -> str | bytes:
+            data: str | bytes = await receive()
+            await self.flow.wait()
+            return data
+
+        async def receive_or_cut() -> Any:
+            task = await first_of(stalling(), cut.wait())
+            if cut.is_set():
+                raise ChannelClosed(1006, "cut")
+            return task.result()
+
+        if not self.up:
+            raise OSError("down")
         server = self.world.servers[self.server % len(self.world.servers)]
-        if self.up:
-            self.socket = socket = StallingSocket(self)
-            await socket.open(app_of(server), uri, **options)
-            if server in self.world.servers:
-                return socket
-            await socket.close(1012, "")  # the server has closed meanwhile
-        raise OSError("down")
+        self.cut = cut = asyncio.Event()
+        opened: Any = await ASGITransport(serve).open(uri, **options)
+        receive, opened.recv = opened.recv, receive_or_cut
+        if server not in self.world.servers:  # it has closed meanwhile
+            await opened.close(1012, "")
+            raise OSError("down")
+        return opened  # type: ignore[no-any-return]
 
     def go(self) -> None:
         self.up = True
@@ -4260,8 +4253,7 @@ class World:
         else:  # the connection is lost, and the next may be to another server
             transport.up = kind == 8
             transport.server += kind > 9
-            if transport.socket is not None:
-                transport.socket.cut.set()
+            transport.cut.set()
 
     async def read(self, peer: Peer, how: int, turns: int) -> None:
         for heard in peer.heard:
