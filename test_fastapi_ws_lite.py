@@ -2513,10 +2513,10 @@ class Streamer(RpcMethodsBase):
         finally:
             self.closed += 1
 
-    async def fail(self, n: int, code: int | None = None) -> AsyncIterator[int]:
+    async def fail(self, n: int) -> AsyncIterator[int]:
         for number in range(n):
             yield number
-        raise ValueError("the secret") if code is None else RpcError(code, "no more")
+        raise ValueError("the secret")
 
     async def total(self, method: str) -> int:
         """What the caller streams to this side, in sum: an upload."""
@@ -2868,23 +2868,17 @@ async def test_proxy_wrong_result_is_said() -> None:
 # ------------------------------------------------------------------------------ calls: the socket
 
 
-class Broken(LinkEnd):
-    """Sending raises."""
-
-    error: Exception
-
-    async def send(self, text: str) -> None:
-        raise self.error
-
-
 @pytest.mark.parametrize(("error", "code"), [
     (ChannelClosed(1001, "gone"), 1001), (OSError("reset"), 1006), (TypeError("ours"), None)])
 async def test_socket_that_cannot_send_ends_the_connection(error: Exception, code: Any) -> None:
     """An error of programming is raised where the connection is served."""
+    async def send(text: str) -> None:
+        raise error
+
     endpoint = RpcEndpoint(Calculator())
     endpoint._attach()
-    socket = Broken(Link(), 0, lib.SUBPROTOCOL)
-    socket.error = error
+    socket: Any = Link().ends[0]
+    socket.send = send
     channel = RpcChannel(socket, endpoint, lib._WS_LITE)
     task = asyncio.create_task(channel._serve(functools.partial(asyncio.sleep, 0)))
     with pytest.raises(ChannelClosed):
