@@ -819,18 +819,20 @@ async def test_strict_client_gets_nothing_but_jsonrpc() -> None:
 # ----------------------------------------------- messages: which wire format a connection speaks
 
 
-def greeting_endpoint(greet: Callable[[RpcChannel], Coroutine[Any, Any, object]],
-                      ) -> tuple[RpcEndpoint, list[Any]]:
-    """An endpoint that keeps what its hook returns, or raises, when a client has connected."""
-    got = list[Any]()
-
+@contextlib.asynccontextmanager
+async def greeted(greet: Callable[[RpcChannel], Any]) -> AsyncIterator[tuple[Raw, list[Any]]]:
+    """A peer that a hook greets before it has said anything, and what that returned or raised."""
     async def hook(channel: RpcChannel) -> None:
+        began.set()
         try:
             got.append(await greet(channel))
         except (RpcError, TypeError) as error:
             got.append(type(error))
 
-    return RpcEndpoint(Worker(), on_connect=hook), got
+    got, began = list[Any](), asyncio.Event()
+    async with plain(RpcEndpoint(Worker(), on_connect=hook)) as peer:
+        await began.wait()
+        yield peer, got
 
 
 @pytest.mark.parametrize("first", ["{", "5", "[]", "[1]", "null", '"x"', '{"jsonrpc":"1.0"}'])
@@ -839,8 +841,7 @@ def greeting_endpoint(greet: Callable[[RpcChannel], Coroutine[Any, Any, object]]
     lambda channel: anext(channel.stream("who", {"a": 1}, timeout=5))], ids=["call", "stream"])
 async def test_format_before_it_is_known_is_jsonrpc(first: str, greet: Any) -> None:
     """What is not understood decides nothing. A hook's work waits for what shows the format."""
-    endpoint, got = greeting_endpoint(greet)
-    async with plain(endpoint) as peer:
+    async with greeted(greet) as (peer, got):
         assert await peer.ask(first) in (PARSE_ERROR, INVALID, [INVALID])
         assert await peer.ask(ask("x", "add", [1, 2])) == ask(1, "who", {"a": 1})
         await peer.send(failed(1, -32601, "Method not found"))
@@ -854,8 +855,7 @@ async def test_format_that_does_not_show_in_time_ends_the_call() -> None:
         channel.notify("hello", [1])
         await channel.call("late", timeout=0.01)
 
-    endpoint, got = greeting_endpoint(greet)
-    async with plain(endpoint) as peer:
+    async with greeted(greet) as (peer, got):
         assert await peer.recv() == tell("hello", [1])
         await until(lambda: got == [RequestTimeout])
         assert await answers(peer) == []
@@ -934,21 +934,22 @@ async def test_old_wire_or_jsonrpc_of_the_first_message_is_kept(
 
 async def test_old_wire_calls_wait_for_it_and_know_no_additions() -> None:
     """A hook's call waits for the first message; there are no timeouts and no cancelling."""
-    endpoint, got = greeting_endpoint(lambda channel: channel.call("who", {"a": 1}, timeout=5))
-    async with plain(endpoint) as peer:
+    async def greet(channel: RpcChannel) -> Any:
+        result = await channel.call("who", {"a": 1}, timeout=5)
+        with pytest.raises(RequestTimeout):
+            await channel.call("slow", timeout=0.01)
+        with pytest.raises(RpcError) as caught:
+            await channel.call("fail")
+        return result, type(caught.value)
+
+    async with greeted(greet) as (peer, got):
         assert await peer.ask(OLD_HELLO) == old("1", "who", {"a": 1})
         await peer.send(old_done("1", 5, "int"))
-        assert (await peer.recv(), got) == (OLD_PONG, [RpcResponse(5)])
-        with pytest.raises(RequestTimeout):
-            await only(endpoint).call("slow", timeout=0.01)
-        call = asyncio.create_task(only(endpoint).call("fail"))
         assert await peer.recv() == old("2", "slow", {})
         assert await peer.recv() == old("3", "fail", {})
         await peer.send(old_done("2", 1, "int"))
         await peer.send(old_done("3", None, None, error={"code": -32000, "message": "m"}))
-        with pytest.raises(RpcError) as caught:
-            await call
-        assert type(caught.value) is RpcError
+        assert (await peer.recv(), got) == (OLD_PONG, [(RpcResponse(5), RpcError)])
 
 
 @pytest.mark.parametrize(("call", "raised"), [
@@ -958,8 +959,7 @@ async def test_old_wire_calls_wait_for_it_and_know_no_additions() -> None:
 async def test_old_wire_call_that_it_cannot_say_fails_at_its_caller(
         call: Any, raised: type[Exception]) -> None:
     """It has no positional arguments and no streams, and its clients read 1 MiB."""
-    endpoint, got = greeting_endpoint(call)
-    async with plain(endpoint) as peer:
+    async with greeted(call) as (peer, got):
         assert await peer.ask(OLD_HELLO) == OLD_PONG
         assert got == [raised]
 
@@ -1091,9 +1091,10 @@ async def test_old_subscriber_that_misses_an_event_comes_back(size: int) -> None
         await client.subscribe("t", slow)
         await client.subscribe("other", client.heard)
         (first,) = endpoint.channels
-        while first in endpoint.channels and not endpoint.stats()["slow_closed"]:
-            endpoint.publish("t", "x" * size)
-            await asyncio.sleep(0)
+        async with asyncio.timeout(10):
+            while first in endpoint.channels and not endpoint.stats()["slow_closed"]:
+                endpoint.publish("t", "x" * size)
+                await asyncio.sleep(0)
         go.set()
         await until(lambda: first not in endpoint.channels and endpoint.subscribers("other"))
         endpoint.publish("other", "after")
