@@ -2930,18 +2930,6 @@ async def test_socket_that_is_cut_leaves_a_method_behind_that_ignores_it(
     worker.thread_go.set()
 
 
-@pytest.mark.parametrize("ws", ["websockets-sansio", "wsproto"])
-async def test_resume_behind_events_of_other_topics_finds_its_own(ws: Any) -> None:
-    """The log is looked at in several turns, in which there may be nothing to send."""
-    endpoint = PubSubEndpoint()
-    async with serving(app_of(endpoint), ws=ws) as url:
-        position = endpoint.position
-        for n in range(700):
-            await endpoint.publish("wanted" if n == 650 else "other", n)
-        async with PubSubClient(f"{url}/ws", since=position) as client:
-            assert (await client.subscribe("wanted").next(timeout=10)).data == 650
-
-
 async def test_stream_that_ignores_its_cancellation_sends_nothing_more() -> None:
     """The answer was given; an item that comes later is dropped."""
     @(endpoint := RpcEndpoint(worker := Worker())).method
@@ -3580,6 +3568,18 @@ async def test_event_larger_than_one_peer_takes_is_a_gap_for_it_alone() -> None:
         assert [kind for kind, _ in large.told] == ["answer"]
 
 
+@pytest.mark.parametrize("ws", ["websockets-sansio", "wsproto"])
+async def test_resume_behind_events_of_other_topics_finds_its_own(ws: Any) -> None:
+    """The log is looked at in several turns, in which there may be nothing to send."""
+    endpoint = PubSubEndpoint()
+    async with serving(app_of(endpoint), ws=ws) as url:
+        position = endpoint.position
+        for n in range(700):
+            await endpoint.publish("wanted" if n == 650 else "other", n)
+        async with PubSubClient(f"{url}/ws", since=position) as client:
+            assert (await client.subscribe("wanted").next(timeout=10)).data == 650
+
+
 async def test_position_is_told_to_who_hears_little() -> None:
     """After a quarter of the history, so that it can resume nevertheless."""
     endpoint = PubSubEndpoint(history=40)
@@ -3939,6 +3939,21 @@ async def test_replay_of_the_last_of_a_full_log_costs_little() -> None:
             costs.append(time.thread_time() - began)
             assert len(json.loads(frame)["result"]["events"]) == 20
     assert min(costs) < 0.001
+
+
+@pytest.mark.slow
+async def test_replay_for_a_thousand_clients_at_once_takes_two_seconds_at_most() -> None:
+    """Of the last 20 events in a full log."""
+    endpoint, request = PubSubEndpoint(), ask(1, "subscribe", {"topics": ["room/1"], "last": 20})
+    for n in range(lib.HISTORY_EVENTS):
+        endpoint.publish(f"room/{n % 50}", {"n": n, "text": "x" * 100})
+    async with contextlib.AsyncExitStack() as stack, serving(app_of(endpoint)) as url:
+        peers = [await stack.enter_async_context(raw(
+            f"{url}/ws", subprotocols=[lib.SUBPROTOCOL], compression=None)) for _ in range(1000)]
+        began = time.monotonic()
+        answers = await asyncio.gather(*(peer.ask(request) for peer in peers))
+        assert time.monotonic() - began < 2
+        assert all(len(answer["result"]["events"]) == 20 for answer in answers)
 
 
 # ------------------------------------------------------------------------- the log, against a model
