@@ -615,18 +615,13 @@ async def test_jsonrpc_binary_frames_are_read_as_text() -> None:
 async def test_jsonrpc_value_that_cannot_be_read_is_refused_at_the_sender(
         wire: str, side: int) -> None:
     """What one side can write the other reads; deeper values, NaN and infinities are not sent."""
-    class Numbers(Worker):
-        async def infinite(self) -> float:
-            return math.inf
-
-    async with pair(Numbers(), wire) as ends:
+    async with pair(Worker(), wire) as ends:
         assert (await ends[side].call("nest", {"levels": 240})).result == nested(240)
         for value, said in ((nested(300), "depth"), (math.nan, "no NaN"), (b"\xff", None)):
             with pytest.raises(ValueError, match=said) if said else contextlib.nullcontext():
                 await ends[side].call("echo", {"value": value})
-        for method, args in (("infinite", {}), ("nest", {"levels": 300})):
-            with pytest.raises(InternalError):
-                await ends[side].call(method, args)
+        with pytest.raises(InternalError):
+            await ends[side].call("nest", {"levels": 300})
         deep = [nested(240), "NaN"]
         assert (await ends[side].call("echo", {"value": deep})).result == deep
 
@@ -2689,6 +2684,22 @@ async def test_stream_deadline_of_a_caller_is_kept() -> None:
         await until(lambda: relay.closed and nothing_pending(*ends))
 
 
+async def test_stream_that_ignores_its_cancellation_sends_nothing_more() -> None:
+    """The answer was given; an item that comes later is dropped."""
+    @(endpoint := RpcEndpoint(worker := Worker())).method
+    async def items() -> AsyncIterator[int]:
+        await worker.stubborn()
+        yield 1
+
+    async with plain(endpoint, lib.SUBPROTOCOL) as peer:
+        await peer.send(ask(1, "items", stream=4))
+        await until(lambda: worker.seen)
+        cancelled = await answers(peer, tell("$/cancelRequest", {"id": 1}))
+        assert [answer["error"]["code"] for answer in cancelled] == [-32800]
+        worker.go.set()
+        assert await answers(peer) == []
+
+
 @pytest.mark.slow
 @each_side
 @pytest.mark.parametrize("args", [None, {"pause": True}])
@@ -2893,22 +2904,6 @@ async def test_socket_that_is_cut_leaves_a_method_behind_that_ignores_it(
     worker.thread_go.set()
 
 
-async def test_stream_that_ignores_its_cancellation_sends_nothing_more() -> None:
-    """The answer was given; an item that comes later is dropped."""
-    @(endpoint := RpcEndpoint(worker := Worker())).method
-    async def items() -> AsyncIterator[int]:
-        await worker.stubborn()
-        yield 1
-
-    async with plain(endpoint, lib.SUBPROTOCOL) as peer:
-        await peer.send(ask(1, "items", stream=4))
-        await until(lambda: worker.seen)
-        cancelled = await answers(peer, tell("$/cancelRequest", {"id": 1}))
-        assert [answer["error"]["code"] for answer in cancelled] == [-32800]
-        worker.go.set()
-        assert await answers(peer) == []
-
-
 # ----------------------------------------------------------------------------- events: a plain peer
 
 
@@ -2970,20 +2965,6 @@ async def subscriber_of(endpoint: PubSubEndpoint, *topics: str, patterns: Sequen
 
 
 # ----------------------------------------------------------------------------------- topics and log
-
-
-@given(st.lists(st.text("ab*?[!]-^.\n\\&|~é", max_size=8), min_size=1, max_size=5),
-       st.text("ab*[]-.\n\\é", max_size=8))
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-async def test_pattern_matches_what_fnmatchcase_says(patterns: list[str], topic: str) -> None:
-    """Patterns are those of fnmatch.fnmatchcase, whatever stands in them."""
-    notifier, got = EventNotifier(), list[str]()
-    subscriptions = {p: notifier.subscribe(p, pattern=True) for p in patterns}
-    await notifier.publish(topic)
-    for pattern, subscription in subscriptions.items():
-        subscription.cancel()
-        got += [pattern async for _ in subscription]
-    assert got == [p for p in subscriptions if fnmatch.fnmatchcase(topic, p)]
 
 
 @pytest.mark.parametrize("part", ["*a", "*aa", "?*", "*?a", "[ab]*", "[!b]", "a", "?", "*[a-z]a"])
@@ -3081,17 +3062,17 @@ async def test_publish_costs_what_matches() -> None:
 
 async def test_event_reaches_its_subscribers_once_and_in_order() -> None:
     """A callback gets what its topics or patterns match, once, however many of them match."""
-    notifier, got = EventNotifier(), list[Any]()
+    notifier, got, topics = EventNotifier(), list[Any](), ["a", "A", "a ", "b", "xb", "a"]
     notifier.subscribe(["a", "b", "a"], lambda data: got.append(("exact", data)))
     notifier.subscribe([ALL_TOPICS, "a"], lambda topic: got.append(("all", topic)))
     notifier.subscribe(["a*", "*a", "?"], lambda topic: got.append(("pattern", topic)),
                        pattern=True)
-    for topic in ("a", "A", "a ", "b", "a"):
+    for topic in topics:
         notifier.publish(topic, topic)
     notifier.publish(["b", "", "b"], "last")
     await until(lambda: got[-1:] == [("all", "")])
     assert [what for kind, what in got if kind == "exact"] == ["a", "b", "a", "last"]
-    assert [what for kind, what in got if kind == "all"] == ["a", "A", "a ", "b", "a", "b", ""]
+    assert [what for kind, what in got if kind == "all"] == [*topics, "b", ""]
     assert [what for kind, what in got if kind == "pattern"] == ["a", "A", "a ", "b", "a", "b"]
 
 
