@@ -103,7 +103,7 @@ async def no_task_is_left(anyio_backend: str) -> AsyncIterator[None]:
     assert not [t for t in threading.enumerate() if t.name == "fastapi_ws_lite"]
 
 
-async def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
+async def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
     """Wait for what a test is about; fail if it does not come."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -1075,7 +1075,7 @@ async def test_old_subscriber_that_misses_an_event_comes_back(size: int) -> None
         await client.subscribe("t", slow)
         await client.subscribe("other", client.heard)
         (first,) = endpoint.channels
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while first in endpoint.channels and not endpoint.stats()["slow_closed"]:
                 endpoint.publish("t", "x" * size)
                 await asyncio.sleep(0)
