@@ -596,6 +596,20 @@ def _substituted(hint: Any, known: Mapping[Any, Any]) -> Any:
     return hint
 
 
+def _unaliased(hint: Any) -> Any:
+    """A type hint without a name that a ``type`` statement of Python 3.12 has given to it."""
+    if typing.get_origin(hint) is Annotated:
+        return Annotated[(_unaliased(hint.__origin__), *hint.__metadata__)]
+    return _unaliased(hint.__value__) if type(hint).__name__ == "TypeAliasType" else hint
+
+
+def _holds_depends(hint: Any, around: tuple[Any, ...] = ()) -> bool:
+    """Whether Depends stands anywhere in a type hint. An alias may contain itself."""
+    hint = _unaliased(hint)
+    return isinstance(hint, Depends) or (hint not in around and any(
+        _holds_depends(part, (*around, hint)) for part in typing.get_args(hint)))
+
+
 _NOT_INJECTED: Final = (HTTPConnection, Response, BackgroundTasks, SecurityScopes)
 
 
@@ -617,8 +631,9 @@ class _Signature:
         self.places = [(sys.maxsize if p.kind is p.KEYWORD_ONLY else place, p.name)
                        for place, p in enumerate(shown.parameters.values())
                        if p.name in self.injected]
-        self.dependencies = [p.replace(kind=p.KEYWORD_ONLY, annotation=self.hints.get(p.name, Any))
-                             for p in shown.parameters.values() if kinds[p.name] is Depends]
+        self.dependencies = [
+            p.replace(kind=p.KEYWORD_ONLY, annotation=_unaliased(self.hints.get(p.name, Any)))
+            for p in shown.parameters.values() if kinds[p.name] is Depends]
         self.wire = shown.replace(parameters=[
             p.replace(annotation=self.hints.get(p.name, p.annotation))
             for p in shown.parameters.values() if kinds[p.name] is None])
@@ -628,12 +643,15 @@ class _Signature:
 
         Raises TypeError for what FastAPI would fill in, and we do not.
         """
-        hint = self.hints.get(parameter.name, parameter.annotation)
+        hint = _unaliased(self.hints.get(parameter.name, parameter.annotation))
         marks = (*getattr(hint, "__metadata__", ()), parameter.default)
         plain = hint.__origin__ if typing.get_origin(hint) is Annotated else hint
         kinds = [k for k in (plain, *typing.get_args(plain)) if isinstance(k, type)]
         if any(isinstance(mark, Depends) for mark in marks):
             return Depends
+        if _holds_depends(hint):  # the peer must not fill it in
+            raise TypeError(f"{self._name}: {parameter.name} is a type with Depends inside of it, "
+                            "where FastAPI does not look: write Annotated[..., Depends(...)]")
         if RpcChannel in kinds:
             return RpcChannel
         if any(issubclass(kind, WebSocket) for kind in kinds):

@@ -56,12 +56,13 @@ from fastapi import (
 from fastapi.security import SecurityScopes
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings, strategies as st
-from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, PlainSerializer
+from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, JsonValue, PlainSerializer
 from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import core_schema
 from starlette.requests import HTTPConnection
 from starlette.responses import HTMLResponse
 from starlette.types import Message, Receive, Scope, Send
+from typing_extensions import TypeAliasType
 from uvicorn.config import WSProtocolType
 
 import examples
@@ -1818,6 +1819,7 @@ async def current_user(authorization: Annotated[str, Header()]) -> str:
 
 
 User = Annotated[str, Depends(current_user)]
+NamedUser = TypeAliasType("NamedUser", User)  # as "type NamedUser = User" does from Python 3.12 on
 
 
 def greeting(user: User, lang: Annotated[str, Cookie()] = "en", polite: bool = False) -> str:
@@ -1872,6 +1874,12 @@ class Conventional(Accounts):
     def greet(self, n: int, text: str = Depends(greeting)) -> str:
         return f"{n} {text}"
 
+    async def named(self, user: NamedUser, value: JsonValue = None) -> str:
+        return user
+
+    async def described(self, user: Annotated[NamedUser, Field(description="who")]) -> str:
+        return user
+
     async def twice(self, user: User, text: Annotated[str, Depends(greeting)],
                     fresh: Annotated[str, Depends(current_user, use_cache=False)]) -> int:
         return happened.count("user")
@@ -1922,6 +1930,7 @@ def as_ann(methods: Any = None, **options: Any) -> PubSubClient:
 
 @pytest.mark.parametrize(("method", "args", "result"), [
     ("whoami", None, "ann"), ("forged", None, "ann"), ("secure", {}, "ann a b"), ("twice", None, 2),
+    ("named", {"value": [[]]}, "ann"), ("described", None, "ann"),
     ("greet", [5], "5 fr ann False"), ("greet", {"n": 5}, "5 fr ann False"),
     ("page", [], [10]), ("page", [1, 2], [10, 1, 2]),
     ("open", [], ["ann", 0, [], {}, True]), ("open", [1, 2, 3], ["ann", 1, [2, 3], {}, True]),
@@ -1951,6 +1960,7 @@ async def test_depends_reads_query_and_path_of_the_connection() -> None:
 
 @pytest.mark.parametrize(("method", "args"), [
     ("whoami", {"user": "admin"}), ("whoami", ["admin"]), ("greet", {"n": 1, "text": "x"}),
+    ("named", {"user": "admin"}), ("described", {"user": "admin"}), ("described", ["admin"]),
     ("greet", [1, "x"]), ("open", {"user": "admin"}), ("open", {"channel": 1, "z": 2}),
     ("page", {"pager": {"size": 99}}), ("forged", {"user": "admin"}), ("forged", ["admin"]),
     ("injected", {"a": 1, "websocket": None}), ("save", {"what": "x", "db": []})])
@@ -2029,10 +2039,13 @@ async def test_http_exception_is_an_error_of_its_code(raised: Exception, expecte
 
 @pytest.mark.parametrize("hint", [
     Request, Response, BackgroundTasks, SecurityScopes, HTTPConnection, "Request | None",
+    User | None, list[User], NamedUser | None,
     Annotated[str, Header()], Annotated[str | None, Query()], Annotated[str, Cookie()]], ids=repr)
 @pytest.mark.parametrize("side", [RpcEndpoint, RpcClient])
 def test_injection_that_we_do_not_do_is_refused(hint: Any, side: Any) -> None:
-    """What FastAPI would fill in, and we do not, is a TypeError that names the parameter."""
+    """What FastAPI would fill in, and we do not, is a TypeError that names the parameter; and so is
+    Depends inside of a type, which FastAPI passes over: the peer would fill it in.
+    """
     async def method(a: int, odd: Any) -> None: ...
 
     method.__annotations__["odd"] = hint
@@ -2177,7 +2190,9 @@ async def test_security_of_methods_holds_on_real_sockets() -> None:
             assert await peer.ask(ask(1, "whoami")) == done(1, "ann")
             assert happened == ["open", "user"]
             for method, params, code in (("whoami", {"user": "admin"}, -32602),
-                                         ("whoami", ["admin"], -32602), ("save", ["x"], -32001)):
+                                         ("whoami", ["admin"], -32602),
+                                         ("named", {"user": "admin"}, -32602),
+                                         ("save", ["x"], -32001)):
                 assert (await peer.ask(ask(2, method, params)))["error"]["code"] == code
             assert await peer.ask(ask(3, "row")) == done(3, ANN)
             assert await peer.ask(ask(4, "stream", stream=5)) == items_of(4, ANN)
