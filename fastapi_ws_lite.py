@@ -69,6 +69,7 @@ import re
 import struct
 import sys
 import threading
+import time
 import types
 import typing
 import uuid
@@ -155,6 +156,7 @@ METHOD_THREADS: Final = 40  # for plain def methods; FastAPI has as many for pla
 MAX_ARRAY_MESSAGES: Final = 4096  # in a batch; what we send together in a frame is always less
 MAX_PROBLEMS: Final = 100  # in an InvalidParams, as each takes 1 KiB; more are only counted
 YIELD_MESSAGES: Final = 32  # of one connection that are handled before others have their turn
+YIELD_SECONDS: Final = 0.002  # of matching patterns before others have their turn
 STREAM_CREDIT: Final = 16  # items of a stream that may be under way
 
 FRAME_BYTES: Final = 64 * 2**10  # of small messages that share a frame; more brings no more speed
@@ -167,7 +169,7 @@ HISTORY_EVENTS: Final = 4096
 HISTORY_BYTES: Final = 16 * 2**20
 REPLAY_EVENTS: Final = 1000  # in the answer to one subscribe with since or last
 REPLAY_BYTES: Final = 2**20
-CATCH_UP_EVENTS: Final = 256  # of the log that a subscriber without patterns looks at in one turn
+CATCH_UP_EVENTS: Final = 256  # of the log that are looked at for a subscriber in one turn
 QUEUE_EVENTS: Final = 10_000  # that wait for callbacks, for an iterator, or to be published
 QUEUE_BYTES: Final = 16 * 2**20
 MAX_TOPIC_CHARACTERS: Final = 1024
@@ -1027,18 +1029,33 @@ def _keys(topics: str | Iterable[str], *, is_pattern: bool = False) -> dict[_Key
             for name in _check_topics(topics, is_pattern=is_pattern)}
 
 
+@functools.lru_cache(1024)
+def _pattern_matcher(pattern: str) -> Callable[[str], object]:
+    return re.compile(fnmatch.translate(pattern)).match
+
+
+async def _for_each(function: Callable[[str], object], names: Iterable[str]) -> None:
+    """Call a function that remembers its results; where that takes long, others have their turn."""
+    began = time.monotonic()
+    for name in names:
+        function(name)
+        if time.monotonic() - began > YIELD_SECONDS:
+            await asyncio.sleep(0)
+            began = time.monotonic()
+
+
 class _SubscriptionTable(dict[_Key, dict[_Sink, None]], Generic[_Sink]):
     """Who subscribes to which topics and patterns. What patterns match is remembered by topic."""
 
     def __init__(self) -> None:
-        self._expressions: dict[str, Callable[[str], object]] = {}
-        self._patterns_of = functools.lru_cache(HISTORY_EVENTS)(self._find_patterns)
+        self.matchers: dict[str, Callable[[str], object]] = {}  # of the patterns
+        self.patterns_of = functools.lru_cache(HISTORY_EVENTS)(self._find_patterns)
 
     def add(self, sink: _Sink, key: _Key) -> None:
         name, is_pattern = key
         if is_pattern and key not in self:
-            self._expressions[name] = re.compile(fnmatch.translate(name)).match
-            self._patterns_of.cache_clear()
+            self.matchers[name] = _pattern_matcher(name)
+            self.patterns_of.cache_clear()
         self.setdefault(key, {})[sink] = None
 
     def discard(self, sink: _Sink, key: _Key) -> None:
@@ -1047,30 +1064,26 @@ class _SubscriptionTable(dict[_Key, dict[_Sink, None]], Generic[_Sink]):
         if not self[key]:
             del self[key]
             if is_pattern:
-                del self._expressions[name]
-                self._patterns_of.cache_clear()
+                del self.matchers[name]
+                self.patterns_of.cache_clear()
 
     def subscribers_of(self, keys: Iterable[_Key]) -> dict[_Sink, None]:
         """Who has subscribed to any of just these topics and patterns, each once."""
         return {sink: None for key in keys for sink in self.get(key, ())}
 
-    def topics_per_turn(self, most: int = YIELD_MESSAGES) -> int:
-        """How many topics to match in one turn of the loop: a match may take 0.1 ms."""
-        return 1 + most // (1 + len(self._expressions))
-
     def match(self, topic: str) -> Mapping[_Sink, None]:
         """Everybody who gets an event of this topic, each once. Do not change what it returns."""
         found: dict[_Sink, None] = self.get((topic, False), {})
-        for key in self._patterns_of(topic) if self._expressions else ():
+        for key in self.patterns_of(topic) if self.matchers else ():
             found = found | self[key]
         return found
 
     def has(self, sink: _Sink, topic: str) -> bool:
         """Whether this one gets an event of this topic."""
-        return any(sink in self.get(key, ()) for key in ((topic, False), *self._patterns_of(topic)))
+        return any(sink in self.get(key, ()) for key in ((topic, False), *self.patterns_of(topic)))
 
     def _find_patterns(self, topic: str) -> list[_Key]:
-        return [(name, True) for name, matches in self._expressions.items() if matches(topic)]
+        return [(name, True) for name, matches in self.matchers.items() if matches(topic)]
 
 
 class _Entry:
@@ -2567,7 +2580,7 @@ class EventNotifier:
         """Serve the running event loop from now on."""
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
-            self._loop, self._pending = loop, []
+            self._loop, self._pending, self._matching = loop, [], asyncio.Lock()
             if self._make_shared_log is not None:
                 self._shared = self._make_shared_log(self)
         self._take_from_threads()
@@ -2595,7 +2608,17 @@ class EventNotifier:
         is_burst, self._burst_bytes = self._burst_bytes > 2**18, self._burst_bytes % 2**18
         return _OptionalAwait(None, "burst" if is_burst else "")
 
-    # A shared log calls begin, commit and reset; without one, publish calls commit.
+    async def match_ahead(self, topics: Iterable[str]) -> None:
+        """Find the patterns of topics that are about to be published, which is remembered.
+
+        A peer's patterns may take 10 ms for a new topic, so others have their turn after each slow
+        one. One caller after the other gets here, in their order.
+        """
+        if self._table.matchers:
+            async with self._matching:
+                await _for_each(self._table.patterns_of, topics)
+
+    # A shared log calls match_ahead, begin, commit and reset; without one, publish calls commit.
 
     def begin(self, position: str) -> None:
         """The log is empty, and begins at a position."""
@@ -2707,14 +2730,15 @@ class _Cursor:
     replay ends there, and a client needs to remember one position only.
     """
 
-    __slots__ = ("_notifier", "channel", "format", "hook_calls", "is_lagging", "keys",
-                 "lock", "max_bytes", "next", "outbox", "subscriber_id")
+    __slots__ = ("_is_resting", "_notifier", "channel", "format", "hook_calls", "is_lagging",
+                 "keys", "lock", "max_bytes", "next", "outbox", "subscriber_id")
 
     def __init__(self, channel: RpcChannel, notifier: EventNotifier) -> None:
         self.channel, self.outbox, self._notifier = channel, channel._outbox, notifier
         self.subscriber_id = channel.id  # what it publishes does not come back to it
         self.format, self.max_bytes = channel.format, channel._peer_max_size
         self.is_lagging, self.next = False, notifier._log.end
+        self._is_resting = False  # until the next turn of the loop
         self.keys: dict[_Key, None] = {}
         self.lock = asyncio.Lock()  # so that requests take effect in their order
         self.hook_calls: list[Any] = []  # calls of on_subscribe and on_unsubscribe to make
@@ -2858,16 +2882,24 @@ class _Cursor:
             self.tell_gap(log.before, "history")
 
     def replay(self) -> None:
-        """Send what there is room for; at the end of the log, be live again."""
+        """Send what there is room for; at the end of the log, be live again.
+
+        Patterns may take 10 ms for a topic. Then others have their turn, also if there is room.
+        """
+        if self._is_resting:
+            return
         self._skip_dropped()
-        log, outbox = self._notifier._log, self.outbox
-        turn = self._notifier._table.topics_per_turn(CATCH_UP_EVENTS)
-        stop = min(log.end, self.next + turn)
-        while outbox.cursor is self and self.next < stop and outbox.size <= LAGGING_BYTES:
+        log, outbox, began = self._notifier._log, self.outbox, time.monotonic()
+        stop = min(log.end, self.next + CATCH_UP_EVENTS)
+        while (outbox.cursor is self and self.next < stop and outbox.size <= LAGGING_BYTES
+               and not self._is_resting):
             entry = log[self.next]
             self.next += 1
             if self._wants(entry):
                 self._send(entry)
+            if time.monotonic() - began > YIELD_SECONDS:
+                self._is_resting = True
+                self.channel._loop.call_soon(setattr, self, "_is_resting", False)
         if outbox.cursor is self:
             self.is_lagging = self.next < log.end and bool(self.keys)
             outbox.schedule_flush()  # there may be more to look at, and nothing to send
@@ -3209,11 +3241,13 @@ class PubSubEndpoint(RpcEndpoint):
             self._check_room(subscriber, granted)
             if (shared := self.notifier._shared) is not None:
                 await shared.ready(resume or since, self.notifier.has)
+            await _for_each(_pattern_matcher, [name for name, is_pattern in granted if is_pattern])
             wanted = _SubscriptionTable[None]()
             for key in granted:
                 wanted.add(None, key)
-            if since is not None or last is not None:
-                await self._match_history(wanted)
+            if wanted.matchers and (since is not None or last is not None):
+                topics_of_log = [entry.topic for entry in self.notifier._log.values()]
+                await _for_each(wanted.patterns_of, topics_of_log)
             if resume is None:
                 await subscriber.wait_for(self.notifier._log.end)
                 await channel._outbox.wait_for_room(LAGGING_BYTES)
@@ -3251,15 +3285,6 @@ class PubSubEndpoint(RpcEndpoint):
             raise InvalidParams(f"a connection has at most {MAX_SUBSCRIPTIONS} subscriptions, "
                                 f"{MAX_PATTERNS} of them patterns")
 
-    async def _match_history(self, wanted: _SubscriptionTable[None]) -> None:
-        """Match what is in the log, so that this takes nothing of the one step. Others may run."""
-        step = wanted.topics_per_turn()
-        entries = list(self.notifier._log.values()) if wanted._expressions else ()
-        for count, entry in enumerate(entries):
-            wanted.match(entry.topic)
-            if count % step == 0:
-                await asyncio.sleep(0)
-
     async def _unsubscribe(self, channel: RpcChannel, topics: _Topics | None = None,
                            patterns: _Topics | None = None) -> bool:
         keys = _keys(topics or ()) | _keys(patterns or (), is_pattern=True)
@@ -3277,11 +3302,12 @@ class PubSubEndpoint(RpcEndpoint):
         await self._check_allowed(channel, "publish", names)
         own = channel.id if channel._subscriber is None else channel._subscriber.subscriber_id
         published = []
-        step = self.notifier._table.topics_per_turn()
-        for start in range(0, len(names), step):  # others have their turn in between
+        for start in range(0, len(names), YIELD_MESSAGES):  # others have their turn in between
+            some = names[start:start + YIELD_MESSAGES]
+            await self.notifier.match_ahead(some)
             try:
                 published.append(self.notifier.publish(
-                    names[start:start + step], data, notifier_id=notifier_id or own))
+                    some, data, notifier_id=notifier_id or own))
             except ValueError as error:  # 1e999 was read as infinite
                 raise InvalidParams("the data is not JSON: a number may be infinite") from error
             if start:
@@ -5066,7 +5092,7 @@ class _SharedLog:
             for offset, entry in page:
                 if offset != self._next and not must_check:
                     break  # the next page begins with this jump: maybe an entry comes late
-                self._take(offset, entry)
+                await self._take(offset, entry)
                 await asyncio.sleep(0)  # an entry may have thousands of events
             self._is_ready = self._is_ready or not page or self._next >= self._live_from
 
@@ -5104,9 +5130,10 @@ class _SharedLog:
         return found is not None and (
             self._last_numbers.get(found[1].decode(), -2) == int(found[2]) - 1)
 
-    def _take(self, offset: int, entry: bytes) -> None:
+    async def _take(self, offset: int, entry: bytes) -> None:
         """Commit the events of an entry, after a hole if one before it is missing."""
         writer, number, events = _parse_entry(entry)
+        await self._sink.match_ahead(topic for topic, _, _ in events)
         last = self._last_numbers.pop(writer, number - 1)
         self._last_numbers[writer] = max(number, last)
         if len(self._last_numbers) > REMEMBERED_WRITERS:
