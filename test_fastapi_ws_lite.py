@@ -112,6 +112,22 @@ async def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
         await asyncio.sleep(0.002)
 
 
+@contextlib.asynccontextmanager
+async def longest_turn() -> AsyncIterator[list[float]]:
+    """For how long the loop works at most before others have their turn, in processor time."""
+    async def watch() -> None:
+        while True:
+            began = time.thread_time()
+            await asyncio.sleep(0)
+            longest[0] = max(longest[0], time.thread_time() - began)
+
+    longest = [0.0]
+    watching = asyncio.create_task(watch())
+    await asyncio.sleep(0)
+    yield longest
+    watching.cancel()
+
+
 class Calculator(RpcMethodsBase):
     """What most tests call."""
 
@@ -1533,7 +1549,7 @@ async def test_method_thread_that_is_waited_for_in_vain_never_runs(
     async with pair(worker := Worker()) as (client, _):
         first = asyncio.create_task(client.call("block"))
         await until(lambda: worker.seen)
-        with pytest.raises(RequestTimeout, match="block"):
+        with pytest.raises(RequestTimeout, match="block was not"):
             await client.call("block", timeout=0.02)
         assert (await client.call("add", [1, 2])).result == 3
         worker.thread_go.set()
@@ -2287,7 +2303,7 @@ async def test_timeout_ends_the_call_and_its_work(
     """A call past its timeout, or else its side's, raises; with ws-lite.1 the method is cancelled.
     """
     async with pair(worker := Worker(), wire, default_response_timeout=default) as ends:
-        with pytest.raises(RequestTimeout, match="hold") as caught:
+        with pytest.raises(RequestTimeout, match=r"hold was not .* in 0\.02 s") as caught:
             await call(ends[side])
         assert isinstance(caught.value, TimeoutError)
         if wire == lib.SUBPROTOCOL:
@@ -3736,53 +3752,46 @@ async def test_topics_by_the_million_are_counted_before_they_are_looked_at(
 
 async def test_requests_with_many_topics_hold_up_nobody_for_long() -> None:
     """Ten thousand topics, also refused in part, a thousand events, a replay by 100 patterns."""
-    turns = list[float]()
-
-    async def watch() -> None:
-        while True:
-            began = time.thread_time()
-            await asyncio.sleep(0)
-            turns.append(time.thread_time() - began)
-
-    watching = asyncio.create_task(watch())
     endpoint = PubSubEndpoint(authorize=lambda channel, action, names: "bad" not in names)
-    names = [f"topic number {n}" for n in range(9_999)]
+    names, patterns = [f"topic number {n}" for n in range(9_999)], [f"*r {n}*x" for n in range(100)]
+    requests: list[tuple[str, dict[str, Any]]] = [
+        ("subscribe", {"topics": [*names, "good"]}), ("unsubscribe", {"topics": [*names, "good"]}),
+        ("subscribe", {"topics": [*names, "bad"]}), ("unsubscribe", {"topics": names}),
+        ("publish", {"topics": names[:1000]}), ("subscribe", {"patterns": patterns, "last": 1000}),
+        ("unsubscribe", {"patterns": patterns})]
+    costs = [math.inf] * len(requests)
+    for n in range(lib.HISTORY_EVENTS):
+        await endpoint.publish(f"room/{n}", "x" * 100)
     async with subscriber_of(endpoint) as peer:
-        assert (await peer.ask("subscribe", topics=[*names, "bad"]))["refused"] == ["bad"]
-        await peer.ask("unsubscribe", topics=names)
-        await peer.ask("publish", topics=names[:1000])
-        for n in range(lib.HISTORY_EVENTS):
-            await endpoint.publish(f"room/{n}", "x" * 100)
-        await peer.ask("subscribe", patterns=[f"room/*{n}*x" for n in range(100)], last=1000)
-    watching.cancel()
-    assert max(turns) < 0.3  # 0.015 on a quiet machine; it was 7 once
+        for place, (method, params) in [*enumerate(requests)] * 3:
+            async with longest_turn() as longest:
+                await peer.ask(method, **params)
+            costs[place] = min(costs[place], longest[0])
+    # The least of three, as the garbage collector may have run; 0.012 on a quiet machine.
+    assert max(costs) < (0.3 if "coverage" in sys.modules else 0.03)
 
 
-async def test_patterns_are_matched_in_turns() -> None:
-    """One match may take 0.1 ms. With 100 patterns others run after every few events, whether
-    these are asked for, resumed, or published to many topics at once.
-    """
-    turns, names = 0, [f"room/{n}" for n in range(600)]
+async def test_patterns_made_to_take_long_hold_up_nobody_for_long() -> None:
+    """A hundred take 10 ms for a new topic, in one publish, in several, and in a replay."""
+    def topics(kind: str) -> list[str]:
+        return [f"{kind} {n} {'ab' * 500}" for n in range(12)]
 
-    async def watch() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            await asyncio.sleep(0)
-
-    watching, endpoint = asyncio.create_task(watch()), PubSubEndpoint()
+    endpoint = PubSubEndpoint()
+    hostile = {"patterns": ["on*", *(f"*{'[ab]' * 30}{n:03}" for n in range(99))]}
     start = endpoint.position
-    for name in names:
-        endpoint.publish(name)
-    async with subscriber_of(endpoint) as peer:
-        for method, params in (
-                ("subscribe", {"patterns": [f"{n}*" for n in range(100)], "last": 1}),
-                ("subscribe", {"resume": start}), ("publish", {"topics": names})):
-            turns = 0
-            await peer.ask(method, **params)
-            await until(lambda: endpoint.stats()["lagging"] == 0)
-            assert turns > 150, method
-    watching.cancel()
+    async with serving(app_of(endpoint)) as url, raw(
+            f"{url}/ws", subprotocols=[lib.SUBPROTOCOL]) as connection:
+        peer = SubscribedPeer(connection)
+        async with longest_turn() as longest:
+            await peer.ask("subscribe", **hostile)
+            await peer.ask("publish", topics=topics("at once"))
+            for id in [await peer.send("publish", topics=topic) for topic in topics("one by one")]:
+                await peer.answer(id)
+            for replay in ("since", "resume"):
+                await peer.ask("unsubscribe", **hostile)
+                await peer.ask("subscribe", **hostile, **{replay: start})
+                await until(lambda: not endpoint.stats()["lagging"])
+    assert longest[0] < 0.07  # 0.011 on a quiet machine, and 0.12 for all of a kind together
 
 
 # -------------------------------------------------- events on connections: who may do and who knows
@@ -3814,6 +3823,24 @@ async def test_authorize_is_asked_once_and_then_for_each_alone() -> None:
         assert await peer.ask("publish", topics=["a", "c"]) is True
         assert asked[-2:] == [("publish", ("a", "bad")), ("publish", ("a", "c"))]
         assert endpoint.stats() | {"subscriptions": 4, "events_published": 2} == endpoint.stats()
+
+
+async def test_authorize_of_a_pattern_holds_on_a_real_socket() -> None:
+    """A peer that may have any topic gets no other by a pattern, by ALL_TOPICS, or in a replay."""
+    endpoint = PubSubEndpoint(authorize=lambda channel, action, names: action == "subscribe")
+    endpoint.publish(["secret", "t"], "before")
+    async with serving(app_of(endpoint)) as url, raw(
+            f"{url}/ws", subprotocols=[lib.SUBPROTOCOL]) as connection:
+        peer = SubscribedPeer(connection)
+        for names in ({"patterns": ["*"]}, {"patterns": "s*", "last": 9}, {"topics": ALL_TOPICS},
+                      {"patterns": ["secret"], "resume": endpoint.position}):
+            error = await peer.ask("subscribe", **names)
+            assert (error["code"], error["data"]["action"]) == (-32001, "subscribe")
+        answer = await peer.ask("subscribe", topics=["t", ALL_TOPICS], patterns=["*"], last=9)
+        assert answer["refused"] == ["*"]
+        assert [event["topic"] for event in answer["events"]] == ["t"]
+        endpoint.publish(["secret", "t"], "after")
+        assert await peer.events(1) == ["after"] and endpoint.stats()["events_delivered"] == 1
 
 
 async def test_topics_of_the_servers_are_for_no_client() -> None:
@@ -7392,6 +7419,17 @@ async def test_backbone_entry_that_shows_late_is_not_lost(broker: MemoryLog) -> 
             await until(lambda n=n: at_one[-1:] == at_two[-1:] == [n + 3])  # type: ignore[misc]
         await has(at_one, *range(1, 201))
         await has(at_two, *at_one)
+
+
+async def test_backbone_entry_of_many_topics_holds_up_nobody_for_long(broker: MemoryLog) -> None:
+    """Patterns that take long for a new topic take no longer for those of another server."""
+    hostile = [f"*{'[ab]' * 30}{n:03}" for n in range(lib.MAX_PATTERNS)]
+    async with (serving_on(broker) as one, serving_on(broker) as two,
+                subscriber_of(two, patterns=hostile), longest_turn() as longest):
+        for n in range(12):
+            one.publish(f"{n} {'ab' * 500}")
+        await until(lambda: two.stats()["log_events"] == 12)
+    assert longest[0] < 0.07 and len(broker.entries) == 1
 
 
 async def test_backbone_offsets_may_be_times_in_nanoseconds(broker: MemoryLog) -> None:
