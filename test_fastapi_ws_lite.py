@@ -3734,12 +3734,12 @@ async def test_subscribe_in_many_requests_is_bounded(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(("method", "params", "said"), [
     *((method, '{"topics":[*]}', said) for method in ("subscribe", "unsubscribe", "publish")
-      for said in ("not 200000", "a valid string")),
+      for said in ("not 500000", "a valid string")),
     ("_ping_", "[*]", "1000000 arguments")])
 async def test_topics_by_the_million_are_counted_before_they_are_looked_at(
         method: str, params: str, said: str) -> None:
     """The request costs little more than reading its JSON, also if they are no topics at all."""
-    names = json.dumps([f"t{n}" for n in range(200_000)] if "not" in said else [0] * 1_000_000)
+    names = json.dumps([f"t{n}" for n in range(500_000)] if "not" in said else [0] * 1_000_000)
     params = params.replace("[*]", names)
     text = f'{{"jsonrpc":"2.0","method":"{method}","params":{params},"id":1}}'
     times = [time.thread_time()]
@@ -3747,7 +3747,7 @@ async def test_topics_by_the_million_are_counted_before_they_are_looked_at(
     times.append(time.thread_time())
     async with plain(PubSubEndpoint(), lib.SUBPROTOCOL) as peer:
         assert said in (await peer.ask(text))["error"]["message"]
-    assert time.thread_time() - times[1] < 3 * (times[1] - times[0]) + 0.1
+    assert time.thread_time() - times[1] < 2 * (times[1] - times[0]) + 0.05
 
 
 async def test_requests_with_many_topics_hold_up_nobody_for_long() -> None:
@@ -7318,7 +7318,7 @@ async def test_backbone_event_that_the_broker_refuses_fails_alone(broker: Memory
     """Its publisher gets MessageTooLarge; those before and after it arrive, without a gap."""
     async with two_hearing(broker) as (one, _, at_one, at_two):
         events = [one.publish(["t"], "refused" if n == 33 else n) for n in range(100)]
-        outcomes = await asyncio.gather(*events, return_exceptions=True)
+        outcomes = await asyncio.wait_for(asyncio.gather(*events, return_exceptions=True), 30)
         assert [(n, type(e)) for n, e in enumerate(outcomes) if e] == [(33, MessageTooLarge)]
         await has(at_one, *(n for n in range(100) if n != 33))
         await has(at_two, *at_one)
@@ -7442,6 +7442,10 @@ async def test_backbone_offsets_may_be_times_in_nanoseconds(broker: MemoryLog) -
         await has(at_one, *range(50))
         await has(at_two, *range(50))
         assert one.position == two.position
+        await asyncio.gather(only(one).close(1011), only(two).close(1011))
+        await one.publish(["t"], 50)
+        await has(at_one, *range(51))  # without a gap, and none of them again
+        await has(at_two, *range(51))
 
 
 async def test_backbone_entries_before_the_join_are_only_history(broker: MemoryLog) -> None:
@@ -7844,7 +7848,7 @@ async def test_broker_refuses_one_event_alone(
         async with two_hearing(url) as (one, _, at_one, at_two):
             monkeypatch.setattr(one.notifier._shared, "_max_entry", 10**9)  # so the broker is asked
             events = [one.publish(["t"], "x" * size if n == 5 else n) for n in range(20)]
-            outcomes = await asyncio.gather(*events, return_exceptions=True)
+            outcomes = await asyncio.wait_for(asyncio.gather(*events, return_exceptions=True), 30)
             assert [(n, type(e)) for n, e in enumerate(outcomes) if e] == [(5, MessageTooLarge)]
             await has(at_one, *(n for n in range(20) if n != 5))
             await has(at_two, *at_one)
