@@ -4814,7 +4814,7 @@ async def test_subscribe_while_too_many_hooks_wait_is_overloaded() -> None:
 async def test_close_from_its_own_code_returns(where: str) -> None:
     """A method or hook of a connection may close them all, and goes on afterwards."""
     async def close(channel: RpcChannel) -> None:
-        await endpoint.close(4000)
+        await endpoint.close()
         ended.append(len(endpoint.channels))
 
     endpoint, ended = RpcEndpoint(), list[int]()
@@ -4823,7 +4823,7 @@ async def test_close_from_its_own_code_returns(where: str) -> None:
         if where == "method":
             await peer.send(ask(1, "close"))
         if where != "on_disconnect":
-            assert await closing_of(peer.connection) == (4000, "")
+            assert await closing_of(peer.connection) == (1012, "")
     await until(lambda: ended == [0])
 
 
@@ -5212,7 +5212,7 @@ async def test_network_transport_with_an_old_websockets_says_what_to_install(
 
 
 async def test_network_transport_options_reach_the_library() -> None:
-    """What websockets.connect takes can be given, such as another user agent."""
+    """What websockets.connect takes can be given; a wrong option or address is not tried again."""
     endpoint = RpcEndpoint()
     transport = NetworkTransport(user_agent_header="mine/1")
     async with serving(app_of(endpoint)) as url, RpcClient(f"{url}/ws", transport=transport):
@@ -5222,6 +5222,8 @@ async def test_network_transport_options_reach_the_library() -> None:
         assert "sec-websocket-extensions" not in websocket.headers  # it does not compress
     with pytest.raises(TypeError, match="no_such_option"):
         await RpcClient(transport=NetworkTransport(no_such_option=1)).__aenter__()
+    with pytest.raises(ValueError, match="is no address of a WebSocket: it begins with ws:// or"):
+        await RpcClient("http://localhost/ws", connect_timeout=5).__aenter__()
 
 
 async def test_asgi_transport_scope_is_that_of_a_handshake() -> None:
@@ -8573,7 +8575,9 @@ def test_remote_iterator_that_is_left_ends_at_the_server(how: str) -> None:
                 iterator.close()
                 assert list(iterator) == []
         del events, stream, iterator
-        while endpoint.stats()["subscriptions"] or endpoint.stats()["running_requests"] > 1:
+        deadline = time.monotonic() + 10
+        while (stats := endpoint.stats())["subscriptions"] or stats["running_requests"] > 1:
+            assert time.monotonic() < deadline
             remote.call("_ping_")
 
 
