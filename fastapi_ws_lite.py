@@ -1034,16 +1034,6 @@ def _pattern_matcher(pattern: str) -> Callable[[str], object]:
     return re.compile(fnmatch.translate(pattern)).match
 
 
-async def _for_each(function: Callable[[str], object], names: Iterable[str]) -> None:
-    """Call a function that remembers its results; where that takes long, others have their turn."""
-    began = time.monotonic()
-    for name in names:
-        function(name)
-        if time.monotonic() - began > YIELD_SECONDS:
-            await asyncio.sleep(0)
-            began = time.monotonic()
-
-
 class _SubscriptionTable(dict[_Key, dict[_Sink, None]], Generic[_Sink]):
     """Who subscribes to which topics and patterns. What patterns match is remembered by topic."""
 
@@ -2118,6 +2108,16 @@ class RpcChannel(_Caller):
 # nobody else. Queues are bounded: a full one drops what comes and holds one gap in its place.
 
 _Callback: TypeAlias = Callable[..., Any]
+
+
+async def _for_each(function: Callable[[str], object], names: Iterable[str]) -> None:
+    """Call a function that remembers its results; where that takes long, others have their turn."""
+    began = time.monotonic()
+    for name in names:
+        function(name)
+        if time.monotonic() - began > YIELD_SECONDS:
+            await asyncio.sleep(0)
+            began = time.monotonic()
 
 
 class _QueuedEvent(NamedTuple):
