@@ -8865,11 +8865,16 @@ class Page:
 
 @pytest.fixture
 async def page(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Page]:
-    """A page that waits 0.3 and 1.5 s for the answer to a ping, instead of 3 and 20 s."""
-    page, closing = Page(), asyncio.Event()
-    client = lib._BROWSER_CLIENT.replace("SILENCE = 25, ANSWER = 20, QUICK = 3, CHECK = 5",
-                                         "SILENCE = 25, ANSWER = 1.5, QUICK = .3, CHECK = .02")
-    assert client != lib._BROWSER_CLIENT
+    """A page that waits 0.3 and 1.5 s for the answer to a ping, instead of 3 and 20 s, and that
+    has smaller limits.
+    """
+    page, closing, client = Page(), asyncio.Event(), lib._BROWSER_CLIENT
+    for usual, here in (("SILENCE = 25, ANSWER = 20, QUICK = 3, CHECK = 5",
+                         "SILENCE = 25, ANSWER = 1.5, QUICK = .3, CHECK = .02"),
+                        ("MOST_CALLS = 10000, MOST_UNSENT = 2 ** 26",
+                         "MOST_CALLS = 100, MOST_UNSENT = 2 ** 20")):
+        assert usual in client
+        client = client.replace(usual, here)
     client += "export { glob };"
 
     @page.app.get("/page", response_class=HTMLResponse)
@@ -9212,13 +9217,20 @@ async def test_browser_first_load_waits_for_a_server_that_is_away(page: Page) ->
 
 
 async def test_browser_calls_that_wait_are_bounded(page: Page) -> None:
-    """More than 10,000 are Overloaded, also publishes that nobody waits for while it is away."""
-    await page.connect("ws://127.0.0.1:1/ws")
+    """In number, also of publishes that nobody waits for while it is away, and in bytes."""
+    async with serving(FastAPI()) as url:
+        pass
+    await page.connect(f"{url}/ws")
     outcomes = await page.run("""
-        const all = Array.from({ length: 10010 }, (_, n) => tried(ws.publish("t", n)));
-        await tried(all.at(-1)); ws.close(); return (await Promise.all(all)).map(([code]) => code);
-        """)
-    assert outcomes == [1000] * 10_000 + [-32002] * 10
+        const all = Array.from({ length: 110 }, (_, n) => tried(ws.publish("t", n)));
+        await all.at(-1); ws.close(); return (await Promise.all(all)).map(([code]) => code);""")
+    assert outcomes == [1000] * 100 + [-32002] * 10
+    await page.peer("")
+    await page.until("ws.state === 'ready'")
+    outcomes = await page.run("""
+        const all = Array.from({ length: 9 }, () => tried(ws.publish("t", "x".repeat(4e5))));
+        await all.at(-1); ws.close(); return (await Promise.all(all)).map(([code]) => code);""")
+    assert outcomes == [1000] * 3 + [-32002] * 6
 
 
 async def test_browser_address_that_is_none_is_final_and_a_failing_token_is_not(page: Page) -> None:
