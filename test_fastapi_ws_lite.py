@@ -8289,6 +8289,20 @@ async def test_fleet_call_that_cannot_be_passed_on_fails_at_once() -> None:
         assert (await here.fleet.call("ann", "text", [9])).result == "x" * 9
 
 
+async def test_fleet_answer_that_cannot_be_told_is_logged_and_its_caller_times_out(
+        monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """As while too many events wait for the backbone."""
+    agent = FleetAgent()
+    async with fleet_of() as (here, there), there.agent("ann", agent):
+        call = asyncio.create_task(here.fleet.call("ann", "hold", timeout=0.3))
+        await until(lambda: there.fleet._running)
+        monkeypatch.setattr(lib, "QUEUE_EVENTS", 0)
+        agent.go.set()
+        with pytest.raises(RequestTimeout):
+            await call
+        assert "an answer to another server is lost" in caplog.text
+
+
 async def test_fleet_outage_of_the_broker_is_survived(
         broker: MemoryLog, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one that is longer than the silence of a server, and in which all queues are full."""
