@@ -1614,22 +1614,28 @@ class _RequestRunner:
     async def _run_stream(self, request: RpcRequest, method: _ExposedMethod,
                           items: AsyncGenerator[Any, None]) -> None:
         """Send what a generator yields, as the peer has granted it and as there is room for it."""
-        channel, outbox = self._channel, self._channel._outbox
+        outbox = self._channel._outbox
         async with contextlib.aclosing(items):
             async for item in items:
-                params = f'{{"id":{_encode(request.id)},"items":[{method.encode_result(item)}]}}'
-                text = channel.format.request(None, "$/stream", params)
-                if (size := _utf8_len(text)) > channel._peer_max_size:
-                    raise MessageTooLarge(f"an item of {size} bytes is too large")
-                if outbox.is_full():  # many streams may have passed the wait below together
-                    raise Overloaded("too many items wait to be sent to this peer")
-                if request._is_open:
-                    outbox.put(text, size)
-                request._credit -= 1
+                self._send_item(request, method.encode_result(item))
+                del item  # it may be large, and what follows may wait
                 while request._is_open and (request._credit <= 0 or outbox.size > LAGGING_BYTES):
                     await _wait_notified(outbox.room_waiters)
                 if not request._is_open:  # it was cancelled, and goes on all the same
                     return
+
+    def _send_item(self, request: RpcRequest, item: str) -> None:
+        """Send an item of a stream. Raises MessageTooLarge, and Overloaded."""
+        channel, outbox = self._channel, self._channel._outbox
+        params = f'{{"id":{_encode(request.id)},"items":[{item}]}}'
+        text = channel.format.request(None, "$/stream", params)
+        if (size := _utf8_len(text)) > channel._peer_max_size:
+            raise MessageTooLarge(f"an item of {size} bytes is too large")
+        if outbox.is_full():  # many streams may have waited for room together
+            raise Overloaded("too many items wait to be sent to this peer")
+        if request._is_open:
+            outbox.put(text, size)
+        request._credit -= 1
 
     def error_for_caller(self, name: str, error: BaseException) -> RpcError:
         """What the peer is told. Anything unexpected is logged, and told as an InternalError."""
