@@ -8481,7 +8481,7 @@ async def test_remote_ctrl_c_leaves_whatever_it_waits_for() -> None:
             assert await line() == "interrupted"
         assert [await line(), await line()] == ["3", "1 thread"]
         assert worker.seen[:2] == ["held", "cancelled"]
-        assert await script.wait() == 0
+        assert await asyncio.wait_for(script.wait(), 10) == 0
         worker.go.set()
         for _, writer in accepted:
             writer.close()
