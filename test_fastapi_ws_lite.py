@@ -3940,6 +3940,21 @@ async def test_replay_of_the_last_of_a_full_log_costs_little() -> None:
     assert min(costs) < (0.01 if "coverage" in sys.modules else 0.001)
 
 
+@pytest.mark.slow
+async def test_replay_for_a_thousand_clients_at_once_takes_two_seconds_at_most() -> None:
+    """Of the last 20 events in a full log."""
+    endpoint, request = PubSubEndpoint(), ask(1, "subscribe", {"topics": ["room/1"], "last": 20})
+    for n in range(lib.HISTORY_EVENTS):
+        endpoint.publish(f"room/{n % 50}", {"n": n, "text": "x" * 100})
+    async with contextlib.AsyncExitStack() as stack, serving(app_of(endpoint)) as url:
+        peers = [await stack.enter_async_context(raw(
+            f"{url}/ws", subprotocols=[lib.SUBPROTOCOL], compression=None)) for _ in range(1000)]
+        began = time.monotonic()
+        answers = await asyncio.gather(*(peer.ask(request) for peer in peers))
+        assert time.monotonic() - began < 2
+        assert all(len(answer["result"]["events"]) == 20 for answer in answers)
+
+
 # ------------------------------------------------------------------------- the log, against a model
 # What is published, and when each subscription was made, is written down; what arrives is compared
 # with it. A walk stalls, cuts and restarts; what it knows of the library is public, but for the
@@ -8248,6 +8263,103 @@ async def test_fleet_is_whole_again_after_a_restart_of_the_broker(scheme: str) -
                 here.fleet.call("bob", "double", [n]) for n in range(200)))
             assert [answer.result for answer in answers] == [2 * n for n in range(200)]
             assert agent.calls == before + 200
+
+
+FLEET_SERVER = """
+import sys
+import uvicorn
+from fastapi import FastAPI, WebSocket
+import fastapi_ws_lite as lib
+
+url, channel, port, silence = sys.argv[1:]
+lib.FLEET_SILENCE_SECONDS, lib.FLEET_BEAT_SECONDS = float(silence), float(silence) / 3
+app, endpoint = FastAPI(), lib.PubSubEndpoint(backbone=url, channel=channel)
+fleet = lib.Fleet(endpoint)
+endpoint.register_route(app, "/ws")
+
+@app.websocket("/agents/{name}")
+async def agents(websocket: WebSocket, name: str) -> None:
+    await endpoint.main_loop(websocket, identity=name)
+
+@endpoint.method
+async def far(name: str, n: int) -> int:
+    return (await fleet.call(name, "double", [n], timeout=30)).result
+
+@endpoint.method
+async def online() -> list[str]:
+    return fleet.online()
+
+uvicorn.run(app, port=int(port), log_config=None)
+"""
+
+
+async def append_to_read(url: str, channel: str) -> float:
+    """The median of seconds from an append to another object's read."""
+    taken = list[float]()
+    async with logs_of(url, channel, 2) as (writer, reader):
+        await writer.append(b"0")
+        page = await reader.read((await reader.ends())[1] - 1)
+        for _ in range(100):
+            reading = asyncio.create_task(reader.read(page[-1][0] + 1))
+            await asyncio.sleep(0.005)
+            began = time.monotonic()
+            await writer.append(b"x" * 200)
+            page = await reading
+            taken.append(time.monotonic() - began)
+    return sorted(taken)[50]
+
+
+@pytest.mark.slow
+async def test_fleet_of_processes_answers_each_call_or_says_why(url: str, channel: str) -> None:
+    """20 agents, 1,000 calls through the other server; one is killed while it has calls.
+
+    On Redis the killed server is silent for as long as in earnest, on the others for 3 s.
+    """
+    base, silence = await append_to_read(url, channel), 15 if url.startswith("redis") else 3
+    agents, ports = [FleetAgent() for _ in range(20)], [free_port(), free_port()]
+    processes = [subprocess.Popen(
+        [sys.executable, "-c", FLEET_SERVER, url, channel, str(port), str(silence)],
+        cwd=HERE, stderr=subprocess.DEVNULL) for port in ports]
+    try:
+        async with contextlib.AsyncExitStack() as stack:
+            for number, agent in enumerate(agents):
+                await stack.enter_async_context(PubSubClient(
+                    f"ws://127.0.0.1:{ports[0]}/agents/a{number}", agent))
+            asker = await stack.enter_async_context(PubSubClient(f"ws://127.0.0.1:{ports[1]}/ws"))
+            while len((await asker.other.online()).result) < 20:
+                await asyncio.sleep(0.01)
+            taken, slots = list[float](), asyncio.Semaphore(8)
+
+            async def far(number: int) -> Any:
+                async with slots:
+                    began = time.monotonic()
+                    answer = (await asker.other.far(name=f"a{number % 20}", n=number)).result
+                    taken.append(time.monotonic() - began)
+                    return answer
+
+            assert [await far(n) for n in range(100)] == [2 * n for n in range(100)]
+            p50 = sorted(taken)[50]
+            print(f"{url.partition(':')[0]}: a call takes {1000 * p50:.1f} ms, "
+                  f"append to read {1000 * base:.1f} ms: {p50 / base:.1f} x")
+            assert p50 < 10 * base + 0.05
+            answers = await asyncio.gather(*map(far, range(1000)))
+            assert answers == [2 * n for n in range(1000)]
+            assert sum(agent.calls for agent in agents) == 1100
+            last = [asyncio.create_task(far(n)) for n in range(200)]
+            await until(lambda: len(taken) > 1120)
+            processes[0].kill()
+            killed = time.monotonic()
+            done = await asyncio.gather(*last, return_exceptions=True)
+            assert all(isinstance(answer, int | RpcError) for answer in done)
+            assert sum(agent.calls for agent in agents) <= 1300
+            while (await asker.other.online()).result:
+                await asyncio.sleep(0.1)
+            print(f"the identities were gone after {time.monotonic() - killed:.1f} s")
+            assert time.monotonic() - killed < silence + 1
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
 
 
 # -------------------------------------------------------------------------- without an event loop
