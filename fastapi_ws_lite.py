@@ -3,7 +3,7 @@
 # Copyright (c) 2026 the fastapi-ws-lite authors.
 # isort: skip_file
 # ruff: noqa: BLE001
-# Each broad except stands at the edge to other people's code, with its reason.
+# Each broad `except` guards a call into other people's code; a comment beside it says which.
 """Bidirectional RPC and Pub/Sub over one WebSocket, for FastAPI, in a single module.
 
     class Calculator(RpcMethodsBase):                 # every public method can be called by clients
@@ -19,7 +19,7 @@
         response = await client.other.add(a=1, b=2)   # response.result == 3
         await client.subscribe("news", print)         # awaited: the server has confirmed it
 
-The sections of this file; each uses only what stands above it:
+The sections of this file, in reading order; the core never uses an optional section:
     constants            limits, in the unit that their names say
     errors               RpcError and its subclasses, with their codes
     messages             JSON text, requests and responses, the wire: JSON-RPC 2.0
@@ -43,10 +43,10 @@ Each of these can be deleted, as "python fastapi_ws_lite.py vendor" does; no oth
 Guaranteed: every request is answered exactly once, with a result or a coded error. No method and
 no message of a peer ends the connection. Events keep one order, and each subscription gets each of
 its events once, or is told a gap in its place. A slow peer costs no memory and delays nobody else.
-A client reconnects and resumes where it was.
+A client reconnects by itself and then receives the events that it missed.
 
-Not promised: whether a call ran when its connection dropped (calls are never repeated); and events
-that are older than the history, or were on a server that is gone: these are gaps.
+Not promised: whether a call ran when its connection dropped (calls are never repeated). Events that
+have left the history, or that only a lost server had, cannot be replayed; the client is told a gap.
 """
 
 import ast
@@ -153,23 +153,26 @@ MAX_MESSAGE_BYTES: Final = 16 * 2**20  # uvicorn's --ws-max-size
 LEGACY_MESSAGE_BYTES: Final = 2**20  # the default limit of the websockets library
 MAX_CONCURRENT_REQUESTS: Final = 1024  # per connection
 METHOD_THREADS: Final = 40  # for plain def methods; FastAPI has as many for plain def routes
-MAX_ARRAY_MESSAGES: Final = 4096  # in a batch; what we send together in a frame is always less
+# Messages in one array; the arrays that we send are always shorter.
+MAX_ARRAY_MESSAGES: Final = 4096
 MAX_PROBLEMS: Final = 100  # in an InvalidParams, as each takes 1 KiB; more are only counted
-YIELD_MESSAGES: Final = 32  # of one connection that are handled before others have their turn
+YIELD_MESSAGES: Final = 32  # messages of one connection that are handled in one turn of the loop
 YIELD_SECONDS: Final = 0.002  # of matching patterns before others have their turn
-STREAM_CREDIT: Final = 16  # items of a stream that may be under way
+STREAM_CREDIT: Final = 16  # stream items that may be sent and not yet consumed
 
-FRAME_BYTES: Final = 64 * 2**10  # of small messages that share a frame; more brings no more speed
-LAGGING_BYTES: Final = 64 * 2**10  # unsent; above it subscribers are fed from the log, streams wait
-PAUSE_BYTES: Final = 2**20  # unsent; above it we pause before we read on from this peer,
-PAUSE_BYTES_PER_SECOND: Final = 32 * 2**20  # for backlog / this rate
+FRAME_BYTES: Final = 64 * 2**10  # of messages joined into one frame; larger frames are no faster
+# Unsent bytes; above it events come from the log and streams wait.
+LAGGING_BYTES: Final = 64 * 2**10
+PAUSE_BYTES: Final = 2**20  # unsent bytes; above it we stop reading from this peer
+PAUSE_BYTES_PER_SECOND: Final = 32 * 2**20  # for (unsent bytes / this rate) seconds at most
 OUTBOX_BYTES: Final = 64 * 2**20  # unsent; above it calls raise, and answers become, Overloaded
 
 HISTORY_EVENTS: Final = 4096
 HISTORY_BYTES: Final = 16 * 2**20
 REPLAY_EVENTS: Final = 1000  # in the answer to one subscribe with since or last
 REPLAY_BYTES: Final = 2**20
-CATCH_UP_EVENTS: Final = 256  # of the log that are looked at for a subscriber in one turn
+# Log entries that are tested for one subscriber in one turn of the loop.
+CATCH_UP_EVENTS: Final = 256
 QUEUE_EVENTS: Final = 10_000  # that wait for callbacks, for an iterator, or to be published
 QUEUE_BYTES: Final = 16 * 2**20
 MAX_TOPIC_CHARACTERS: Final = 1024
@@ -178,10 +181,10 @@ MAX_PUBLISH_TOPICS: Final = 1000  # in one publish of a client
 MAX_SUBSCRIPTIONS: Final = 10_000  # per connection
 MAX_PATTERNS: Final = 100  # per connection; each one costs a match for every new topic
 
-SEND_SECONDS: Final = 10.0  # a peer that takes nothing for so long is dropped,
+SEND_SECONDS: Final = 10.0  # a send that takes longer closes the connection,
 SEND_BYTES_PER_SECOND: Final = 64 * 2**10  # with extra time for large messages
 CLOSE_SECONDS: Final = 2.0  # for the closing handshake; then the connection is aborted
-GRACE_SECONDS: Final = 1.0  # for cancelled tasks to end; then they are left behind
+GRACE_SECONDS: Final = 1.0  # to wait for cancelled tasks; those still running are then abandoned
 GREETING_SECONDS: Final = 10.0  # for the server's first answer on a new connection
 RETRY_SECONDS: Final = (0.1, 10.0)  # the shortest and the longest back-off of a client
 READY_SECONDS: Final = 1.0  # a connection that was ready for so long resets the back-off
@@ -196,8 +199,8 @@ RESTART_CODES: Final = frozenset({1001, 1012})
 TOO_SLOW: Final = 1013
 
 # ---------------------------------------------------------------------------------------- errors
-# Everything that this module raises on purpose is an RpcError. By its code, a peer's error becomes
-# the same class here.
+# Everything that this module raises on purpose is an RpcError. An error that the peer answers is
+# raised as the class with its code.
 
 
 class RpcError(Exception):
@@ -209,7 +212,7 @@ class RpcError(Exception):
         data: any JSON value, or None.
     """
 
-    code, message = -32603, "Internal error"  # of a subclass that does not call __init__
+    code, message = -32603, "Internal error"  # for subclasses that do not call __init__
     data: Any = None
 
     def __init__(self, code: int, message: str, data: Any = None) -> None:
@@ -224,7 +227,7 @@ class _CodedError(RpcError):
     CLASSES: Final[dict[int, "type[_CodedError]"]] = {}
 
     def __init_subclass__(cls, code: int = 0, text: str = "") -> None:
-        if code:  # a user's own subclass gives none and keeps that of its parent
+        if code:  # a user's subclass passes no code and inherits its parent's
             cls.code, cls.message, cls.CLASSES[code] = code, text, cls
 
     def __init__(self, message: str | None = None, data: Any = None) -> None:
@@ -237,7 +240,10 @@ class MethodNotFound(_CodedError, code=-32601, text="Method not found"):
 
 
 class InvalidParams(_CodedError, code=-32602, text="Invalid params"):
-    """The arguments do not fit the method. ``data`` lists what is wrong, by argument."""
+    """The arguments do not fit the method.
+
+    From a peer, ``data`` is a list of {"loc": [...], "type": ..., "msg": ...}, at most 100.
+    """
 
 
 class InternalError(_CodedError, code=-32603, text="Internal error"):
@@ -245,19 +251,21 @@ class InternalError(_CodedError, code=-32603, text="Internal error"):
 
 
 class RequestTimeout(_CodedError, TimeoutError, code=-32000, text="Request timed out"):
-    """There was no answer in time."""
+    """There was no answer in time. The method was told to stop, but it may have run."""
 
 
 class Forbidden(_CodedError, code=-32001, text="Forbidden"):
-    """The caller may not do this; ``data`` names what."""
+    """The caller may not do this; ``data`` holds the action and its topics or methods."""
 
 
 class Overloaded(_CodedError, code=-32002, text="Overloaded"):
-    """There is too much to do at the moment; try again later."""
+    """There is too much to do at the moment. Nothing was done, so it is safe to try again later."""
 
 
 class MessageTooLarge(_CodedError, code=-32003, text="Message too large"):
-    """Its receiver accepts no such large message. Nothing of it was sent."""
+    """The message is larger than its receiver accepts, and was not sent. If it is an answer, the
+    method has run.
+    """
 
 
 class Cancelled(_CodedError, code=-32800, text="Request cancelled"):
@@ -265,7 +273,10 @@ class Cancelled(_CodedError, code=-32800, text="Request cancelled"):
 
 
 class ChannelClosed(RpcError, ConnectionError):
-    """The connection is gone. ``code`` and ``reason`` are those of its close (RFC 6455, 7.4)."""
+    """The connection is gone. ``code`` and ``reason`` are those of its close (RFC 6455, 7.4).
+
+    Nobody knows whether a method ran whose call raises this.
+    """
 
     def __init__(self, code: int = 1006, reason: str = "") -> None:
         super().__init__(code, f"the connection is closed: {code} {reason}".rstrip())
@@ -273,7 +284,10 @@ class ChannelClosed(RpcError, ConnectionError):
 
 
 class Refused(ChannelClosed):
-    """The server does not want this client. ``status`` is an HTTP status, or None after a close."""
+    """The server does not want this client, which therefore gives up.
+
+    ``status`` is the HTTP status of the handshake, or None after a close; then see ``code``.
+    """
 
     def __init__(self, status: int | None = None, code: int = 1006, reason: str = "") -> None:
         super().__init__(code, reason)
@@ -300,8 +314,8 @@ class Refused(ChannelClosed):
 def _encode(value: object) -> str:
     """The JSON text of a value, which may contain models. Raises ValueError for what is not JSON.
 
-    ``bytes`` become base64: standard (RFC 4648, 4) as the value itself or as an argument, URL-safe
-    deeper inside. Readers here accept both.
+    ``bytes`` become base64: with the standard alphabet at the top level, with the URL-safe one
+    inside lists and models. This module reads both.
     """
     if type(value) is bytes:
         value = base64.b64encode(value).decode()
@@ -358,7 +372,7 @@ class RpcRequest:
     Attributes:
         id: the request's id; None for a notification, which is not answered.
         method: the name of the method.
-        params: the arguments as they were sent: a dict, a list or None.
+        params: the arguments as they were sent: a dict, a list or None. Middleware may set others.
         meta: the JSON object that the caller sent along with ``call(..., meta=...)``, or {}.
         channel: the connection that it came on.
     """
@@ -366,7 +380,7 @@ class RpcRequest:
     channel: "RpcChannel"
     _timeout: float | None = None  # seconds
     _credit = 0  # items that the peer still takes, if it asked for a stream
-    _batch: "_Batch | None" = None  # where the answer goes, if not out by itself
+    _batch: "_Batch | None" = None  # the JSON-RPC batch that the answer belongs to
     _deadline: float | None = None  # in the loop's time, while the request runs
     _timer: "asyncio.TimerHandle | None" = None
     _has_ended = False
@@ -376,7 +390,7 @@ class RpcRequest:
         self.id, self.method, self.params = id, method, params
         self.meta: dict[str, Any] = {}
         self._is_open = is_open  # an answer is wanted, and was not given yet
-        self._problem = problem  # of a message that is no request, but is to be answered
+        self._problem = problem  # the error that answers a message which is no valid request
 
 
 class _Response(NamedTuple):
@@ -388,7 +402,7 @@ _Message: TypeAlias = RpcRequest | _Response
 
 
 def _invalid(id: Any = None, code: int = -32600, text: str = "Invalid Request") -> RpcRequest:
-    """Stands for a message that is no request and no response, and is answered with an error."""
+    """A stand-in for an invalid message; it is answered with this error."""
     return RpcRequest(id, "", None, True, RpcError(code, text))
 
 
@@ -448,7 +462,8 @@ class _WireFormat:
         if type(method) is not str or not (params is None or type(params) in (dict, list)):
             return None
         request = RpcRequest(id, method, params, "id" in message)
-        if len(message) > 3 + request._is_open - (params is None):  # not only JSON-RPC's members
+        # More members than those of JSON-RPC are our additions; most requests have none.
+        if len(message) > 3 + request._is_open - (params is None):
             get = message.get
             timeout, meta, credit = get("timeout"), get("meta"), get("stream")
             if (type(timeout) not in (int, float, type(None))
@@ -462,8 +477,8 @@ class _WireFormat:
         return request
 
     def _parse_error(self, error: Any) -> RpcError:
-        """JSON-RPC leaves the codes -32000 to -32099 to each server, so our meaning of them holds
-        only where ws-lite.1 was negotiated.
+        """The codes -32000 to -32099 mean what each server likes, so only errors of ws-lite.1 peers
+        become our classes for them.
         """
         fields = error if type(error) is dict else {"message": f"the peer's error is {error!r:.99}"}
         code, message, data = fields.get("code"), str(fields.get("message", "")), fields.get("data")
@@ -485,11 +500,11 @@ def _error_object(error: RpcError) -> str:
 
 _JSONRPC: Final = _WireFormat()
 _WS_LITE: Final = _WireFormat(is_ws_lite=True)
-_WIRE_FORMATS: list[_WireFormat] = [_JSONRPC]  # those that are told apart by a first message
+_WIRE_FORMATS: list[_WireFormat] = [_JSONRPC]  # the formats that a peer's first message can select
 
 
 class _Batch(list[str]):
-    """The answers to a JSON-RPC batch, which leave as one array when none is missing."""
+    """The answers to a JSON-RPC batch; they are sent as one array after the last of them."""
 
     missing, size = 0, 2  # answers that are still to come; bytes, with brackets and commas
 
@@ -514,12 +529,20 @@ class RpcMethodsBase:
     ``RpcChannel`` or ``WebSocket`` is filled in; the peer can send none of these.
 
     One instance serves all connections. What belongs to one of them goes into
-    ``self.channel.context``.
+    ``self.channel.context``. The calls of a connection run concurrently, and end in any order. At
+    most 40 plain ``def`` methods of an endpoint run at once, and they are not stopped when their
+    caller gives up.
+
+    A method answers with an error by raising an RpcError, or an HTTPException as in a route. Any
+    other exception becomes InternalError, and its traceback is logged.
     """
 
     @property
     def channel(self) -> "RpcChannel":
-        """The connection whose call is being served. Raises RuntimeError outside of a call."""
+        """The connection whose call is being served, also in tasks that the method starts.
+
+        Raises RuntimeError outside of a call.
+        """
         if (request := _current_request.get()) is None:
             raise RuntimeError("self.channel is known only in a method that a peer has called")
         return request.channel
@@ -567,8 +590,8 @@ _CONFIG: Final = ConfigDict(arbitrary_types_allowed=True, ser_json_inf_nan="cons
 def _adapter(hint: Any) -> tuple[TypeAdapter[Any], bool]:
     """What validates a type, and whether it must validate JSON text instead of decoded values.
 
-    Only from JSON text are bytes of a model read as that model's configuration says, and are dates
-    in a strict model strings.
+    When it validates decoded values, pydantic ignores a model's val_json_bytes, and a strict model
+    rejects date strings; when it validates JSON text, both work.
     """
     try:
         adapter = TypeAdapter(hint, config=_CONFIG)
@@ -579,7 +602,10 @@ def _adapter(hint: Any) -> tuple[TypeAdapter[Any], bool]:
 
 
 def _type_arguments(cls: type) -> dict[Any, Any]:
-    """What the type variables of generic base classes stand for in a class."""
+    """The type arguments that a class gives to its generic base classes, by type variable.
+
+    For ``class A(B[int])`` with ``class B(Generic[T])`` that is {T: int}.
+    """
     known: dict[Any, Any] = {}
     for base in cls.__mro__:
         for generic in vars(base).get("__orig_bases__", ()):
@@ -641,9 +667,9 @@ class _Signature:
             for p in shown.parameters.values() if kinds[p.name] is None])
 
     def _kind(self, parameter: inspect.Parameter) -> type | None:
-        """What a parameter is filled in with: RpcChannel, WebSocket, Depends; None if by the peer.
+        """Who supplies a parameter: RpcChannel, WebSocket or Depends; None means the peer.
 
-        Raises TypeError for what FastAPI would fill in, and we do not.
+        Raises TypeError for a parameter that FastAPI would supply in a route, but not here.
         """
         hint = _unaliased(self.hints.get(parameter.name, parameter.annotation))
         marks = (*getattr(hint, "__metadata__", ()), parameter.default)
@@ -696,10 +722,10 @@ class _ExposedMethod:
     """A function that a peer may call.
 
     Attributes:
-        is_built_in: it is one of ours, so that ``authorize`` is not asked about "call".
+        is_built_in: it is a method of this module, for which ``authorize`` is not asked.
         parameters: those on the wire.
         adapter: the TypeAdapter of a function with these parameters.
-        result_adapter: that of the result or of a stream's items, or None if nothing is known.
+        result_adapter: that of the result or of a stream's items; None if it is not annotated.
         injected: the types of the parameters that are filled in, RpcChannel or WebSocket.
         dependant: returns FastAPI's description of its dependencies, given the names of a route's
             path parameters; or None if it has none.
@@ -737,7 +763,11 @@ class _ExposedMethod:
 
     def bind(self, params: Any, injected: Mapping[str, Any],
              ) -> tuple[Sequence[Any], dict[str, Any]]:
-        """The validated arguments, with those that are filled in. Raises InvalidParams."""
+        """The validated arguments, with those that are filled in. Raises InvalidParams.
+
+        The place of one that is filled in is its index among all parameters; positional arguments
+        behind it are shifted to make room.
+        """
         if len(params or ()) > self._most_arguments:  # pydantic would make an error of each
             text = f"{self.name} does not take {len(params)} arguments"
             raise InvalidParams(text, [{"loc": [], "type": "too_many", "msg": text}])
@@ -820,7 +850,7 @@ _ALIAS: Final = "alias" if _version(VERSION) < (2, 12) else "validation_alias"
 
 
 class _MethodStub:
-    """A method as a class declares it, for calling it at the peer: typed values in and out."""
+    """Calls a method of the peer with the argument and result types that a class declares."""
 
     def __init__(self, name: str, function: Callable[..., Any], known: Mapping[Any, Any]) -> None:
         signature = _Signature(name, function, known)
@@ -858,7 +888,7 @@ class _MethodStub:
         return name
 
     def check(self, value: Any) -> Any:
-        """What the peer returned, in the type that the class says. Raises InternalError."""
+        """The peer's result, converted to the annotated type. Raises InternalError."""
         try:
             if self._needs_json:
                 return self._adapter.validate_json(_encode(value))
@@ -878,9 +908,9 @@ def _method_stub(cls: Any, name: str) -> _MethodStub:
 
 
 # --------------------------------------------------------------------- pending calls and streams
-# The calls of one side that wait for an answer. A call is in the channel's table from before its
-# request is sent, and leaves it before its future is set: to a value and never to an exception, so
-# that none goes unretrieved.
+# The calls of one side that wait for an answer. A call enters the channel's table before its
+# request is sent, and leaves it before its future is set. An error is the future's *result*,
+# because asyncio logs an exception that nobody retrieves.
 #
 # A stream is a call whose answer comes after items. The peer may send as many items as it has
 # credit for, and what is consumed is granted anew, so a slow consumer stops the other side.
@@ -925,7 +955,7 @@ class _PendingCall:
             return False
         self.credit -= len(items)
         self.items.extend(items)
-        if items:  # none is no reason to wait for longer
+        if items:  # an empty list wakes nobody
             _notify_all(self.waiters)
         return True
 
@@ -942,11 +972,14 @@ class _PendingCall:
 # -------------------------------------------------------------------------------- topics and log
 # An event is kept once, in a log, in the order of publication. Connections hold no events, only a
 # place in the log, so a slow one costs no memory and publishing waits for nobody. A position is an
-# opaque string that names one entry of a log; nobody compares positions except for being equal.
+# opaque string that names one entry of a log; positions are compared only for equality.
 
 
 class Event(NamedTuple):
-    """A published value. ``data`` is a JSON value; ``position`` names the event in the log."""
+    """A published value. ``data`` is a JSON value; ``position`` names the event in the log.
+
+    ``position`` is None if the server has no positions.
+    """
     topic: str
     data: Any
     position: str | None
@@ -957,7 +990,8 @@ class Gap(NamedTuple):
 
     ``reason`` is "history" (the server does not have them any more), "size" (an event is larger
     than this client accepts), "queue" (a callback or iterator was too slow) or "log" (the servers
-    have another log). ``topics`` are those of an iterator; where empty, any topic may be affected.
+    have another log). ``topics`` are set if only one iterator missed events; empty means that any
+    topic may be affected.
     """
     since: str | None
     position: str | None
@@ -967,6 +1001,11 @@ class Gap(NamedTuple):
 
 class Backbone(Protocol):
     """An append-only log on a broker, which several servers share; implement it for one of yours.
+
+    One object serves a writing and a reading task. A call that takes longer than 5 s (after
+    failures up to 20 s) is cancelled and counts as failed, and `close` may come while the other
+    method runs. An entry may be appended twice; readers drop the second one. In an empty log both
+    ends are the offset of the next entry; if that is 0 or 1, the log is known to be whole.
 
     `append` and `read` run at the same time, in two tasks. Each method may raise what the driver
     raises while the broker is away; then `close` is called and, after a pause, the method again. An
@@ -1077,14 +1116,15 @@ class _SubscriptionTable(dict[_Key, dict[_Sink, None]], Generic[_Sink]):
 
 
 class _Entry:
-    """An event in the log. Its data stands at the end of its JSON-RPC text, and only there."""
+    """An event in the log. Its data is kept only as the end of its JSON-RPC text."""
 
     __slots__ = ("_data_at", "index", "origin", "position", "size", "text", "topic")
 
     def __init__(self, index: int, position: str, topic: str, data: str,
                  origin: str | None) -> None:
         self.index, self.position, self.topic = index, position, topic
-        self.origin = origin  # the id of the subscriber that published it, who does not get it
+        # The subscriber_id of the publisher, which does not receive its own event.
+        self.origin = origin
         head = (f'{{"jsonrpc":"2.0","method":"notify","params":{{"topic":{_json_string(topic)},'
                 f'"position":"{position}","data":')
         self.text, self._data_at = f"{head}{data}}}}}", len(head)
@@ -1104,8 +1144,8 @@ class _Entry:
 class _Log(dict[int, _Entry]):
     """The last entries by index, from ``first`` to ``end`` - 1, bounded in number and in bytes.
 
-    ``position`` is that of the newest entry, ``before`` that of the last one dropped; both begin as
-    the name of the log's beginning.
+    ``position`` is that of the newest entry, ``before`` that of the last one dropped; in an empty
+    log both are the position of its start.
     """
 
     def __init__(self, max_events: int, max_bytes: int, beginning: str | None = None) -> None:
@@ -1117,14 +1157,15 @@ class _Log(dict[int, _Entry]):
         self.position = self.before = beginning or f"0-{self._id}"
 
     def find(self, position: str) -> int | None:
-        """The index after the entry of a position, if everything that came after it is here."""
+        """The index of the first entry after a position; None unless the log has all entries since.
+        """
         if position == self.before:
             return self.first
         index = self._index_of.get(position)
         return None if index is None else index + 1
 
     def position_before(self, index: int) -> str:
-        """The position that a subscriber has who has got everything before an index."""
+        """The position of the entry before an index."""
         return self[index - 1].position if index > self.first else self.before
 
     def append(self, topic: str, data: str, origin: str | None,
@@ -1158,14 +1199,14 @@ class _Log(dict[int, _Entry]):
 #   _Outbox          what waits to be sent, and the writer
 #   _RequestRunner   the requests of the peer that are running
 #
-# The owner (the handler of a route, or a client's task) waits for the end and then cancels and
-# awaits all other tasks: the reader; the writer, which exists only while the socket takes no more;
-# one for each running request; and those of hooks. None outlives it but a method or hook that
-# ignores its cancellation, or that has itself called close(). `_end` is the one way to the end: it
-# runs once, without an await, resolves every call with ChannelClosed and cancels every task.
+# `_end` is the one way to the end: it runs once, without an await, resolves every call with
+# ChannelClosed and cancels every task. The owner (the handler of a route, or a client's task) then
+# awaits them: the reader; the writer, which exists only while the socket takes no more; one for
+# each running request; and those of hooks. No task outlives the connection, except a method or hook
+# that ignores cancellation or that has called close().
 #
-# The reader never waits for a method. A method that is cancelled or late is answered for at once,
-# and what it does later changes nothing. A plain def in a thread cannot be stopped.
+# The reader never waits for a method. A request that is cancelled or overdue is answered at once,
+# and what its method returns later is dropped. A plain def in a thread cannot be stopped.
 
 
 async def _wait_notified(waiters: _Waiters) -> None:
@@ -1190,7 +1231,8 @@ async def _in_time(seconds: float | None, waiting: Awaitable[_T], text: Callable
 
 def _spawn_into(tasks: set[_Task], work: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":
     """Start a task and keep a reference until it is done; event loops keep only weak ones."""
-    task = asyncio.Task(work)  # by no factory: an eager task would begin before it is in the set
+    # Not by the loop's factory: an eager task would run before it is in the set.
+    task = asyncio.Task(work)
     tasks.add(task)
     task.add_done_callback(tasks.discard)
     return task
@@ -1245,7 +1287,7 @@ _Hooks: TypeAlias = Callable[..., Any] | Sequence[Callable[..., Any]]
 _Middleware: TypeAlias = Callable[[RpcRequest, Callable[[RpcRequest], Awaitable[Any]]],
                                   Awaitable[Any]]
 
-# These are never taken for a broken connection or a broker that is away, and not tried again.
+# Bugs rather than outages: an operation that raises one of these is not repeated.
 _PROGRAMMING_ERRORS: Final = (AssertionError, AttributeError, NameError, TypeError)
 
 
@@ -1296,7 +1338,7 @@ class _Peer:
     authorize = cast(Any, None)  # an option of endpoints
 
     def _set_up(self, methods: RpcMethodsBase | None) -> None:
-        self._slow_peers = 0  # that were dropped because they took nothing
+        self._slow_peers = 0  # the number of peers that were disconnected by the send timeout
         self._threads = anyio.CapacityLimiter(METHOD_THREADS)
         self._table: dict[str, _ExposedMethod | _InlineHandler] = {
             "$/cancelRequest": lambda channel, params: channel._runner.steer(
@@ -1316,13 +1358,13 @@ class _Peer:
 
     async def _check_allowed(self, channel: "RpcChannel", action: str,
                              names: tuple[str, ...]) -> None:
-        """Raises Forbidden. A client allows everything that its methods are."""
+        """Raises Forbidden. A client lets the server call all its methods."""
 
     def _seconds(self, timeout: _Timeout) -> float | None:
         return self.default_response_timeout if isinstance(timeout, _Unset) else timeout
 
     def _on_channel_closed(self, channel: "RpcChannel") -> None:
-        """Called when a connection has ended, before anyone who waits for that goes on."""
+        """Called when a connection has ended, before `wait_closed` returns."""
 
     def method(self, function: Any = None) -> Any:
         """Expose a function under its own name: ``@endpoint.method``, with parentheses or without.
@@ -1339,7 +1381,13 @@ class _Peer:
 
 
 class _Outbox:
-    """The messages that wait to be sent on one connection, and the one who sends them.
+    """The messages that wait to be sent on one connection, and the code that sends them.
+
+    When a peer takes less than it is sent, four limits act one after the other. Over LAGGING_BYTES
+    its events come from the log as there is room, and streams and new subscriptions wait. Over
+    PAUSE_BYTES we read its requests more slowly. Over OUTBOX_BYTES calls to it raise Overloaded,
+    and answers to it become Overloaded. A send that takes longer than SEND_SECONDS, with extra time
+    for large messages, ends the connection with 1013.
 
     What one turn of the loop queues leaves together at its end: straight to the server's transport
     where there is one that is ready, else by the writer, a task that exists only while the socket
@@ -1352,13 +1400,14 @@ class _Outbox:
         self._queue: list[tuple[str, int]] = []  # messages with their size in bytes
         self.size = 0  # bytes of them
         self.held = 0  # bytes of answers that wait for the rest of their batch
-        self.room_waiters: _Waiters = []  # for room, or for credit
+        self.room_waiters: _Waiters = []  # tasks that wait for room here or for stream credit
         self.cursor: _Cursor | None = None  # the subscriber that is fed as there is room
         self._is_busy = self.is_ended = False  # busy: a flush is scheduled, or the writer runs
-        self._closing: ChannelClosed | None = None  # with what to close when all is sent
+        # The close code and reason, after close() was called.
+        self._closing: ChannelClosed | None = None
 
     def put(self, text: str, size: int = 0) -> None:
-        """Queue a message. What was published before goes before it."""
+        """Queue a message, behind the events that were published before."""
         if self.is_ended:
             return
         if self.cursor is not None:
@@ -1378,7 +1427,8 @@ class _Outbox:
         return self.size + self.held > OUTBOX_BYTES
 
     def write_shared(self, frames: bytes) -> bool:
-        """Write frames that many connections get alike. False if something waits before them."""
+        """Write frames that many connections share; False if this outbox must send something first.
+        """
         transport = self.transport
         if self._is_busy or transport is None or not transport.is_ready():
             return False
@@ -1386,6 +1436,10 @@ class _Outbox:
         return True
 
     def _flush(self) -> None:
+        """Send until the queue is empty or the transport is not ready; then the writer goes on.
+
+        A lagging cursor fills the queue again each time.
+        """
         transport = self.transport
         while self._refill() and transport is not None and transport.is_ready():
             transport.write(b"".join(map(_encode_frame, self._take())))
@@ -1395,12 +1449,15 @@ class _Outbox:
             self._rest()
 
     def _rest(self) -> None:
+        """Everything is sent. A cursor that still lags goes on in the next turn of the loop."""
         self._is_busy = False
         if self.cursor is not None and self.cursor.is_lagging:
             self.schedule_flush()  # it has more of the log to look at
 
     def _refill(self) -> bool:
-        """Let those go on who wait for room. Returns whether there is something to send."""
+        """Wake the tasks that wait for room, and feed a lagging cursor. Returns whether a message
+        waits.
+        """
         if self.size <= LAGGING_BYTES and not self.is_ended:
             self.room_waiters[:] = self.room_waiters[1:] + self.room_waiters[:1]  # they take turns
             _notify_all(self.room_waiters)
@@ -1428,7 +1485,8 @@ class _Outbox:
                 frames = self._take()
                 size = sum(map(len, frames))
                 seconds = SEND_SECONDS + (sent + size) / SEND_BYTES_PER_SECOND
-                async with asyncio.timeout(seconds):  # what was sent before may be under way, too
+                # The previous frames may still be in the socket's buffer.
+                async with asyncio.timeout(seconds):
                     for frame in frames:
                         await socket.send(frame)
                 sent = size
@@ -1442,7 +1500,7 @@ class _Outbox:
         except TimeoutError:
             channel._peer._slow_peers += 1
             channel._end(ChannelClosed(TOO_SLOW, "takes nothing"))
-        except Exception as error:  # each server has another one for a broken connection
+        except Exception as error:  # each ASGI server raises another class for a broken connection
             if isinstance(error, _PROGRAMMING_ERRORS):
                 channel._failure = error
             channel._end(ChannelClosed(1006, f"cannot send: {error!r:.99}"))
@@ -1531,7 +1589,7 @@ class _RequestRunner:
             if not self.gate.is_set():
                 await self.gate.wait()
             if request._has_ended and self._channel._closed is None:
-                return  # else it came just before the end, and still has its first step
+                return  # a request that came just before the end still runs its first step
             perform = self._run_middleware if self._peer.middleware else self._perform
             self.answer(request, await perform(request, method))
         except asyncio.CancelledError:
@@ -1543,7 +1601,7 @@ class _RequestRunner:
             del self.running[request]
 
     def _finish(self, request: RpcRequest) -> None:
-        """The request has ended: tasks that its method leaves behind have no deadline of it."""
+        """Mark a request as ended, so that tasks which its method started lose its deadline."""
         request._has_ended, request._deadline = True, None
         if request._timer is not None:
             request._timer.cancel()
@@ -1613,7 +1671,7 @@ class _RequestRunner:
 
     async def _run_stream(self, request: RpcRequest, method: _ExposedMethod,
                           items: AsyncGenerator[Any, None]) -> None:
-        """Send what a generator yields, as the peer has granted it and as there is room for it."""
+        """Send the items of a generator, within the peer's credit and the room in the outbox."""
         outbox = self._channel._outbox
         async with contextlib.aclosing(items):
             async for item in items:
@@ -1621,7 +1679,7 @@ class _RequestRunner:
                 del item  # it may be large, and what follows may wait
                 while request._is_open and (request._credit <= 0 or outbox.size > LAGGING_BYTES):
                     await _wait_notified(outbox.room_waiters)
-                if not request._is_open:  # it was cancelled, and goes on all the same
+                if not request._is_open:  # the generator has swallowed its cancellation
                     return
 
     def _send_item(self, request: RpcRequest, item: str) -> None:
@@ -1638,12 +1696,15 @@ class _RequestRunner:
         request._credit -= 1
 
     def error_for_caller(self, name: str, error: BaseException) -> RpcError:
-        """What the peer is told. Anything unexpected is logged, and told as an InternalError."""
+        """The error to answer with. Any unexpected exception is logged and becomes an
+        InternalError.
+        """
         if isinstance(error, HTTPException):
             error = _error_of(error.status_code, error.detail)
         elif isinstance(error, WebSocketException):
             error = _error_of(error.code, error.reason)
-        if type(error) is RequestTimeout:  # of another connection, which is not the caller's
+        # From a call that the method made itself; its text is not for the caller.
+        if type(error) is RequestTimeout:
             return RequestTimeout()
         if isinstance(error, RpcError) and not isinstance(error, ChannelClosed):
             return error
@@ -1654,7 +1715,8 @@ class _RequestRunner:
         return InternalError(data={"error_id": error_id})
 
     def answer(self, request: RpcRequest, outcome: str | RpcError) -> None:
-        """Give the one answer: the JSON text of a result, or an error.
+        """Answer a request with the JSON text of a result or with an error. Only the first call
+        counts.
 
         An answer, also an error, that is too much for the peer or the outbox is replaced by a short
         error.
@@ -1724,7 +1786,8 @@ def _encode_arguments(args: _Arguments) -> str | None:
 
 
 class _Other:
-    """Calls the methods of the peer as if they were its own, or as those of a class are called."""
+    """``other.add(1, 2)`` calls the peer's method "add"; with a class, typed as the class declares.
+    """
 
     def __init__(self, caller: "_Caller", timeout: _Timeout = _UNSET, cls: Any = None) -> None:
         self._caller, self._timeout, self._cls = caller, timeout, cls
@@ -1755,7 +1818,7 @@ class _Other:
 
 
 class _Caller:
-    """One who can call the methods of the peer: a channel or a client."""
+    """The base of RpcChannel and RpcClient: the attribute forms of `call` and `stream`."""
 
     call: Callable[..., Coroutine[Any, Any, RpcResponse]]
     stream: Callable[..., AsyncGenerator[Any, None]]
@@ -1802,11 +1865,13 @@ class RpcChannel(_Caller):
         self._loop = asyncio.get_running_loop()
         self._calls, self._ids = dict[int, _PendingCall](), itertools.count(1)
         self._tasks: set[_Task] = set()
-        self._spared: set[_Task | None] = set()  # called close, and go on after it
+        # Tasks that have called close(), and are not cancelled.
+        self._spared: set[_Task | None] = set()
         self._closed: ChannelClosed | None = None
-        self._failure: Exception | None = None  # of the transport or of our own
-        self._message_size = 0  # the share of the frame's bytes of the message being handled
-        self._subscriber: _Cursor | None = None  # where it has subscribed to events
+        self._failure: Exception | None = None  # an unexpected exception, which `_serve` raises
+        self._message_size = 0  # the bytes of the current frame, divided by its messages
+        # Its subscriptions; None before the first subscribe.
+        self._subscriber: _Cursor | None = None
         self._outbox, self._runner = _Outbox(self), _RequestRunner(self, peer)
 
     # Calling the peer.
@@ -1837,8 +1902,8 @@ class RpcChannel(_Caller):
                      meta: Mapping[str, Any] | None = None) -> AsyncGenerator[Any, None]:
         """Iterate over a stream of the peer: ``async for item in channel.stream("ticks")``.
 
-        Arguments and errors are those of `call`, but ``timeout`` is for each item, while it is
-        waited for. The peer is at most 16 items ahead. Leaving the loop ends the stream there.
+        Arguments and errors are those of `call`, but ``timeout`` limits the wait for each item. The
+        peer is at most 16 items ahead. Leaving the loop ends the stream there.
         """
         if not self._format_known.is_set():
             await self._wait_for_format(timeout)
@@ -1861,7 +1926,10 @@ class RpcChannel(_Caller):
     def notify(self, method: str, args: _Arguments = None) -> None:
         """Call a method of the peer and do not wait: there is no answer, not even an error.
 
-        Raises what `call` raises before it sends. Before the peer's first message it is JSON-RPC.
+        A peer that has too many requests running drops it.
+
+        Raises what `call` raises before it sends. Sent before the peer's first message, it is plain
+        JSON-RPC.
         """
         self._send_request(None, method, args)
 
@@ -1879,7 +1947,7 @@ class RpcChannel(_Caller):
         """Send a request. It is no coroutine, so that what is called first is sent first."""
         seconds, id = self._time_left(timeout), next(self._ids)
         call = self._calls[id] = _PendingCall(self._loop.create_future(), on_response, credit)
-        try:  # how long each item of a stream may take is for this side to see
+        try:  # a stream's timeout is per item, so it is not sent to the peer
             self._send_request(id, method, args, None if credit else seconds, meta, credit)
         except BaseException:
             del self._calls[id]
@@ -1953,7 +2021,8 @@ class RpcChannel(_Caller):
         try:
             while True:
                 for message in self._receive(await self._socket.recv()):
-                    if self._closed is not None:  # what would begin now, nobody would cancel
+                    # A request that begins now would never be cancelled.
+                    if self._closed is not None:
                         return
                     if isinstance(message, _Response):
                         self._resolve(message.id, message.outcome)
@@ -2028,7 +2097,7 @@ class RpcChannel(_Caller):
         await self.wait_closed()
 
     async def wait_closed(self) -> ChannelClosed:
-        """Wait for the end of the connection; returns its code and reason."""
+        """Wait for the end of the connection; returns its code and reason. Cancelling is safe."""
         await self._ended.wait()
         return cast(ChannelClosed, self._closed)
 
@@ -2053,7 +2122,9 @@ class RpcChannel(_Caller):
         return (self._tasks | running) - self._spared
 
     async def _serve(self, opened: Callable[[], Awaitable[None]]) -> ChannelClosed:
-        """The owner's task: serve to the end, beside ``opened``, whose failure is the end."""
+        """Serve until the connection ends. ``opened`` runs meanwhile; if it raises, the connection
+        closes.
+        """
         self._spawn_vital(self._read())
         self._spawn_vital(self._open(opened))
         try:
@@ -2075,7 +2146,7 @@ class RpcChannel(_Caller):
             await self.close(code, told.message)
 
     async def _cleanup(self) -> None:
-        """Await what was cancelled, for a second at most, and close the socket."""
+        """Wait up to a second for the cancelled tasks, then close the socket."""
         tasks, closed = self._open_tasks(), await self.wait_closed()
         try:
             if tasks:  # pragma: no branch  # all may be spared, as they have called close()
@@ -2103,15 +2174,20 @@ class RpcChannel(_Caller):
 # EventNotifier owns the log and the two kinds of subscribers: the cursors of connections, and the
 # subscriptions of the server's own code, which a dispatcher serves.
 #
-# What is published in one turn of the loop is appended to the log at once, and given to the cursors
-# together at the end of the turn (`_deliver`). A cursor is live while it keeps up: it is then
-# written to as events are published. When its outbox is over LAGGING_BYTES it lags: nothing is
-# queued for it, and its outbox feeds it from the log as it drains (`_Cursor.replay`), until it has
-# reached the end of the log. What it needs and the log has dropped is a gap.
+# The JSON text of an event is made once, in `_Entry`, and its WebSocket frame once for all, in
+# `_fan_out`. What is published in one turn of the loop is appended to the log at once, and given to
+# the cursors together at the end of the turn (`_deliver`). An event reaches a live cursor exactly
+# once, by the first of these: the shared frame of `_fan_out`; `offer`, into its own outbox; or
+# `catch_up`, because something else is sent to it in this turn.
+#
+# A cursor is live while it keeps up: it is then written to as events are published. When its outbox
+# is over LAGGING_BYTES it lags: nothing is queued for it, and its outbox feeds it from the log as
+# it drains (`_Cursor.replay`), until it has reached the end of the log. Entries that the log
+# dropped before the cursor reached them become a gap.
 #
 # A dispatcher runs the callbacks of one side, one at a time and in order, in a task that lives only
 # while there are events. An iterator has a queue of its own, so that one that nobody reads delays
-# nobody else. Queues are bounded: a full one drops what comes and holds one gap in its place.
+# nobody else. Queues are bounded: a full queue drops new events and puts one gap in their place.
 
 _Callback: TypeAlias = Callable[..., Any]
 
@@ -2129,7 +2205,7 @@ async def _for_each(function: Callable[[str], object], names: Iterable[str]) -> 
 class _QueuedEvent(NamedTuple):
     """An event or a gap that waits to be handled."""
     number: int  # in the order of arrival, over all queues of a dispatcher
-    previous: str | None  # the position before it
+    previous: str | None  # the position that the client had before this item
     event: Event | Gap
     size: int
     receivers: Sequence["Subscription"] = ()
@@ -2199,7 +2275,12 @@ class Subscription:
 
     ``async for event in client.subscribe("topic")`` yields `Event`; leaving the loop, also by
     break, cancels the subscription. Awaiting and iterating raise Forbidden or InvalidParams if the
-    server refuses, and ChannelClosed if the client is closed before.
+    server refuses, and ChannelClosed if the client is closed before. Iterating over one with a
+    callback is a TypeError.
+
+    An iterator has one reader, and a queue of 10,000 events and 16 MiB. When that is full, events
+    are dropped until half of it was read, and a gap is told in their place. The error of a callback
+    is logged, and stops nothing.
 
     """
 
@@ -2227,7 +2308,7 @@ class Subscription:
         return tuple(name for name, _ in self._keys)
 
     def cancel(self) -> None:
-        """Receive no more, from now on."""
+        """Receive no more. An iterator still yields what is in its queue; a callback gets none."""
         self._dispatcher.remove(self, self._keys)
 
     def __await__(self) -> Generator[Any, None, Self]:
@@ -2275,7 +2356,8 @@ class Subscription:
         if self._call is not None:
             raise TypeError("a subscription with a callback cannot be iterated over")
         while True:
-            self._queue.current = None  # who asks for the next has handled the one before
+            # Asking for the next event says that the last one is handled.
+            self._queue.current = None
             if self._queue:
                 if isinstance(event := self._queue.take(), Event):
                     return event
@@ -2300,9 +2382,9 @@ class Subscription:
 class _Dispatcher:
     """The subscriptions of one side, and what waits for their callbacks and iterators.
 
-    ``on_change`` is called with the topics and patterns that a subscription came or went with,
-    ``on_gap`` with a gap in its turn, ``on_drained`` when every callback has returned, and
-    ``before_wait`` before anybody waits for a subscription; it may raise.
+    ``on_change`` is called with the keys of each subscription that is added or removed, ``on_gap``
+    with a gap in its turn, ``on_drained`` when every callback has returned, and ``before_wait``
+    before anybody waits for a subscription; it may raise.
     """
 
     def __init__(self, on_change: Callable[[set[_Key]], object],
@@ -2349,7 +2431,7 @@ class _Dispatcher:
             only: Subscription | None = None) -> None:
         """Queue an event for the started subscriptions to its topic.
 
-        An event for one of them only is from a replay, which is bounded, and is never dropped.
+        With ``only``, the event belongs to the replay of that subscription and is never dropped.
         """
         matching = self.table.match(event.topic) if only is None else (only,)
         started = [s for s in matching if s._is_started]
@@ -2364,7 +2446,7 @@ class _Dispatcher:
                 _notify_all(subscription._waiters)
 
     def put_gap(self, gap: Gap, only: Subscription | None = None) -> None:
-        """Have a gap told in its turn: where callbacks arrive at it, or one iterator."""
+        """Queue a gap behind the events before it: for all callbacks, or for one iterator."""
         item = _QueuedEvent(next(self._numbers), gap.since, gap, 0)
         if only is not None and only._call is None:
             only._queue.put(item, may_drop=False)
@@ -2381,7 +2463,7 @@ class _Dispatcher:
             self.task = asyncio.Task(self._run())
 
     async def _run(self) -> None:
-        _current_request.set(None)  # the deadline of who published is not that of callbacks
+        _current_request.set(None)  # callbacks do not inherit the publisher's deadline
         handled = 0
         while self.queue:
             item, event = self.queue[0], self.queue.take()
@@ -2394,17 +2476,16 @@ class _Dispatcher:
         self._on_drained()
 
     def oldest(self) -> _QueuedEvent | None:
-        """The first that arrived, of what was not handled yet."""
+        """The oldest item that is not handled yet, over all queues."""
         queues = (self.queue, *(subscription._queue for subscription in self.iterators))
         heads = [q.current or q[0] for q in queues if q.current or q]
         return min(heads, default=None, key=lambda item: item.number)
 
 
 class _OptionalAwait(Coroutine[Any, Any, _T]):
-    """What may be awaited or not. A failure that nobody waits for is logged.
-
-    Cancelling who waits cancels nothing else. Without a future, awaiting it only lets others run
-    after a burst, so that a loop that only publishes does not outrun the history.
+    """An awaitable that may be dropped; if it was not awaited, a failure is logged. Cancelling the
+    await does not cancel the work. Without a future, awaiting it yields to the loop after each 256
+    KiB, so that a loop which only publishes does not outrun the history.
     """
 
     __slots__ = ("_future", "_is_awaited", "_steps", "_what")
@@ -2455,13 +2536,17 @@ class EventNotifier:
     It serves one event loop at a time. Only `publish` may be called from other threads.
 
     Args:
-        history: the number of events that are kept for subscribers that fall behind or come back.
-        history_bytes: the bytes of them that are kept at most.
-        max_message_size: the bytes of one event at most.
+        history: the number of events that are kept for subscribers that fall behind or come back;
+            4,096 by default.
+        history_bytes: the bytes of them that are kept at most; 16 MiB by default.
+        max_message_size: the bytes of one event at most; 16 MiB by default.
         on_slow: what happens to a subscriber that has fallen behind the history: "gap" tells it and
             goes on, "close" closes its connection with 1013.
         backbone: the URL of a broker, or a Backbone. All servers with the same one share a log.
-        channel: the name of that log on the broker.
+        channel: the name of that log on the broker. Give each app a name of its own.
+
+    Raises ValueError for an impossible option or an unknown broker, TypeError for an object without
+    the methods of Backbone, and ImportError if a broker's driver is missing or too old.
     """
 
     history: int = HISTORY_EVENTS
@@ -2530,7 +2615,7 @@ class EventNotifier:
         self._dispatcher.unsubscribe(topics, pattern)
 
     def subscribers(self, topic: str) -> list[RpcChannel]:
-        """The connections that would get an event of this topic, on this server."""
+        """The connections that would get an event of this topic, on this server only."""
         return [subscriber.channel for subscriber in self._table.match(topic)]
 
     def publish(self, topics: str | Iterable[str], data: Any = None, *,
@@ -2549,7 +2634,8 @@ class EventNotifier:
         where no event loop runs that could deliver it. Then nothing was published.
         """
         names, text = _check_topics(topics), _encode(data)
-        size = _utf8_len(text) + max(map(_utf8_len, names), default=0) + 256  # with what is around
+        # With the rest of the message.
+        size = _utf8_len(text) + max(map(_utf8_len, names), default=0) + 256
         if size > self.max_message_size:
             raise MessageTooLarge(f"an event of {size} bytes, the limit is {self.max_message_size}")
         if len(self._from_threads) + (len(self._shared) if self._shared else 0) >= QUEUE_EVENTS:
@@ -2645,7 +2731,7 @@ class EventNotifier:
             asyncio.get_running_loop().call_soon(self._deliver)
         self._pending.append(entry)
         self._pending_bytes += entry.size
-        self._burst_bytes += entry.size + 2**10  # so that 256 small events are a burst, too
+        self._burst_bytes += entry.size + 2**10  # so that 256 small events count as 256 KiB
         if self._pending_bytes > FRAME_BYTES:
             self._deliver()
         if self._dispatcher.table.match(topic):
@@ -2670,7 +2756,10 @@ class EventNotifier:
         logger.warning("events were missed: %s", gap)
 
     async def close(self) -> None:
-        """Leave the backbone, if there is one. What is published later joins it again."""
+        """Leave the backbone, if there is one; that takes up to three seconds.
+
+        What is published later joins it again. Clients that stayed connected are then told a gap.
+        """
         shared = self._shared
         if shared is not None and self._loop is asyncio.get_running_loop():
             self._loop, self._shared = None, None
@@ -2682,8 +2771,8 @@ class EventNotifier:
     def _deliver(self) -> None:
         """Give the events of this turn to the connections that keep up.
 
-        Those of one topic are the same bytes for all and cost a connection one write: events in
-        bursts of 16 have 8 times the throughput of single ones.
+        If all have one topic, they are encoded once and each connection gets one write. Bursts of
+        16 events have 8 times the throughput of single events.
         """
         entries, self._pending, self._pending_bytes = self._pending, [], 0
         if not entries:
@@ -2751,7 +2840,7 @@ class _Cursor:
         notifier._subscribers[self] = None
 
     def add(self, keys: Iterable[_Key]) -> tuple[str, ...]:
-        """Subscribe from the cursor on. Returns what was not subscribed to before."""
+        """Subscribe from the cursor's place on. Returns the names that are new."""
         added = [key for key in keys if key not in self.keys]
         for key in added:
             self._notifier._table.add(self, key)
@@ -2777,7 +2866,9 @@ class _Cursor:
         self.is_lagging, self.next = False, self._notifier._log.end
 
     def position(self) -> str:
-        """The position of the last entry before the cursor; what has been dropped is told first."""
+        """The position of the last entry before the cursor. Tells a gap first if entries were
+        dropped.
+        """
         log = self._notifier._log
         if not self.is_lagging:
             return log.position
@@ -2785,7 +2876,7 @@ class _Cursor:
         return log.position_before(self.next)
 
     def resume(self, position: str) -> bool:
-        """Go back behind the entry of a position; if the log does not have it, to its beginning.
+        """Move the cursor behind a position; if the log does not have it, to the log's first entry.
 
         Returns whether the log has it.
         """
@@ -2817,6 +2908,7 @@ class _Cursor:
                 continue
             room -= entry.size
             if len(found) == limit or room < 0:
+                # It stopped early, which is complete only if as many were asked for and found.
                 is_complete = is_complete and len(found) == last
                 break
             found.append(entry.params)
@@ -2829,7 +2921,7 @@ class _Cursor:
         return self._notifier._table.has(self, entry.topic)
 
     def catch_up(self) -> None:
-        """Have what was published before this moment go before what is sent next."""
+        """Queue the events of this turn now, so that they precede the next message."""
         pending, start = self._notifier._pending, self.next
         if pending and not self.is_lagging and start <= pending[-1].index:
             self.next = pending[-1].index + 1
@@ -2954,10 +3046,12 @@ class RpcEndpoint(_Peer):
             to: "https://app.example.org", "https://*.example.org", or "*" for all. Programs, which
             send no Origin, always may.
         subprotocols: further subprotocols that are accepted and are plain JSON-RPC.
-        default_response_timeout: seconds for calls to clients; None is no limit.
-        max_message_size: bytes of a message in either direction. The server has a limit, too.
-        legacy_max_message_size: bytes of a message that clients of fastapi_websocket_rpc accept.
-        max_concurrent_requests: of one connection; more are answered Overloaded.
+        default_response_timeout: seconds for calls to clients, 60 by default; None is no limit.
+        max_message_size: bytes of a message in either direction, 16 MiB by default. The server has
+            a limit, too.
+        legacy_max_message_size: bytes of a message that clients of fastapi_websocket_rpc accept; 1
+            MiB by default.
+        max_concurrent_requests: of one connection, 1,024 by default; more are answered Overloaded.
 
     Attributes:
         channels: the open connections by the id of their channel.
@@ -2983,7 +3077,10 @@ class RpcEndpoint(_Peer):
 
     def register_route(self, app_or_router: FastAPI | APIRouter, path: str, *,
                        dependencies: Sequence[Depends] | None = None) -> None:
-        """Add a WebSocket route. ``dependencies`` are FastAPI's, and run before it is accepted."""
+        """Add a WebSocket route; the endpoint is closed at the end of the app's lifespan.
+
+        ``dependencies`` are FastAPI's, and run before the connection is accepted.
+        """
         @app_or_router.websocket(path, dependencies=dependencies)
         async def route(websocket: WebSocket) -> None:
             await self.main_loop(websocket)
@@ -3081,7 +3178,11 @@ class RpcEndpoint(_Peer):
             self._threads = anyio.CapacityLimiter(METHOD_THREADS)
 
     def stats(self) -> dict[str, Any]:
-        """Gauges and counters by name."""
+        """Gauges and counters by name.
+
+        "channels", "pending_calls" to clients and "running_requests" of them are gauges, and
+        "stalled_closed" counts connections that were dropped because they took nothing.
+        """
         channels = self.channels.values()
         return {"channels": len(channels),
                 "pending_calls": sum(len(channel._calls) for channel in channels),
@@ -3091,7 +3192,8 @@ class RpcEndpoint(_Peer):
     async def close(self, code: int = 1012, reason: str = "") -> None:
         """Close all connections, staggered over two seconds at most.
 
-        By 1012 clients know that the server restarts, and come back spread over two seconds.
+        By 1012 clients know that the server restarts, and come back spread over two seconds. New
+        connections are still accepted meanwhile.
         """
         channels = list(self.channels.values())
         async with asyncio.TaskGroup() as group:
@@ -3115,13 +3217,16 @@ _Id: TypeAlias = Annotated[str, StringConstraints(max_length=MAX_TOPIC_CHARACTER
 class PubSubEndpoint(RpcEndpoint):
     """An RpcEndpoint whose clients can also subscribe and publish.
 
+    ``publish``, ``subscribe``, ``unsubscribe`` and ``subscribers`` are those of its EventNotifier,
+    for the code of the server.
+
     Args:
         methods, authorize, on_connect, on_disconnect, middleware, allowed_origins, subprotocols,
             default_response_timeout, max_message_size, legacy_max_message_size,
             max_concurrent_requests: as in RpcEndpoint.
         on_subscribe, on_unsubscribe: hooks that are called with (channel, topics): each topic or
             pattern once when it is really added, and once when it is really gone, also by the end
-            of the connection.
+            of the connection. They run after the answer, one at a time for a connection.
         history, history_bytes, on_slow, backbone, channel: as in EventNotifier. ``history`` is one
             for all topics. Old clients are always closed with 1013, as they know no gaps.
 
@@ -3164,7 +3269,12 @@ class PubSubEndpoint(RpcEndpoint):
             self._run_topic_hooks(subscriber, self.on_unsubscribe, subscriber.clear())
 
     def stats(self) -> dict[str, Any]:
-        """Gauges and counters by name."""
+        """As `RpcEndpoint.stats`, with those of events.
+
+        "topics", "subscriptions", "lagging" (connections), "log_events" and "log_bytes" are gauges;
+        "events_published", "events_delivered", "gaps_told" and "slow_closed" are counters. With a
+        backbone, "backbone" tells how that is.
+        """
         notifier = self.notifier
         return super().stats() | {
             "topics": len(notifier._table),
@@ -3238,6 +3348,7 @@ class PubSubEndpoint(RpcEndpoint):
         if len(subscriber.hook_calls) > self.max_concurrent_requests:
             raise Overloaded("too many hooks of this connection wait to be called")
         async with subscriber.lock:
+            # First comes everything that may wait.
             granted = await self._granted(channel, keys)
             allowed = frozenset(granted)
             refused = [key[0] for key in keys if key not in allowed]
@@ -3247,19 +3358,14 @@ class PubSubEndpoint(RpcEndpoint):
             self._check_room(subscriber, granted)
             if (shared := self.notifier._shared) is not None:
                 await shared.ready(resume or since, self.notifier.has)
-            await _for_each(_pattern_matcher, [name for name, is_pattern in granted if is_pattern])
-            wanted = _SubscriptionTable[None]()
-            for key in granted:
-                wanted.add(None, key)
-            if wanted.matchers and (since is not None or last is not None):
-                topics_of_log = [entry.topic for entry in self.notifier._log.values()]
-                await _for_each(wanted.patterns_of, topics_of_log)
+            has_replay = since is not None or last is not None
+            wanted = await self._wanted(granted, has_replay=has_replay)
             if resume is None:
                 await subscriber.wait_for(self.notifier._log.end)
                 await channel._outbox.wait_for_room(LAGGING_BYTES)
             if channel._closed is not None or request._has_ended:
                 raise ChannelClosed
-            # Everything from here to the answer is one step, so nothing comes between.
+            # From here to the answer there is no await, so the topics begin at its position.
             self.notifier._deliver()
             subscriber.subscriber_id = subscriber_id or subscriber.subscriber_id
             if max_size is not None:
@@ -3267,11 +3373,25 @@ class PubSubEndpoint(RpcEndpoint):
                 subscriber.max_bytes = channel._peer_max_size
             recovered = None if resume is None else subscriber.resume(resume)
             position, events = subscriber.position(), list[str]()
-            if since is not None or last is not None:
+            if has_replay:
                 events, recovered = subscriber.recent(wanted, since, last)
             added = subscriber.add(granted)
             self._answer_subscribe(channel, request, position, recovered, refused, events)
             self._run_topic_hooks(subscriber, self.on_subscribe, added)
+
+    async def _wanted(self, keys: Iterable[_Key], *,
+                      has_replay: bool) -> _SubscriptionTable[None]:
+        """A table of these topics and patterns. Patterns are compiled and, for a replay, matched
+        with the log beforehand, while others have their turns.
+        """
+        await _for_each(_pattern_matcher, [name for name, is_pattern in keys if is_pattern])
+        wanted = _SubscriptionTable[None]()
+        for key in keys:
+            wanted.add(None, key)
+        if has_replay and wanted.matchers:
+            topics = [entry.topic for entry in self.notifier._log.values()]
+            await _for_each(wanted.patterns_of, topics)
+        return wanted
 
     def _answer_subscribe(self, channel: RpcChannel, request: RpcRequest, position: str,
                           recovered: bool | None, refused: list[str], events: list[str]) -> None:
@@ -3360,11 +3480,11 @@ class _ServerSocket:
 
 
 class _UvicornTransport:
-    """uvicorn's transport. Unlike ASGI it can write without awaiting, report unsent bytes, and
-    abort a connection whose peer reads nothing.
+    """uvicorn's asyncio transport. Unlike ASGI's send it writes without awaiting, reports unsent
+    bytes, and can abort a connection whose peer reads nothing.
 
-    Writing without awaiting is 5 times the fan-out: one turn of the loop is one write of bytes that
-    all subscribers share.
+    This makes fan-out 5 times faster: all subscribers share the encoded bytes, and each gets one
+    write per turn of the loop.
     """
 
     __slots__ = ("_protocol", "_transport", "abort", "takes_frames", "unsent", "write")
@@ -3382,10 +3502,10 @@ class _UvicornTransport:
 
 
 def _uvicorn_transport(send: Any) -> _UvicornTransport | None:
-    """The transport below an ASGI send; None for other servers, and where a middleware of the app
-    is to see what is sent.
+    """The transport below an ASGI send; None for other servers, and if a middleware of the app
+    wraps send.
     """
-    try:
+    try:  # starlette wraps send in closures, of which the innermost holds the server's own
         while getattr(send, "__module__", None) == "starlette._exception_handler":
             variables = dict(zip(send.__code__.co_freevars, send.__closure__, strict=True))
             send = variables["send"].cell_contents
@@ -3487,7 +3607,7 @@ class ASGITransport:
 
 
 class _ASGISocket:
-    """Runs the app in a task. The app waits while 16 of its messages were not received."""
+    """Runs the app in a task. The app's send waits while 16 messages are unread."""
 
     def __init__(self, app: ASGIApp, scope: dict[str, Any]) -> None:
         self.subprotocol: str | None = None
@@ -3543,7 +3663,7 @@ class _ASGISocket:
 
 
 class _SessionEnded(Refused):
-    """A session is one connection, so that there is nothing to connect again with."""
+    """The only connection of a SessionTransport has ended; there is no second one."""
 
 
 class SessionTransport:
@@ -3600,11 +3720,11 @@ class SessionTransport:
 #
 # A PubSubClient keeps the subscriptions of the program in its dispatcher. `_agreed` is what the
 # server has granted on this connection, and one task (`_sync`) sends the difference: one request at
-# a time, until there is none. `_position` is the client's place in the server's log, the position
-# of the last thing that was received. A new connection first subscribes to what had been agreed
-# before, and resumes there. The same happens on a connection whose client has fallen behind: when
-# the queue for callbacks is full, nothing more is taken until it is empty, and then the client
-# resumes. Answers take effect where they are read, in the order of the server's stream.
+# a time, until there is none. `_position` is the position of the last event, gap or position
+# message from the server. A new connection first subscribes to what had been agreed before, and
+# resumes there. A client that has fallen behind resumes in the same way: when the queue of its
+# callbacks is full, it ignores events until the queue is empty, then subscribes again from
+# `_position`. Answers take effect in the reader, before the next message is read.
 
 
 @dataclass(eq=False, repr=False)
@@ -3661,7 +3781,10 @@ class RpcClient(_Peer, _Caller):
     # Its life.
 
     def start(self) -> None:
-        """Begin to connect, in the background. Raises RuntimeError if it was started before."""
+        """Begin to connect, in the background; an event loop has to run.
+
+        Raises RuntimeError if it was started before: a client is started once.
+        """
         if self._task is not None:
             raise RuntimeError("a client is started once; make another one")
         self._threads = anyio.CapacityLimiter(METHOD_THREADS)
@@ -3718,7 +3841,8 @@ class RpcClient(_Peer, _Caller):
             await channel.close()
         task = self._task
         if task is not None and task not in self._callers_of_close:
-            if not self._is_serving:  # otherwise it has to close the socket and to run hooks
+            # While serving, the task itself closes the socket and runs the hooks.
+            if not self._is_serving:
                 task.cancel()
             await asyncio.wait([task], timeout=CLOSE_SECONDS + GRACE_SECONDS)
             task.cancel()
@@ -3741,7 +3865,7 @@ class RpcClient(_Peer, _Caller):
         return self._fatal or ChannelClosed(1000, "the client is closed")
 
     async def _run(self) -> None:
-        _current_request.set(None)  # the deadline of a method that starts a client is not ours
+        _current_request.set(None)  # do not inherit the deadline of a method that starts a client
         try:
             while self._closer is None:
                 self._set_state("connecting")
@@ -3784,7 +3908,7 @@ class RpcClient(_Peer, _Caller):
             raise
         except Exception as error:  # a token cannot be had at the moment
             return ChannelClosed(1006, f"the headers could not be had: {error!r}")
-        if self._closer is not None:  # what was called for headers has closed the client
+        if self._closer is not None:  # ``headers`` has closed the client
             return ChannelClosed(1000)
         pairs = list(headers.items() if isinstance(headers, Mapping) else headers or ())
         try:
@@ -3793,7 +3917,7 @@ class RpcClient(_Peer, _Caller):
                 max_size=self.max_message_size)
         except _PROGRAMMING_ERRORS:
             raise
-        except Exception as error:  # others of the library may pass, if it once was ready
+        except Exception as error:  # after a first success, an unknown error may be temporary, too
             if not self._was_ready and not isinstance(error, (ChannelClosed, OSError)):
                 raise
             return error
@@ -3867,7 +3991,7 @@ class RpcClient(_Peer, _Caller):
 
 
 class _SyncStep(NamedTuple):
-    """The next request that brings the server nearer to what the program wants."""
+    """One subscribe or unsubscribe request that `_sync` sends."""
     method: str
     keys: set[_Key]
     args: dict[str, Any]
@@ -3888,8 +4012,8 @@ class PubSubClient(RpcClient):
             RpcClient.
         on_gap: hooks that are called with a Gap where events are missing, before the first event
             after it.
-        since: a position that an earlier process has kept: the first subscribe resumes there. Make
-            all subscriptions that shall do so before the client is started.
+        since: a position that an earlier process has kept: the first subscribe resumes there. Only
+            subscriptions that were made before the client is started take part.
 
     Attributes:
         state, last_error, channel: as in RpcClient.
@@ -3910,9 +4034,9 @@ class PubSubClient(RpcClient):
             self._on_change, self._tell_gap, self._on_drained, self._check_started)
         self._position = self.since
         self._starts_at_since = self.since is not None  # until the first subscribe is sent
-        self._is_behind = False  # nothing is taken until a resume is answered
+        self._is_behind = False  # events are ignored until a resume is answered
         self._is_draining = False  # the queue was full, and is not empty yet
-        self._changed: set[_Key] = set()  # where wanted and agreed may differ
+        self._changed: set[_Key] = set()  # keys for which the program and the server may differ
         self._agreed: set[_Key] = set()  # what the server has granted on this connection
         self._syncing: asyncio.Task[None] | None = None
         self._publishes: set[_Task] = set()
@@ -3940,8 +4064,8 @@ class PubSubClient(RpcClient):
                 runs on the event loop, too. Without one, iterate over what is returned.
             last: the last so many events that the server still has come first.
             since: all events after this position come first. At most 1,000 events and 1 MiB come
-                by ``last`` or ``since``; if more are due, a gap is told first. At a reconnect the
-                subscription resumes, and this replay is not repeated.
+                by ``last`` or ``since``; if there were more, a gap is told first. At a reconnect
+                the subscription resumes, and this replay is not repeated.
 
         Cancelling the wait leaves it subscribed. Raises InvalidParams for topics, TypeError for a
         callback with other parameters, and RuntimeError in another thread than the client's.
@@ -4065,8 +4189,9 @@ class PubSubClient(RpcClient):
 
     async def _sync(self, channel: RpcChannel) -> None:
         """Send the difference between what is wanted and what is agreed, until there is none."""
-        _current_request.set(None)  # the deadline of who subscribed is not that of this task
-        at_once = MAX_SUBSCRIPTIONS  # keys in a request: fewer, where it is too large or refused
+        _current_request.set(None)  # do not inherit the deadline of the method that subscribed
+        # The number of keys in a request; halved if one is refused as a whole.
+        at_once = MAX_SUBSCRIPTIONS
         while channel._closed is None and (step := self._next_step(at_once)) is not None:
             self._starts_at_since = False
             try:
@@ -4079,7 +4204,8 @@ class PubSubClient(RpcClient):
                 if step.method == "unsubscribe":
                     self._grant(step.keys)
                 await asyncio.sleep(random.uniform(0, 1))
-            except (ChannelClosed, RequestTimeout) as error:  # nobody knows what the server has
+            except (ChannelClosed, RequestTimeout) as error:
+                # It is not known whether the server has subscribed.
                 await channel.close(SERVER_ERROR, error.message)
             except RpcError as error:
                 if step.method == "subscribe" and not self._refuse(step, error):
@@ -4088,7 +4214,9 @@ class PubSubClient(RpcClient):
                     at_once = max(1, len(step.keys) // 2)  # to find out which it is
 
     def _next_step(self, at_once: int) -> _SyncStep | None:
-        """The next request to send, or None if the server has what is wanted."""
+        """The next request to send, or None if the server has what is wanted. The order is: to
+        unsubscribe, to resume, to add what is new, to resume without topics, to ask for a replay.
+        """
         table = self._dispatcher.table
         if gone := {k for k in self._changed & self._agreed if k not in table}:
             gone = set(itertools.islice(gone, at_once))
@@ -4097,7 +4225,7 @@ class PubSubClient(RpcClient):
         new = self._without_replay(self._changed - self._agreed)
         own = {"subscriber_id": self._id, "max_size": self.max_message_size}
         if self._is_behind and not self._resumable(set(table)):
-            self._is_behind = False  # nobody misses anything
+            self._is_behind = False  # no subscription has started, so none can miss an event
         may_resume = self._is_behind and not self._is_draining
         resumed = self._resumable(new)
         if keys := set(itertools.islice(resumed or new, at_once)):
@@ -4113,7 +4241,8 @@ class PubSubClient(RpcClient):
             args = {**self._named(keys), **own, **(subscription._replay or {})}
             return _SyncStep("subscribe", keys, args, subscription)
         for subscription in self._dispatcher.table.subscribers_of(self._changed):
-            self._start_agreed(subscription)  # what was not agreed may have been unsubscribed
+            # Its last topic without agreement may have been unsubscribed.
+            self._start_agreed(subscription)
         self._changed.clear()
         return None
 
@@ -4144,8 +4273,8 @@ class PubSubClient(RpcClient):
                 self._put_gap(position, "history")
             self._is_behind, self._position = False, position
         elif step.subscription is not None and self._is_behind:
-            # The replay ends at this position, and what other subscriptions had to come before it
-            # does not fit into the queue.
+            # The replay moves the client to this position, so what the other subscriptions missed
+            # before it is told as a gap.
             self._put_gap(position, "queue")
             self._is_behind = self._is_draining = False
         elif not self._is_behind:
@@ -4498,12 +4627,13 @@ def _ts_type(schema: Any) -> str:
 BROKER_SECONDS: Final = (5.0, 20.0)  # for an answer, a handshake included. The first is doubled by
 # every failure up to the second, because large entries take their time on a slow network.
 BROKER_RETRY_SECONDS: Final = (0.1, 5.0)  # the shortest and the longest back-off in an outage
-READ_SECONDS: Final = 2.0  # that a read waits for new entries; then we check that the log is there
+READ_SECONDS: Final = 2.0  # the longest wait of a read; after it, check that the log still exists
 READ_ENTRIES: Final = 16  # in a page; more brings little speed, and one entry may have 16 MiB
 ENTRY_BYTES: Final = 64 * 2**10  # of events that share an entry; more brings no more speed
 ENTRY_EVENTS: Final = 4096  # the same for very small events, whose handling holds up the loop
 RETAINED_BYTES: Final = 64 * 2**20  # of a log, where the broker does not count entries
-REACH_SECONDS: Final = 5.0  # that a resuming client waits for what another server had read before
+# The longest wait until this server has read up to the position of a resuming client.
+REACH_SECONDS: Final = 5.0
 REMEMBERED_WRITERS: Final = 1000  # whose last numbers are known; each start of a server is one
 
 _BACKBONE_BUGS: Final = (*_PROGRAMMING_ERRORS, ImportError, LookupError, NotImplementedError)
@@ -4880,8 +5010,8 @@ class _SharedLog:
 
     An entry is a header, "writer number", and two lines for each of its events: all those that were
     queued while the entry before was on its way. It is repeated unchanged until the broker has it,
-    so one number always means the same events. A position is "offset.place-writer:number", the
-    same on all servers; only this class ever looks into one.
+    so one number always means the same events. A position is "offset.place-writer:number", the same
+    on all servers; only this class parses positions.
 
     The reader knows the last number of each writer: a smaller one is a repeat, and one that is left
     out is a hole. It also knows the entry that it read last, its anchor. After each outage, silence
@@ -4900,11 +5030,13 @@ class _SharedLog:
         self._queue: deque[_UnsentEvent] = deque()  # with those of the entry that is on its way
         self._queued_bytes, self._entry_events = 0, ENTRY_EVENTS
         self._next = -1  # the offset to read on from; -1 until the log is joined
-        self._live_from, self._is_ready = 0, False  # what is before that offset is new to nobody
+        # Entries before this offset are history, and not delivered.
+        self._live_from, self._is_ready = 0, False
         self._anchor: tuple[int, int] | None = None  # the offset and hash of the last entry
         self._last_numbers = {self._writer: -1}
         self._waiters: list[asyncio.Future[None]] = []  # for any change of what stands here
-        self._outages, self._failing = 0, set[asyncio.Task[Any] | None]()  # who is in an outage now
+        # The tasks whose last call failed.
+        self._outages, self._failing = 0, set[asyncio.Task[Any] | None]()
         self._last_error: str | None = None
         self._ended: RpcError | None = None  # what put and ready raise, once it is over
         self._tasks, self._calls, self._closings = (set[asyncio.Task[Any]]() for _ in range(3))
@@ -4993,7 +5125,8 @@ class _SharedLog:
         for _ in range(count):
             _, size, stored = self._queue.popleft()
             self._queued_bytes -= size
-            if error is None:  # nobody cancels these futures, as publishers wait behind a shield
+            # Publishers await it through asyncio.shield, so it is never cancelled.
+            if error is None:
                 stored.set_result(None)
             else:
                 stored.set_exception(error)
@@ -5105,6 +5238,9 @@ class _SharedLog:
     async def _read_after_anchor(self) -> Sequence[tuple[int, bytes]]:
         """Read what follows the anchor. If that is gone, or is another entry, tell a hole.
 
+        Either the anchor is in its place; or it was trimmed, and nothing or something was lost with
+        it; or this is another log.
+
         A jump in the offsets after the anchor is no hole: transactions and rollbacks use them up.
         """
         start = self._next if self._anchor is None else self._anchor[0]
@@ -5196,6 +5332,9 @@ class Fleet:
 
     Make one for each endpoint, when the program starts, and give clients an identity by
     ``main_loop(identity=...)``. Where an identity has several connections, the newest is called.
+
+    What `online` says of other servers is up to 0.1 s old, and 15 s where a server was killed.
+    Calls of streams are not passed on.
     """
 
     def __init__(self, endpoint: PubSubEndpoint) -> None:
@@ -5407,6 +5546,8 @@ _P = ParamSpec("_P")
 class Remote:
     """A server, for code without an event loop; `connect` makes it. Several threads may use it.
 
+    The connection lives until `close`, or until the process ends, which it never prevents.
+
     ``remote.add(a=1, b=2)`` calls a method and returns its result; `call` also reaches methods
     whose names are taken here. It can stand in ``with``, and is closed at the end of the block.
     What waits raises what PubSubClient raises, and RuntimeError in a forked process.
@@ -5531,7 +5672,7 @@ class Remote:
         self._thread.join(CLOSE_SECONDS)
 
     def _wait(self, work: Callable[..., Any], *args: Any, **named: Any) -> Any:
-        """Do it on the loop. If this thread is interrupted meanwhile, the work is cancelled."""
+        """Run this on the client's loop and wait for its result. Ctrl-C cancels it."""
         async def run() -> Any:
             result = work(*args, **named)
             return await result if inspect.isawaitable(result) else result
@@ -5553,7 +5694,7 @@ class Remote:
 
 
 class _RemoteIterator(Iterator[Any]):
-    """What comes one after the other: `next` with a timeout in seconds, and `close`."""
+    """A blocking iterator over events or stream items."""
 
     def __init__(self, remote: Remote, step: Callable[[float | None], Awaitable[Any]],
                  close: Callable[[], Any]) -> None:
