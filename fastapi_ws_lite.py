@@ -349,11 +349,13 @@ def _decode(frame: str | bytes) -> Any:
 
 
 def _utf8_len(text: str) -> int:
+    """The bytes of a text in UTF-8; most texts are ASCII, where that is their length."""
     return len(text) if text.isascii() else len(text.encode())
 
 
 @functools.lru_cache(1024)
 def _json_string(name: str) -> str:
+    """The JSON text of a name that is used again and again, such as a method or a topic."""
     return _encode(name)
 
 
@@ -490,6 +492,7 @@ class _WireFormat:
 
 
 def _error_object(error: RpcError) -> str:
+    """The JSON text of an error, as it stands in a response."""
     data = {} if error.data is None else {"data": error.data}
     try:
         return _encode({"code": error.code, "message": error.message, **data})
@@ -810,6 +813,7 @@ def _problems(error: ValidationError) -> list[dict[str, Any]]:
 
 
 def _summary(problems: list[dict[str, Any]]) -> str:
+    """The first three problems, as a text for people."""
     texts = ((".".join(map(str, p["loc"])), p["msg"]) for p in problems[:3])
     return "; ".join(": ".join(filter(None, text)) for text in texts)
 
@@ -929,6 +933,8 @@ def _notify_all(waiters: _Waiters) -> None:
 
 
 class _PendingCall:
+    """A call that waits for its answer and, if it is a stream, for items before that."""
+
     __slots__ = ("consumed", "credit", "future", "items", "on_response", "timer", "waiters")
 
     def __init__(self, future: "asyncio.Future[_Outcome]",
@@ -941,6 +947,7 @@ class _PendingCall:
         self.waiters: _Waiters = []
 
     def resolve(self, outcome: _Outcome) -> None:
+        """End the call with its outcome, unless its caller was cancelled."""
         if self.timer is not None:
             self.timer.cancel()
         if not self.future.done():
@@ -1292,6 +1299,7 @@ _PROGRAMMING_ERRORS: Final = (AssertionError, AttributeError, NameError, TypeErr
 
 
 async def _run_hooks(hooks: _Hooks, *args: Any) -> None:
+    """Call one or several hooks, one after the other; each may be ``def`` or ``async def``."""
     for hook in (hooks,) if callable(hooks) else hooks:
         result = hook(*args)
         if inspect.isawaitable(result):
@@ -1419,6 +1427,7 @@ class _Outbox:
             self.schedule_flush()
 
     def schedule_flush(self) -> None:
+        """Send at the end of this turn of the loop, together with what is still queued in it."""
         if not self._is_busy and not self.is_ended:
             self._is_busy = True
             self._channel._loop.call_soon(self._flush)
@@ -1479,6 +1488,7 @@ class _Outbox:
         return _coalesce(texts, self._channel.format)
 
     async def _write(self) -> None:
+        """Send by the socket, which may have to wait, until nothing is left."""
         channel, socket, sent = self._channel, self._channel._socket, 0
         try:
             while self._refill():
@@ -1772,6 +1782,7 @@ class _RequestRunner:
 
 
 def _by_position_or_name(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
+    """The arguments of a call, which JSON-RPC sends by position or by name."""
     if args and kwargs:
         raise TypeError(f"{name}: arguments go by position or by name, not both")
     return args or kwargs or None
@@ -2915,6 +2926,7 @@ class _Cursor:
         return found[::-1], is_complete
 
     def _is_own(self, entry: _Entry) -> bool:
+        """Whether this subscriber has published the event, and so does not get it."""
         return entry.origin == self.subscriber_id
 
     def _wants(self, entry: _Entry) -> bool:
@@ -2941,6 +2953,7 @@ class _Cursor:
             self._send(entry)
 
     def _send(self, entry: _Entry) -> None:
+        """Queue an event, or what stands in for one that is too large for this peer."""
         if self._is_own(entry):
             return
         text = self.format.event(entry)
@@ -2970,6 +2983,7 @@ class _Cursor:
             self.channel._spawn(self.channel.close(code, reason))
 
     def tell(self, method: str, **params: Any) -> None:
+        """Send a notification; old clients know none of these."""
         if not self.format.is_legacy:
             self.outbox.put(self.format.request(None, method, _encode(params)))
 
@@ -3555,6 +3569,8 @@ class NetworkTransport:
 
 
 class _NetworkSocket:
+    """A connection of the websockets library, whose own exception for a close becomes ours."""
+
     def __init__(self, connection: Any, closed: type[Exception]) -> None:
         self._connection, self._closed = connection, closed
         self.subprotocol: str | None = connection.subprotocol
@@ -5727,6 +5743,8 @@ class _RemoteIterator(Iterator[Any]):
 
 
 class _RemoteProxy:
+    """Calls the methods of a server with the types of a class, and waits for their results."""
+
     def __init__(self, remote: Remote, cls: Any) -> None:
         self._remote, self._cls = remote, cls
 
@@ -6379,6 +6397,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> dict[str, Any]:
 
 
 def _header(text: str) -> tuple[str, str]:
+    """A header as the shell's -H gives it. Raises ValueError without a colon."""
     name, value = text.split(":", 1)
     return name.strip(), value.strip()
 
