@@ -8171,6 +8171,25 @@ async def test_fleet_answer_that_cannot_be_told_is_logged_and_its_caller_times_o
         assert "an answer to another server is lost" in caplog.text
 
 
+async def test_fleet_call_that_the_broker_refuses_fails_at_once(broker: MemoryLog) -> None:
+    """Its caller does not wait for an answer that nobody can give."""
+    async with fleet_of(2, broker) as (here, there), there.agent("ann", FleetAgent()):
+        with pytest.raises(MessageTooLarge, match="the broker said so"):
+            await asyncio.wait_for(here.fleet.call("ann", "double", ["refused"]), 5)
+        assert (await here.fleet.call("ann", "double", [4])).result == 8
+
+
+async def test_fleet_does_not_begin_with_a_client_that_is_refused() -> None:
+    """A hook of the user comes first, and its refusal is the end of the connection."""
+    def refuse(channel: RpcChannel) -> None:
+        raise Forbidden
+
+    server = FleetServer(on_connect=refuse)
+    with pytest.raises(ChannelClosed):
+        await enter_client(server.agent("ann"))
+    assert server.fleet._loop is None
+
+
 async def test_fleet_outage_of_the_broker_is_survived(
         broker: MemoryLog, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one that is longer than the silence of a server, and in which all queues are full."""
