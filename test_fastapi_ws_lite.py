@@ -3951,7 +3951,7 @@ async def test_replay_for_a_thousand_clients_at_once_takes_two_seconds_at_most()
             f"{url}/ws", subprotocols=[lib.SUBPROTOCOL], compression=None)) for _ in range(1000)]
         began = time.monotonic()
         answers = await asyncio.gather(*(peer.ask(request) for peer in peers))
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < (10 if "coverage" in sys.modules else 2)
         assert all(len(answer["result"]["events"]) == 20 for answer in answers)
 
 
