@@ -3,7 +3,7 @@
 # Copyright (c) 2026 the fastapi-ws-lite authors.
 # isort: skip_file
 # ruff: noqa: BLE001
-# Each broad `except` guards a call into other people's code; a comment beside it says which.
+# Each broad `except` guards a call into other people's code, or cleans up and raises again.
 """Bidirectional RPC and Pub/Sub over one WebSocket, for FastAPI, in a single module.
 
     class Calculator(RpcMethodsBase):                 # every public method can be called by clients
@@ -153,7 +153,7 @@ MAX_MESSAGE_BYTES: Final = 16 * 2**20  # uvicorn's --ws-max-size
 LEGACY_MESSAGE_BYTES: Final = 2**20  # the default limit of the websockets library
 MAX_CONCURRENT_REQUESTS: Final = 1024  # per connection
 METHOD_THREADS: Final = 40  # for plain def methods; FastAPI has as many for plain def routes
-# Messages in one array; the arrays that we send are always shorter.
+# Messages in one array; the arrays that we send are never longer.
 MAX_ARRAY_MESSAGES: Final = 4096
 MAX_PROBLEMS: Final = 100  # in an InvalidParams, as each takes 1 KiB; more are only counted
 YIELD_MESSAGES: Final = 32  # messages of one connection that are handled in one turn of the loop
@@ -242,7 +242,8 @@ class MethodNotFound(_CodedError, code=-32601, text="Method not found"):
 class InvalidParams(_CodedError, code=-32602, text="Invalid params"):
     """The arguments do not fit the method.
 
-    From a peer, ``data`` is a list of {"loc": [...], "type": ..., "msg": ...}, at most 100.
+    If validation has failed, ``data`` is a list of at most 100 problems, each of them
+    {"loc": [...], "type": "...", "msg": "..."}.
     """
 
 
@@ -251,19 +252,27 @@ class InternalError(_CodedError, code=-32603, text="Internal error"):
 
 
 class RequestTimeout(_CodedError, TimeoutError, code=-32000, text="Request timed out"):
-    """There was no answer in time. The method was told to stop, but it may have run."""
+    """There was no answer, connection or event in time. A method that was called may have run; a
+    peer that speaks ws-lite.1 is told to stop it.
+    """
 
 
 class Forbidden(_CodedError, code=-32001, text="Forbidden"):
-    """The caller may not do this; ``data`` holds the action and its topics or methods."""
+    """The caller may not do this. If ``authorize`` has refused, ``data`` holds the "topics" or
+    "methods", and usually the "action".
+    """
 
 
 class Overloaded(_CodedError, code=-32002, text="Overloaded"):
-    """There is too much to do at the moment. Nothing was done, so it is safe to try again later."""
+    """There is too much to do at the moment; try again later.
+
+    It does not always mean that nothing was done: the method has run if it is its answer that found
+    no room, and a publish to more than 32 topics may have reached the first ones.
+    """
 
 
 class MessageTooLarge(_CodedError, code=-32003, text="Message too large"):
-    """The message is larger than its receiver accepts, and was not sent. If it is an answer, the
+    """The message is larger than its receiver accepts, and was not handled. If it is an answer, the
     method has run.
     """
 
@@ -275,7 +284,7 @@ class Cancelled(_CodedError, code=-32800, text="Request cancelled"):
 class ChannelClosed(RpcError, ConnectionError):
     """The connection is gone. ``code`` and ``reason`` are those of its close (RFC 6455, 7.4).
 
-    Nobody knows whether a method ran whose call raises this.
+    If a call raises it, the method may have run.
     """
 
     def __init__(self, code: int = 1006, reason: str = "") -> None:
@@ -1009,19 +1018,23 @@ class Gap(NamedTuple):
 class Backbone(Protocol):
     """An append-only log on a broker, which several servers share; implement it for one of yours.
 
-    One object serves a writing and a reading task. A call that takes longer than 5 s (after
-    failures up to 20 s) is cancelled and counts as failed, and `close` may come while the other
-    method runs. An entry may be appended twice; readers drop the second one. In an empty log both
-    ends are the offset of the next entry; if that is 0 or 1, the log is known to be whole.
+    One object serves two tasks, so `append` and `read` run at the same time. Each method may raise
+    what the driver raises while the broker is away; a call that takes longer than 5 s (after
+    failures up to 20 s) counts as failed, too. Then `close` is called, the late call is cancelled
+    and, after a pause, the method is called again; the other task's method may run all the while.
+    At the end `close` is called twice at once; it is cancelled after 6 s at most. An entry may be
+    appended twice; readers drop the second one. An error of programming, such as TypeError, is
+    logged and ends the log.
 
-    `append` and `read` run at the same time, in two tasks. Each method may raise what the driver
-    raises while the broker is away; then `close` is called and, after a pause, the method again. An
-    error of programming, such as TypeError, is logged and ends the log. Offsets grow from entry to
-    entry, and may leave numbers out. Optional ``max_size``: the bytes of an entry.
+    Offsets grow from entry to entry, and may leave numbers out. While the oldest one is 0 or 1, the
+    log counts as whole: nothing was trimmed. Optional ``max_size``: the bytes of an entry at most,
+    its header included; 16 MiB by default.
     """
 
     async def ends(self) -> tuple[int, int]:
-        """The offset of the oldest entry, and the offset that the next entry will have."""
+        """The offset of the oldest entry, and the offset that the next entry will have. In an empty
+        log both are the latter.
+        """
 
     async def append(self, entry: bytes) -> None:
         """Append an entry; return when the broker has it.
@@ -1259,7 +1272,9 @@ class Socket(Protocol):
         """Receive a message. Raises ChannelClosed when there will be no more."""
 
     async def close(self, code: int, reason: str) -> None:
-        """Close the connection soon, whatever the peer does."""
+        """Close the connection soon, whatever the peer does. It may be called again after the end,
+        and may then raise.
+        """
 
 
 def _encode_frame(text: str) -> bytes:
@@ -1406,7 +1421,7 @@ class _Outbox:
         self._channel = channel
         self.transport: _UvicornTransport | None = getattr(channel._socket, "_uvicorn", None)
         self._queue: list[tuple[str, int]] = []  # messages with their size in bytes
-        self.size = 0  # bytes of them
+        self.size = 0  # bytes of these messages
         self.held = 0  # bytes of answers that wait for the rest of their batch
         self.room_waiters: _Waiters = []  # tasks that wait for room here or for stream credit
         self.cursor: _Cursor | None = None  # the subscriber that is fed as there is room
@@ -1447,7 +1462,8 @@ class _Outbox:
     def _flush(self) -> None:
         """Send until the queue is empty or the transport is not ready; then the writer goes on.
 
-        A lagging cursor fills the queue again each time.
+        A lagging cursor fills the queue again each time. Its `put` schedules no flush of its own,
+        as `_is_busy` stays set until `_rest`.
         """
         transport = self.transport
         while self._refill() and transport is not None and transport.is_ready():
@@ -1900,10 +1916,12 @@ class RpcChannel(_Caller):
             meta: a small JSON object that travels beside the arguments, for trace ids; only where
                 ws-lite.1 was negotiated.
 
+        Several calls may wait at the same time, and are answered in any order.
+
         Raises the RpcError that the peer answered; RequestTimeout; ChannelClosed if the connection
         ends, and then nobody knows whether the method ran; Overloaded while 64 MiB wait to be sent;
         MessageTooLarge, TypeError or ValueError for arguments that cannot be sent. Cancelling a
-        call cancels the method at the peer.
+        call cancels the method at the peer, where ws-lite.1 was negotiated.
         """
         if not self._format_known.is_set():
             timeout = await self._wait_for_format(timeout)
@@ -2097,8 +2115,10 @@ class RpcChannel(_Caller):
     async def close(self, code: int = 1000, reason: str = "") -> None:
         """Send what waits to be sent, close the connection, and return when it is closed.
 
-        That takes at most two seconds, whatever the peer does. A method or hook of this connection
-        may call it and goes on afterwards. Cancelling it cancels nothing else.
+        That takes at most two seconds, whatever the peer does. ``code`` is 1000 or 3000 to 4999, or
+        one that a server may send (RFC 6455, 7.4); ``reason`` is cut after 123 bytes. A method or
+        hook of this connection may call it and goes on afterwards. Cancelling it cancels nothing
+        else.
         """
         self._spared.add(asyncio.current_task())
         if self._closed is None:
@@ -2185,8 +2205,9 @@ class RpcChannel(_Caller):
 # EventNotifier owns the log and the two kinds of subscribers: the cursors of connections, and the
 # subscriptions of the server's own code, which a dispatcher serves.
 #
-# The JSON text of an event is made once, in `_Entry`, and its WebSocket frame once for all, in
-# `_fan_out`. What is published in one turn of the loop is appended to the log at once, and given to
+# The JSON text of an event is made once, in `_Entry`. Its WebSocket frame is made once for all
+# subscribers that keep up, in `_fan_out`; for the others by their outbox (`_flush`), or by the
+# server. What is published in one turn of the loop is appended to the log at once, and given to
 # the cursors together at the end of the turn (`_deliver`). An event reaches a live cursor exactly
 # once, by the first of these: the shared frame of `_fan_out`; `offer`, into its own outbox; or
 # `catch_up`, because something else is sent to it in this turn.
@@ -2292,7 +2313,6 @@ class Subscription:
     An iterator has one reader, and a queue of 10,000 events and 16 MiB. When that is full, events
     are dropped until half of it was read, and a gap is told in their place. The error of a callback
     is logged, and stops nothing.
-
     """
 
     def __init__(self, dispatcher: "_Dispatcher", keys: Iterable[_Key],
@@ -2334,7 +2354,8 @@ class Subscription:
         return self
 
     async def next(self, *, timeout: float | None = None) -> Event:
-        """The next event. A timeout, in seconds, or a cancellation ends the wait and nothing else.
+        """The next event. A timeout, in seconds, or a cancellation ends the wait and nothing else;
+        None is no limit.
 
         Raises RequestTimeout; and what iterating raises, or ChannelClosed after `cancel`.
         """
@@ -2641,8 +2662,10 @@ class EventNotifier:
             notifier_id: the id of a subscriber that does not get the event.
 
         Raises ValueError for data that is not JSON, MessageTooLarge, InvalidParams for a topic,
-        Overloaded while 10,000 events wait for other threads or for a backbone, and RuntimeError
-        where no event loop runs that could deliver it. Then nothing was published.
+        Overloaded while 10,000 events of other threads or for a backbone wait, or 64 MiB for a
+        backbone, InternalError once an error has ended the backbone, and RuntimeError where no
+        event loop runs that could deliver it. Then nothing was published. Cancelling the await does
+        not take the event back.
         """
         names, text = _check_topics(topics), _encode(data)
         # With the rest of the message.
@@ -2770,6 +2793,7 @@ class EventNotifier:
         """Leave the backbone, if there is one; that takes up to three seconds.
 
         What is published later joins it again. Clients that stayed connected are then told a gap.
+        On another event loop than the notifier's it does nothing.
         """
         shared = self._shared
         if shared is not None and self._loop is asyncio.get_running_loop():
@@ -2798,6 +2822,11 @@ class EventNotifier:
             self._announce_position()
 
     def _fan_out(self, topic: str, entries: Sequence[_Entry]) -> None:
+        """Write events of one topic to the connections that can take the shared frame at once, and
+        offer them to the others one by one.
+
+        If `subscriber.next` is over ``first``, `catch_up` has sent it some of them already.
+        """
         first, count = entries[0].index, len(entries)
         size = sum(entry.size for entry in entries)
         origins = {entry.origin for entry in entries if entry.origin is not None}
@@ -2830,7 +2859,10 @@ class EventNotifier:
 
 
 class _Cursor:
-    """A connection's subscriptions, and its place in the log: ``next`` while it lags, else the end.
+    """A connection's subscriptions, and its place in the log.
+
+    While it lags, its place is ``next``, the index of the entry to look at. While it is live, its
+    place is the end of the log, and entries before ``next`` were sent or skipped already.
 
     All its topics and patterns share that place. So a subscription begins where the cursor is, a
     replay ends there, and a client needs to remember one position only.
@@ -2947,6 +2979,7 @@ class _Cursor:
             self._offer_new(entry)
 
     def _offer_new(self, entry: _Entry) -> None:
+        """Send an event, or begin to lag at it if the outbox is too full."""
         if self.outbox.size > LAGGING_BYTES:
             self.is_lagging, self.next = True, entry.index
         else:
@@ -3065,7 +3098,8 @@ class RpcEndpoint(_Peer):
             a limit, too.
         legacy_max_message_size: bytes of a message that clients of fastapi_websocket_rpc accept; 1
             MiB by default.
-        max_concurrent_requests: of one connection, 1,024 by default; more are answered Overloaded.
+        max_concurrent_requests: of one connection, 1,024 by default; more are answered Overloaded,
+            and more notifications are dropped.
 
     Attributes:
         channels: the open connections by the id of their channel.
@@ -3122,8 +3156,12 @@ class RpcEndpoint(_Peer):
             accept_headers: headers for the answer to the handshake, such as Set-Cookie.
             context: any other keyword arguments become ``channel.context``.
 
-        Cancelling it closes the connection. If the connection was accepted already, it is served
-        without the subprotocol, with a warning. ``allowed_origins`` holds in both cases.
+        Returns when the connection is closed, at once for a page that may not connect. Cancelling
+        it closes the connection. Raises RuntimeError if the endpoint has connections on another
+        event loop, and what the server raises unexpectedly.
+
+        If the connection was accepted already, it is served without the subprotocol, with a
+        warning. ``allowed_origins`` holds in both cases.
         """
         self._attach()
         subprotocol, state = None, WebSocketState
@@ -3194,8 +3232,8 @@ class RpcEndpoint(_Peer):
     def stats(self) -> dict[str, Any]:
         """Gauges and counters by name.
 
-        "channels", "pending_calls" to clients and "running_requests" of them are gauges, and
-        "stalled_closed" counts connections that were dropped because they took nothing.
+        "channels", "pending_calls" (to clients) and "running_requests" (of clients) are gauges;
+        "stalled_closed" counts the connections that the send timeout has ended.
         """
         channels = self.channels.values()
         return {"channels": len(channels),
@@ -3287,7 +3325,7 @@ class PubSubEndpoint(RpcEndpoint):
 
         "topics", "subscriptions", "lagging" (connections), "log_events" and "log_bytes" are gauges;
         "events_published", "events_delivered", "gaps_told" and "slow_closed" are counters. With a
-        backbone, "backbone" tells how that is.
+        backbone, "backbone" is a dict of "connected", "queued", "last_error" and "behind".
         """
         notifier = self.notifier
         return super().stats() | {
@@ -3362,7 +3400,7 @@ class PubSubEndpoint(RpcEndpoint):
         if len(subscriber.hook_calls) > self.max_concurrent_requests:
             raise Overloaded("too many hooks of this connection wait to be called")
         async with subscriber.lock:
-            # First comes everything that may wait.
+            # First comes everything that may wait: authorize, the shared log, and the outbox.
             granted = await self._granted(channel, keys)
             allowed = frozenset(granted)
             refused = [key[0] for key in keys if key not in allowed]
@@ -3544,8 +3582,8 @@ class NetworkTransport:
 
     Args:
         options: those of ``websockets.connect``, such as ``ssl``, ``proxy``, ``unix`` and ``path``,
-            ``open_timeout`` (10 s), ``ping_interval`` and ``ping_timeout`` (20 s each), and
-            ``compression``, which is off unless asked for.
+            ``open_timeout`` (10 s), ``ping_interval`` and ``ping_timeout`` (20 s each, by which a
+            dead server is noticed after 40 s), and ``compression``, which is off by default.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -3753,8 +3791,10 @@ class RpcClient(_Peer, _Caller):
         headers: for the handshake; or a callable, as ``def`` or ``async def``, that returns them
             and is called anew for every connection.
         transport: what opens connections; NetworkTransport() by default.
-        connect_timeout: seconds that ``async with`` waits for the connection; None is no limit.
-        retry: seconds of the shortest and the longest back-off, of which a random part is waited.
+        connect_timeout: seconds that ``async with`` waits for the connection, after which it raises
+            RequestTimeout; None, the default, is no limit.
+        retry: seconds of the shortest and the longest back-off, of which a random part is waited;
+            (0.1, 10.0) by default.
         on_connect, on_disconnect: hooks that are called with the channel, when it is ready and
             after its end.
         middleware, default_response_timeout, max_message_size, max_concurrent_requests: as in
@@ -3831,14 +3871,19 @@ class RpcClient(_Peer, _Caller):
             await _wait_notified(self._waiters)
 
     async def wait_until_done(self) -> None:
-        """Wait until the client is closed. Raises Refused if the server refused it."""
+        """Wait until the client is closed, also if it is started only later.
+
+        Raises Refused if the server refused it, or the unexpected error with which it gave up.
+        """
         while self.state != "closed":
             await _wait_notified(self._waiters)
         if not isinstance(error := self._why_closed(), ChannelClosed) or isinstance(error, Refused):
             raise error
 
     async def close(self) -> None:
-        """Close the connection and connect no more. Returns soon, in every state.
+        """Close the connection and connect no more. Takes a few seconds at most, in every state.
+
+        Calls that are under way raise ChannelClosed.
 
         A method, hook or callback of this client may call it and goes on afterwards. Cancelling it
         cancels nothing else.
@@ -3857,7 +3902,8 @@ class RpcClient(_Peer, _Caller):
             await channel.close()
         task = self._task
         if task is not None and task not in self._callers_of_close:
-            # While serving, the task itself closes the socket and runs the hooks.
+            # While it connects or waits it is cancelled; while it serves, it ends by itself, as it
+            # has to close the socket and to run the hooks.
             if not self._is_serving:
                 task.cancel()
             await asyncio.wait([task], timeout=CLOSE_SECONDS + GRACE_SECONDS)
@@ -3975,7 +4021,8 @@ class RpcClient(_Peer, _Caller):
 
     async def stream(self, method: str, args: _Arguments = None, *, timeout: _Timeout = _UNSET,
                      meta: Mapping[str, Any] | None = None) -> AsyncGenerator[Any, None]:
-        """Iterate over a stream of the server, as `RpcChannel.stream`."""
+        """Iterate over a stream of the server, as `RpcChannel.stream`; it ends with the connection.
+        """
         channel, _ = await self._ready_channel(timeout)
         items = channel.stream(method, args, timeout=timeout, meta=meta)
         async with contextlib.aclosing(items):
@@ -4083,8 +4130,9 @@ class PubSubClient(RpcClient):
                 by ``last`` or ``since``; if there were more, a gap is told first. At a reconnect
                 the subscription resumes, and this replay is not repeated.
 
-        Cancelling the wait leaves it subscribed. Raises InvalidParams for topics, TypeError for a
-        callback with other parameters, and RuntimeError in another thread than the client's.
+        Cancelling the wait leaves it subscribed. Raises InvalidParams for topics, ValueError for
+        ``last`` below 1 or with ``since``, TypeError for a callback with other parameters, and
+        RuntimeError in another thread than the client's. A refusal is raised by awaiting it.
         """
         self._check_thread()
         if last is not None and (last < 1 or since is not None):
@@ -4230,11 +4278,12 @@ class PubSubClient(RpcClient):
                     at_once = max(1, len(step.keys) // 2)  # to find out which it is
 
     def _next_step(self, at_once: int) -> _SyncStep | None:
-        """The next request to send, or None if the server has what is wanted. The order is: to
-        unsubscribe, to resume, to add what is new, to resume without topics, to ask for a replay.
+        """The next request to send, or None if the server has what is wanted: (1) unsubscribe,
+        (2) subscribe to the earlier topics and resume, (3) subscribe to new topics, (4) resume
+        without topics, as the queue of the callbacks was full, (5) subscribe with a replay.
         """
         table = self._dispatcher.table
-        if gone := {k for k in self._changed & self._agreed if k not in table}:
+        if gone := {k for k in self._changed & self._agreed if k not in table}:  # (1)
             gone = set(itertools.islice(gone, at_once))
             self._agreed -= gone
             return _SyncStep("unsubscribe", gone, self._named(gone))
@@ -4244,15 +4293,15 @@ class PubSubClient(RpcClient):
             self._is_behind = False  # no subscription has started, so none can miss an event
         may_resume = self._is_behind and not self._is_draining
         resumed = self._resumable(new)
-        if keys := set(itertools.islice(resumed or new, at_once)):
+        if keys := set(itertools.islice(resumed or new, at_once)):  # (2) or (3)
             args = {**self._named(keys), **own}
             if may_resume and keys == resumed:
                 args["resume"] = self._position
             return _SyncStep("subscribe", keys, args)
-        if may_resume and self._agreed:
+        if may_resume and self._agreed:  # (4)
             return _SyncStep("subscribe", set(), {"resume": self._position, **own})
         replays = (s for key in self._changed for s in table.get(key, ()) if s._replay)
-        if (subscription := next(replays, None)) is not None:
+        if (subscription := next(replays, None)) is not None:  # (5)
             keys = set(subscription._keys)
             args = {**self._named(keys), **own, **(subscription._replay or {})}
             return _SyncStep("subscribe", keys, args, subscription)
@@ -5254,21 +5303,19 @@ class _SharedLog:
     async def _read_after_anchor(self) -> Sequence[tuple[int, bytes]]:
         """Read what follows the anchor. If that is gone, or is another entry, tell a hole.
 
-        Either the anchor is in its place; or it was trimmed, and nothing or something was lost with
-        it; or this is another log.
-
         A jump in the offsets after the anchor is no hole: transactions and rollbacks use them up.
         """
         start = self._next if self._anchor is None else self._anchor[0]
         page = await self._ask(self._reading, self._reading.read, start)
         offset = page[0][0] if page else -1
-        if page and (offset, hash(page[0][1])) == self._anchor:
+        if page and (offset, hash(page[0][1])) == self._anchor:  # it is in its place
             return page[1:]
         if offset > start or (offset == start and self._anchor is None):
-            if offset > self._next:  # else only what we have read was trimmed
+            if offset > self._next:  # entries that we have not read were trimmed
                 self._reset(offset, "history")
             return page
         first, end = await self._ask(self._reading, self._reading.ends)
+        # Another entry in its place, or an end before ours, means another log: go on at its end.
         if page or end < self._next:
             last = () if first == end else await self._ask(
                 self._reading, self._reading.read, end - 1)
@@ -5721,7 +5768,11 @@ class _RemoteIterator(Iterator[Any]):
         return self.next()
 
     def next(self, timeout: float | None = None) -> Any:
-        """The next item. Raises StopIteration at the end, and RequestTimeout for an event."""
+        """The next item. Raises StopIteration at the end.
+
+        ``timeout``, in seconds, limits the wait for an event, and then raises RequestTimeout. A
+        stream has the timeout with which it was made.
+        """
         if not self._is_open:
             raise StopIteration
         try:
@@ -5771,8 +5822,9 @@ def _with_signature_of(function: Callable[_P, Any]) -> Callable[
 def connect(*args: Any, **options: Any) -> Remote:
     """Connect without an event loop: ``remote = connect("ws://..."); remote.add(a=1, b=2) == 3``.
 
-    Arguments and errors are those of PubSubClient. It connects again by itself; hooks and
-    ``async def`` methods run on its own loop, in another thread.
+    Arguments and errors are those of PubSubClient, so without ``connect_timeout`` it waits for a
+    server without limit. It connects again by itself; hooks and ``async def`` methods run on its
+    own loop, in another thread.
     """
     remote = Remote(PubSubClient(*args, **options))
     try:
