@@ -4131,8 +4131,7 @@ class PubSubClient(RpcClient):
                 the subscription resumes, and this replay is not repeated.
 
         Cancelling the wait leaves it subscribed. Raises InvalidParams for topics, ValueError for
-        ``last`` below 1 or with ``since``, TypeError for a callback with other parameters, and
-        RuntimeError in another thread than the client's. A refusal is raised by awaiting it.
+        ``last`` and ``since``, TypeError for a callback, and RuntimeError in another thread.
         """
         self._check_thread()
         if last is not None and (last < 1 or since is not None):
@@ -4278,9 +4277,8 @@ class PubSubClient(RpcClient):
                     at_once = max(1, len(step.keys) // 2)  # to find out which it is
 
     def _next_step(self, at_once: int) -> _SyncStep | None:
-        """The next request to send, or None if the server has what is wanted: (1) unsubscribe,
-        (2) subscribe to the earlier topics and resume, (3) subscribe to new topics, (4) resume
-        without topics, as the queue of the callbacks was full, (5) subscribe with a replay.
+        """The next request to send, or None: to (1) unsubscribe, (2) resume with earlier topics,
+        (3) add new topics, (4) resume after the queue was full, (5) ask for a replay.
         """
         table = self._dispatcher.table
         if gone := {k for k in self._changed & self._agreed if k not in table}:  # (1)
