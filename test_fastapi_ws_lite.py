@@ -7922,6 +7922,7 @@ async def test_broker_frozen_does_not_hold_up_close(scheme: str) -> None:
     async with own_broker(scheme) as broker, serving_on(broker.url) as one:
         await one.publish(["t"], 1)
         broker.signal(signal.SIGSTOP)
+        await asyncio.sleep(0.3)  # on a busy machine its threads go on for a moment
         waiting = asyncio.ensure_future(one.publish(["t"], 2))
         await asyncio.sleep(0.1)
         await asyncio.wait_for(one.close(), 4)
