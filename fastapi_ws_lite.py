@@ -2749,6 +2749,7 @@ class EventNotifier:
     def begin(self, position: str) -> None:
         """The log is empty, and begins at a position."""
         self._log = _Log(self.history, self.history_bytes, position)
+        self._announced = self._log.end
         self._tell_gap(position, "log")  # after a close, while subscribers stayed
 
     def commit(self, position: str | None, topic: str, data: str, origin: str | None,

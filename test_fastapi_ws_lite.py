@@ -7193,6 +7193,23 @@ async def test_backbone_left_and_joined_again_is_a_gap(broker: MemoryLog) -> Non
         assert heard[10:] == [*range(heard[10], 20)]
 
 
+async def test_backbone_joined_again_tells_quiet_subscribers_the_position(
+        broker: MemoryLog) -> None:
+    """Counting begins anew with the local log, which may be shorter than the one before."""
+    async with serving_on(broker, history=40) as endpoint, client_of(endpoint) as client:
+        await client.subscribe("quiet", print)
+        for n in range(100):
+            await endpoint.publish("t", n)
+        await endpoint.notifier.close()
+        broker.entries.clear()  # the broker has trimmed them meanwhile
+        for n in range(60):
+            await endpoint.publish("t", n)
+            if n == 20:
+                await until(lambda: endpoint.stats()["log_events"] == 21)
+                at_20 = client.position
+        await until(lambda: client.position != at_20)
+
+
 async def test_backbone_flapping_broker_loses_nothing(broker: MemoryLog) -> None:
     """It freezes, fails and forgets to answer in turn; every event arrives once and in order."""
     async with two_hearing(broker) as (one, two, at_one, at_two):
