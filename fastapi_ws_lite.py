@@ -83,6 +83,7 @@ from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Final, Generic, Literal, NamedTuple, Protocol, Self
 from typing import ParamSpec, TypeAlias, TypeVar, cast
 from urllib.parse import parse_qsl, unquote, urlsplit
+from weakref import WeakKeyDictionary
 
 import anyio.from_thread
 import anyio.to_thread
@@ -1249,6 +1250,13 @@ async def _in_time(seconds: float | None, waiting: Awaitable[_T], text: Callable
         raise error if isinstance(error, RequestTimeout) else RequestTimeout(text()) from None
 
 
+def _seconds_left(seconds: float | None, began: float) -> float | None:
+    """Returns what is left of a timeout that began at a time of the running loop."""
+    if seconds is None:
+        return None
+    return max(0.0, began + seconds - asyncio.get_running_loop().time())
+
+
 def _spawn_into(tasks: set[_Task], work: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":
     """Start a task and keep a reference until it is done; event loops keep only weak ones."""
     # Not by the loop's factory: an eager task would run before it is in the set.
@@ -1377,7 +1385,6 @@ class _Peer:
         if taken := methods.keys() & self._table.keys():
             raise ValueError(f"there is a method {', '.join(sorted(taken))} already")
         self._table.update(methods)
-        self._document: dict[str, Any] | None = None  # of the methods, once it was asked for
 
     async def _check_allowed(self, channel: "RpcChannel", action: str,
                              names: tuple[str, ...]) -> None:
@@ -1750,8 +1757,8 @@ class _RequestRunner:
         if not request._is_open:
             return
         channel, outbox, batch = self._channel, self._channel._outbox, request._batch
-        format, refusal = channel.format, cast(RpcError | None, None)
-        request._is_open = False
+        request._is_open, format = False, channel.format
+        refusal: RpcError | None = None
         text = (format.result(request.id, outcome) if isinstance(outcome, str)
                 else format.error(request.id, outcome))
         size = _utf8_len(text)
@@ -1967,7 +1974,7 @@ class RpcChannel(_Caller):
         seconds, began = self._time_left(timeout), self._loop.time()
         await _in_time(seconds, self._format_known.wait(),
                        lambda: "the peer has not sent its first message")
-        return None if seconds is None else seconds - (self._loop.time() - began)
+        return _seconds_left(seconds, began)
 
     def _send_call(self, method: str, args: _Arguments, timeout: _Timeout,
                    meta: Mapping[str, Any] | None = None, *, credit: int = 0,
@@ -2888,7 +2895,7 @@ class _Cursor:
         added = [key for key in keys if key not in self.keys]
         for key in added:
             self._notifier._table.add(self, key)
-        self.keys.update(dict.fromkeys(added))
+            self.keys[key] = None
         return tuple(name for name, _ in added)
 
     def remove(self, keys: Iterable[_Key]) -> tuple[str, ...]:
@@ -4035,13 +4042,11 @@ class RpcClient(_Peer, _Caller):
         if self.channel is not None and self.state == "ready":
             return self.channel, self._seconds(timeout)
         self._check_started()
-        left, began = self._seconds(timeout), asyncio.get_running_loop().time()
+        seconds, began = self._seconds(timeout), asyncio.get_running_loop().time()
         while self.channel is None or self.state != "ready":
-            await _in_time(left, self.wait_until_ready(),
+            await _in_time(_seconds_left(seconds, began), self.wait_until_ready(),
                            lambda: f"not connected: {self.last_error!r}")
-            now = asyncio.get_running_loop().time()
-            left, began = None if left is None else left - (now - began), now
-        return self.channel, left
+        return self.channel, _seconds_left(seconds, began)
 
     def _check_started(self) -> None:
         if self.state == "new":
@@ -4520,11 +4525,16 @@ class _Schemas(GenerateJsonSchema):
         return {"required": required, "properties": properties}
 
 
+# The documents that were made, by side, with the number of methods that they describe.
+_DOCUMENTS: Final = WeakKeyDictionary[RpcEndpoint | RpcClient, tuple[int, dict[str, Any]]]()
+
+
 def _document(peer: RpcEndpoint | RpcClient) -> dict[str, Any]:
-    """The document of a side's own methods. Do not change what it returns."""
-    if peer._document is None:
-        peer._document = _make_document(peer)
-    return peer._document
+    """Returns the document of a side's own methods. Do not change what it returns."""
+    count, made = len(peer._table), _DOCUMENTS.get(peer)
+    if made is None or made[0] != count:  # methods are added, and never removed
+        made = _DOCUMENTS[peer] = count, _make_document(peer)
+    return made[1]
 
 
 def _make_document(peer: RpcEndpoint | RpcClient) -> dict[str, Any]:
@@ -5432,7 +5442,7 @@ class Fleet:
         _encode_arguments(args)  # raises for those that cannot be sent
         began, late = loop.time(), lambda: f"{method} was not answered in {seconds} s"
         server = await _in_time(seconds, self._find(identity), late)
-        left = None if seconds is None else max(0.0, began + seconds - loop.time())
+        left = _seconds_left(seconds, began)
         if server == self._id:
             return await self._channels(identity)[-1].call(method, args, timeout=left)
         id, answer = uuid.uuid4().hex, loop.create_future()
@@ -5535,11 +5545,11 @@ class Fleet:
     def _on_roster(self, text: str) -> None:
         loop, message = self._start(), _decode(text)
         id, clients = message["from"], message["clients"]
-        if id in self._silence:
-            self._silence[id].cancel()
-        elif id != self._id:  # a server that has just begun knows nobody yet
-            self._tell_soon(loop)
         if id != self._id:
+            if id in self._silence:
+                self._silence[id].cancel()
+            else:  # a server that has just begun knows nobody yet
+                self._tell_soon(loop)
             self._silence[id] = loop.call_later(FLEET_SILENCE_SECONDS, self._forget, id)
         for key in [k for k in self._clients if k[0] == id and k[1] not in clients]:
             del self._clients[key]
