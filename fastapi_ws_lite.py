@@ -164,9 +164,12 @@ STREAM_CREDIT: Final = 16  # stream items that may be sent and not yet consumed
 FRAME_BYTES: Final = 64 * 2**10  # of messages joined into one frame; larger frames are no faster
 # Unsent bytes; above it events come from the log and streams wait.
 LAGGING_BYTES: Final = 64 * 2**10
-PAUSE_BYTES: Final = 2**20  # unsent bytes; above it we stop reading from this peer
-PAUSE_BYTES_PER_SECOND: Final = 32 * 2**20  # for (unsent bytes / this rate) seconds at most
-OUTBOX_BYTES: Final = 64 * 2**20  # unsent; above it calls raise, and answers become, Overloaded
+# With more unsent bytes than PAUSE_BYTES we stop reading from this peer until it has taken them,
+# but for no longer than they take at PAUSE_BYTES_PER_SECOND.
+PAUSE_BYTES: Final = 2**20
+PAUSE_BYTES_PER_SECOND: Final = 32 * 2**20
+# With more unsent bytes, calls raise Overloaded, and answers are replaced by it.
+OUTBOX_BYTES: Final = 64 * 2**20
 
 HISTORY_EVENTS: Final = 4096
 HISTORY_BYTES: Final = 16 * 2**20
@@ -182,8 +185,10 @@ MAX_PUBLISH_TOPICS: Final = 1000  # in one publish of a client
 MAX_SUBSCRIPTIONS: Final = 10_000  # per connection
 MAX_PATTERNS: Final = 100  # per connection; each one costs a match for every new topic
 
-SEND_SECONDS: Final = 10.0  # a send that takes longer closes the connection,
-SEND_BYTES_PER_SECOND: Final = 64 * 2**10  # with extra time for large messages
+# A send may take SEND_SECONDS, and a second more for each SEND_BYTES_PER_SECOND of the message.
+# When it takes longer, the connection is closed.
+SEND_SECONDS: Final = 10.0
+SEND_BYTES_PER_SECOND: Final = 64 * 2**10
 CLOSE_SECONDS: Final = 2.0  # for the closing handshake; then the connection is aborted
 GRACE_SECONDS: Final = 1.0  # to wait for cancelled tasks; those still running are then abandoned
 GREETING_SECONDS: Final = 10.0  # for the server's first answer on a new connection
@@ -601,7 +606,7 @@ _CONFIG: Final = ConfigDict(arbitrary_types_allowed=True, ser_json_inf_nan="cons
 
 
 def _adapter(hint: Any) -> tuple[TypeAdapter[Any], bool]:
-    """What validates a type, and whether it must validate JSON text instead of decoded values.
+    """Returns the validator of a type, and whether it must read JSON text, not decoded values.
 
     When it validates decoded values, pydantic ignores a model's val_json_bytes, and a strict model
     rejects date strings; when it validates JSON text, both work.
@@ -724,7 +729,7 @@ def _function_of(signature: inspect.Signature, hints: Mapping[str, Any]) -> Call
 
 
 def _result_hint(hint: Any, *, is_stream: bool) -> Any:
-    """What a method answers with: the return annotation, or the items of a stream."""
+    """Returns the type of a method's result, or of the items of a stream."""
     args, origin = typing.get_args(hint), typing.get_origin(hint)
     if is_stream:
         return args[0] if args else Any
@@ -814,7 +819,7 @@ class _ExposedMethod:
 
 
 def _problems(error: ValidationError) -> list[dict[str, Any]]:
-    """What is wrong with which part. Keys that the peer has sent are cut, as they may be long."""
+    """Returns what is wrong with each part. Keys of the peer are cut, as they may be long."""
     if (count := error.error_count()) > MAX_PROBLEMS:
         return [{"loc": [], "type": "too_many", "msg": f"{count} parts are not valid"}]
     return [{"loc": [f"{part:.100}" if isinstance(part, str) else part for part in e["loc"]],
@@ -1084,7 +1089,8 @@ _Key: TypeAlias = tuple[str, bool]  # a topic, and whether it is a pattern
 
 
 def _keys(topics: str | Iterable[str], *, is_pattern: bool = False) -> dict[_Key, None]:
-    """What to subscribe to, each once. ALL_TOPICS is the pattern "*". Raises InvalidParams."""
+    """Returns the keys of topics or patterns; ALL_TOPICS is the pattern "*". Raises InvalidParams.
+    """
     return {("*", True) if name == ALL_TOPICS else (name, is_pattern): None
             for name in _check_topics(topics, is_pattern=is_pattern)}
 
@@ -1751,8 +1757,8 @@ class _RequestRunner:
         """Answer a request with the JSON text of a result or with an error. Only the first call
         counts.
 
-        An answer, also an error, that is too much for the peer or the outbox is replaced by a short
-        error.
+        If the answer, or the error, is larger than the peer accepts, or the outbox is full, a short
+        error is sent in its place.
         """
         if not request._is_open:
             return
@@ -1852,7 +1858,7 @@ class _Other:
 
 
 class _Caller:
-    """The base of RpcChannel and RpcClient: the attribute forms of `call` and `stream`."""
+    """The base of RpcChannel and RpcClient, with `other` and `proxy`."""
 
     call: Callable[..., Coroutine[Any, Any, RpcResponse]]
     stream: Callable[..., AsyncGenerator[Any, None]]
@@ -2213,11 +2219,11 @@ class RpcChannel(_Caller):
 # subscriptions of the server's own code, which a dispatcher serves.
 #
 # The JSON text of an event is made once, in `_Entry`. Its WebSocket frame is made once for all
-# subscribers that keep up, in `_fan_out`; for the others by their outbox (`_flush`), or by the
-# server. What is published in one turn of the loop is appended to the log at once, and given to
-# the cursors together at the end of the turn (`_deliver`). An event reaches a live cursor exactly
-# once, by the first of these: the shared frame of `_fan_out`; `offer`, into its own outbox; or
-# `catch_up`, because something else is sent to it in this turn.
+# subscribers that keep up, in `_fan_out`; for the others it is made by their outbox (`_flush`), or
+# by the server's own library. What is published in one turn of the loop is appended to the log at
+# once, and given to the cursors together at the end of the turn (`_deliver`). An event reaches a
+# live cursor exactly once, by the first of these: the shared frame of `_fan_out`; `offer`, into its
+# own outbox; or `catch_up`, because something else is sent to it in this turn.
 #
 # A cursor is live while it keeps up: it is then written to as events are published. When its outbox
 # is over LAGGING_BYTES it lags: nothing is queued for it, and its outbox feeds it from the log as
@@ -2251,7 +2257,7 @@ class _QueuedEvent(NamedTuple):
 
 
 class _EventQueue(deque[_QueuedEvent]):
-    """What waits to be handled, bounded in number and in bytes."""
+    """A queue of events and gaps for callbacks or an iterator, bounded in number and in bytes."""
 
     size = 0
     current: _QueuedEvent | None = None  # taken out, and not handled yet
@@ -2917,8 +2923,8 @@ class _Cursor:
         self.is_lagging, self.next = False, self._notifier._log.end
 
     def position(self) -> str:
-        """The position of the last entry before the cursor. Tells a gap first if entries were
-        dropped.
+        """Returns the position of the last entry before the cursor. If entries were dropped, it
+        tells the gap first.
         """
         log = self._notifier._log
         if not self.is_lagging:
@@ -3562,8 +3568,8 @@ class _UvicornTransport:
 
 
 def _uvicorn_transport(send: Any) -> _UvicornTransport | None:
-    """The transport below an ASGI send; None for other servers, and if a middleware of the app
-    wraps send.
+    """Returns uvicorn's transport below an ASGI send. It is None on other servers, and where a
+    middleware of the app wraps send.
     """
     try:  # starlette wraps send in closures, of which the innermost holds the server's own
         while getattr(send, "__module__", None) == "starlette._exception_handler":
@@ -3577,7 +3583,7 @@ def _uvicorn_transport(send: Any) -> _UvicornTransport | None:
 
 
 def _received(message: Message) -> str | bytes:
-    """What an ASGI message carries. Raises ChannelClosed."""
+    """Returns the text or bytes of an ASGI message. Raises ChannelClosed."""
     if (text := message.get("text")) is not None:
         return str(text)
     if message["type"] in ("websocket.disconnect", "websocket.close"):
