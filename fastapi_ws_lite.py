@@ -5392,39 +5392,80 @@ _SHARED_LOGS.append(_shared_log)
 
 
 # ----------------------------------------------------------------------------------------- fleet
-# All servers on one backbone as one. They tell each other on two internal topics, which no client
-# can name: their roster (whole, at each beat and 50 ms after a change), and calls with their
-# answers. A server that is silent for too long is gone, and calls under way to it fail. What was
-# written before a server joined is not acted upon, and the log drops repeats, so a call is
-# performed once.
+# All servers on one backbone as one. On one internal topic, which no client can name, each server
+# tells its roster: whole, at each beat and 50 ms after a change. On another one they call each
+# other, through an RpcChannel for each other server, whose socket is the backbone. A server that is
+# silent for too long is gone: its channel ends, and with it the calls under way. What was written
+# before a server joined is not acted upon, and the log drops repeats, so a call is performed once.
 
 FLEET_BEAT_SECONDS: Final = 5.0
-FLEET_SILENCE_SECONDS: Final = 15.0  # three missed beats
+FLEET_SILENCE_SECONDS: Final = 14.0  # so that a server that was killed is gone within 15 s
 FLEET_CALLS: Final = 100  # of one call_all that are under way at once
 _ROSTER: Final = INTERNAL_PREFIX + "roster"
-_CALLS: Final = INTERNAL_PREFIX + "calls"
+_MESSAGES: Final = INTERNAL_PREFIX + "messages"
+# By identity: when its newest connection began, by the clock of its server, and its topics.
+_Roster: TypeAlias = dict[str, tuple[float, list[str]]]
+
+
+class _OtherServer:
+    """Another server of a fleet, as the socket of the channel to it."""
+
+    subprotocol = SUBPROTOCOL
+
+    def __init__(self, fleet: "Fleet", id: str) -> None:
+        self._append, self.inbox = fleet._notifier._append, asyncio.Queue[str]()
+        self._head = f'["{fleet._id}","{id}",'  # of a message: from and to
+        self.recv = self.inbox.get
+        self.channel = RpcChannel(self, fleet._peer, _WS_LITE)
+        self.channel._ids = fleet._ids  # a late answer to an earlier channel finds no call here
+        self.hear({})
+        servers, serving = fleet._servers, self.channel._serve(functools.partial(asyncio.sleep, 0))
+        tasks = fleet._notifier._shared._tasks  # which end with the log
+        _spawn_into(tasks, serving).add_done_callback(lambda _: servers.pop(id))
+
+    def hear(self, clients: _Roster) -> None:
+        """Take a roster, and wait for the next one, or end the channel."""
+        self.clients = clients
+        self.silence = self.channel._loop.call_later(FLEET_SILENCE_SECONDS, self.channel._end, (
+            ChannelClosed(1006, "the client's server is gone")))
+
+    async def send(self, text: str) -> None:
+        """Append a message to the log. A call that is refused there fails; an answer is lost."""
+        try:
+            await self._append((_MESSAGES,), f"{self._head}{text}]", None)
+        except (MessageTooLarge, Overloaded) as error:
+            logger.warning("a message to another server is lost: %s", error)
+            for message in _WS_LITE.parse(_decode(text)):
+                if isinstance(message, RpcRequest):
+                    self.channel._resolve(message.id, error)
+
+    async def close(self, code: int, reason: str) -> None:
+        """There is nothing to close."""
 
 
 class Fleet:
     """Makes the servers that share a backbone one. Without a backbone it is this server alone.
 
     Make one for each endpoint, when the program starts, and give clients an identity by
-    ``main_loop(identity=...)``. Where an identity has several connections, the newest is called.
+    ``main_loop(identity=...)``. Where an identity has several connections, the newest is called;
+    the clocks of the servers decide.
 
-    What `online` says of other servers is up to 0.1 s old, and 15 s where a server was killed.
+    What `online` says is up to 0.1 s old, and 15 s where a server was killed.
     Calls of streams are not passed on.
     """
 
     def __init__(self, endpoint: PubSubEndpoint) -> None:
         self._endpoint, self._notifier, self._id = endpoint, endpoint.notifier, ""
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._beat: asyncio.TimerHandle  # when our roster is told next
-        self._silence: dict[str, asyncio.TimerHandle] = {}  # when each other server is given up
-        # The topics of each client by server and identity, in the order in which they came.
-        self._clients: dict[tuple[str, str], list[str]] = {}
-        self._calls: dict[str, tuple[str, asyncio.Future[Any]]] = {}  # by id: server, answer
-        self._running: dict[str, _Task] = {}  # calls of other servers, by id
-        self._notifier.internal |= {_ROSTER: self._on_roster, _CALLS: self._on_call}
+        # Our roster, as it was told last: the others see those who leave a moment longer, too.
+        self._told: _Roster = {}
+        self._servers: dict[str, _OtherServer] = {}
+        self._since: WeakKeyDictionary[RpcChannel, float] = WeakKeyDictionary()
+        self._ids = itertools.count(1)
+        self._peer = _Peer(default_response_timeout=None, max_concurrent_requests=QUEUE_EVENTS)
+        self._peer._set_up(None)
+        self._peer._add({"fleet.call": _ExposedMethod("fleet.call", self._perform)})
+        self._notifier.internal |= {_ROSTER: self._on_roster, _MESSAGES: self._on_message}
         for name in ("on_connect", "on_disconnect", "on_subscribe", "on_unsubscribe"):
             hooks = getattr(endpoint, name)
             own = (hooks,) if callable(hooks) else hooks
@@ -5434,9 +5475,10 @@ class Fleet:
         """The identities of the clients of all servers, or of a topic's subscribers."""
         with contextlib.suppress(RuntimeError):  # a plain def route runs in a thread
             self._start()
-        told = [(name, topics) for (_, name), topics in list(self._clients.items())]
-        return list(dict.fromkeys(name for name, topics in (*told, *self._roster().items())
-                                  if topic is None or topic in topics))
+        others = [server.clients for server in list(self._servers.values())]
+        return list(dict.fromkeys(
+            name for clients in (*others, self._told, self._roster())
+            for name, (_, topics) in clients.items() if topic is None or topic in topics))
 
     async def call(self, identity: str, method: str, args: _Arguments = None, *,
                    timeout: _Timeout = _UNSET) -> RpcResponse:
@@ -5444,43 +5486,37 @@ class Fleet:
 
         Raises ChannelClosed at once if nobody has this identity, or when its server is lost.
         """
-        loop, seconds = self._start(), self._endpoint._seconds(timeout)
+        began, seconds = self._start().time(), self._endpoint._seconds(timeout)
         _encode_arguments(args)  # raises for those that cannot be sent
-        began, late = loop.time(), lambda: f"{method} was not answered in {seconds} s"
-        server = await _in_time(seconds, self._find(identity), late)
+        server = await _in_time(seconds, self._find(identity), lambda: f"{identity} was not found")
         left = _seconds_left(seconds, began)
-        if server == self._id:
+        if server is None:
             return await self._channels(identity)[-1].call(method, args, timeout=left)
-        id, answer = uuid.uuid4().hex, loop.create_future()
+        response = await server.channel.call("fleet.call", [identity, method, args], timeout=left)
+        closed, result = response.result
+        if closed:
+            raise ChannelClosed(*closed)
+        return RpcResponse(result)
 
-        def on_told(told: "asyncio.Future[None]") -> None:
-            if not answer.done() and (error := told.exception()) is not None:
-                answer.set_result(error)  # the backbone has refused it
-
-        self._calls[id] = server, answer
+    async def _perform(self, identity: str, method: str, args: Any) -> Any:
+        """Call a client of this server, for another one."""
         try:
-            asyncio.ensure_future(self._tell(_CALLS, to=server, id=id, call=[
-                identity, method, args, left])).add_done_callback(on_told)
-            outcome = await _in_time(left, answer, late)
-        finally:
-            del self._calls[id]
-            if answer.cancelled():
-                with contextlib.suppress(RpcError):  # too much waits for the backbone
-                    self._tell(_CALLS, to=server, id=id, cancel=True)
-        if isinstance(outcome, RpcError):
-            raise outcome
-        return RpcResponse(outcome)
+            if not (channels := self._channels(identity)):
+                raise ChannelClosed(1006, "the client has left")
+            return None, (await channels[-1].call(method, args, timeout=None)).result
+        except ChannelClosed as error:
+            return (error.code, error.reason), None
 
-    async def _find(self, identity: str) -> str:
-        """The server of the newest connection of a client. Raises ChannelClosed."""
+    async def _find(self, identity: str) -> _OtherServer | None:
+        """The server of the newest connection of a client; None is this one. Raises ChannelClosed.
+        """
         while True:
-            is_here = bool(self._channels(identity))  # which our roster tells a moment later
-            servers = [server for server, name in self._clients
-                       if name == identity and (is_here or server != self._id)]
-            if is_here and self._id not in servers:
-                servers.append(self._id)
-            if servers:
-                return servers[-1]
+            found: list[tuple[float, _OtherServer | None]] = [
+                (server.clients[identity][0], server) for server in self._servers.values()
+                if identity in server.clients]
+            found += [(self._since.get(c, 0.0), None) for c in self._channels(identity)]
+            if found:
+                return max(found, key=lambda one: one[0])[1]
             if asyncio.get_running_loop().time() > self._started_at + 1.0:
                 raise ChannelClosed(1006, f"no client {identity!r} is online")
             await asyncio.sleep(0.02)  # other servers have not answered our first roster yet
@@ -5503,14 +5539,15 @@ class Fleet:
     def _channels(self, identity: str) -> list[RpcChannel]:
         return [c for c in self._endpoint.channels.values() if c.identity == identity]
 
-    def _roster(self) -> dict[str, list[str]]:
-        """The identities of this server's clients, with their topics."""
-        clients: dict[str, list[str]] = {}
+    def _roster(self) -> _Roster:
+        """The clients of this server, as the others know them."""
+        clients: _Roster = {}
         for channel in list(self._endpoint.channels.values()):
             if channel.identity is not None:
-                topics = clients.setdefault(channel.identity, [])
                 keys = channel._subscriber.keys if channel._subscriber else ()
+                _, topics = clients.get(channel.identity, (0.0, []))
                 topics += [name for name, is_pattern in keys if not is_pattern]
+                clients[channel.identity] = (self._since.get(channel, 0.0), topics)
         return clients
 
     def _start(self) -> asyncio.AbstractEventLoop:
@@ -5518,95 +5555,52 @@ class Fleet:
         loop = asyncio.get_running_loop()
         if self._loop is not loop or self._notifier._loop is not loop:
             self._loop, self._id, self._started_at = loop, uuid.uuid4().hex[:12], loop.time()
-            self._silence, self._clients = {}, {}
+            self._servers = {}
             self._notifier._attach()
-            self._tell_roster()
+            if (shared := self._notifier._shared) is not None:
+                self._peer.max_message_size = shared._max_entry - 2**7  # what surrounds a message
+            self._tell_roster(self._id)
         return loop
 
-    def _tell(self, topic: str, **message: Any) -> _OptionalAwait[None]:
-        return self._notifier.publish([topic], {"from": self._id, **message})
-
-    def _tell_roster(self) -> None:
+    def _tell_roster(self, id: str) -> None:
         """Tell who is connected here, at every beat until the endpoint is closed."""
-        if (loop := self._notifier._loop) is not self._loop or loop is None:
-            return
-        self._beat = loop.call_later(FLEET_BEAT_SECONDS, self._tell_roster)
-        try:
-            self._tell(_ROSTER, clients=self._roster())
-        except RpcError as error:  # the next beat tries again
-            logger.warning("other servers were not told who is connected here: %s", error)
+        if (loop := self._notifier._loop) is not None and id == self._id:
+            self._told = self._roster()
+            self._beat = loop.call_later(FLEET_BEAT_SECONDS, self._tell_roster, id)
+            with contextlib.suppress(RpcError):  # the next beat tries again
+                self._notifier.publish([_ROSTER], [id, self._told])
 
-    def _tell_soon(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self._beat.when() > loop.time() + 0.05:
+    def _tell_soon(self) -> None:
+        loop = asyncio.get_running_loop()
+        if self._loop is loop and self._beat.when() > loop.time() + 0.05:
             self._beat.cancel()
-            self._beat = loop.call_later(0.05, self._tell_roster)
+            self._beat = loop.call_later(0.05, self._tell_roster, self._id)
 
     def _on_change(self, channel: RpcChannel, *_: Any) -> None:
         """A hook: a client has come or gone, or its topics have changed."""
         if channel.identity is not None:
-            loop = self._start() if channel._closed is None else asyncio.get_running_loop()
-            if self._loop is loop:
-                self._tell_soon(loop)
+            self._since.setdefault(channel, time.time())
+            if channel._closed is None:
+                self._start()
+            self._tell_soon()
+
+    def _server(self, id: str) -> _OtherServer:
+        if id not in self._servers:
+            self._servers[id] = _OtherServer(self, id)
+            self._tell_soon()  # it has just begun, and knows nobody yet
+        return self._servers[id]
 
     def _on_roster(self, text: str) -> None:
-        loop, message = self._start(), _decode(text)
-        id, clients = message["from"], message["clients"]
+        self._start()
+        id, clients = _decode(text)
         if id != self._id:
-            if id in self._silence:
-                self._silence[id].cancel()
-            else:  # a server that has just begun knows nobody yet
-                self._tell_soon(loop)
-            self._silence[id] = loop.call_later(FLEET_SILENCE_SECONDS, self._forget, id)
-        for key in [k for k in self._clients if k[0] == id and k[1] not in clients]:
-            del self._clients[key]
-        for identity, topics in clients.items():
-            self._clients[id, identity] = topics  # a new one is the last
+            self._server(id).silence.cancel()
+            self._server(id).hear(clients)
 
-    def _forget(self, id: str) -> None:
-        """A server is gone, with its clients."""
-        del self._silence[id]
-        self._clients = {key: topics for key, topics in self._clients.items() if key[0] != id}
-        for answer in [a for server, a in self._calls.values() if server == id and not a.done()]:
-            answer.set_result(ChannelClosed(1006, "the client's server is gone"))
-
-    def _on_call(self, text: str) -> None:
-        """A call for a client of this server, its cancellation, or an answer."""
-        message = _decode(text)
-        if message["to"] != self._id:
-            return
-        id, (_, answer) = message["id"], self._calls.get(message["id"], ("", None))
-        if "call" in message:
-            task = self._running[id] = asyncio.Task(
-                self._perform(message["from"], id, *message["call"]))
-            task.add_done_callback(lambda task: self._running.pop(id))
-        elif "cancel" in message and id in self._running:
-            self._running[id].cancel()
-        elif answer is not None and not answer.done():
-            error = message.get("error")
-            outcome = message.get("result") if error is None else _WS_LITE._parse_error(error)
-            answer.set_result(ChannelClosed(*message["closed"]) if "closed" in message else outcome)
-
-    async def _perform(self, server: str, id: str, identity: str, method: str, args: Any,
-                       timeout: float | None) -> None:
-        """Call a client of this server for another one, and tell it the outcome."""
-        _current_request.set(None)
-        tell = functools.partial(self._tell, _CALLS, to=server, id=id)
-        answer: dict[str, Any]
-        try:
-            if not (channels := self._channels(identity)):
-                raise ChannelClosed(1006, "the client has left")
-            answer = {"result": (await channels[-1].call(method, args, timeout=timeout)).result}
-        except ChannelClosed as error:
-            answer = {"closed": [error.code, error.reason]}
-        except RpcError as error:
-            answer = {"error": _decode(_error_object(error))}
-        try:
-            try:
-                await tell(**answer)
-            except MessageTooLarge as error:
-                await tell(error=_decode(_error_object(error)))
-        except RpcError as error:  # the caller waits until its timeout
-            logger.warning("an answer to another server is lost: %s", error)
+    def _on_message(self, text: str) -> None:
+        source, target, message = _decode(text)
+        if target == self._id:
+            self._server(source).inbox.put_nowait(_encode(message))
 
 
 __all__ += ["Fleet"]
