@@ -1585,9 +1585,8 @@ class _RequestRunner:
     def __init__(self, channel: "RpcChannel", peer: _Peer) -> None:
         self._channel, self._peer = channel, peer
         self.running: dict[RpcRequest, asyncio.Task[None] | None] = {}
-        self.gate = asyncio.Event()  # set when on_connect of a server has returned
-        if not peer._is_server or peer.on_connect == ():
-            self.gate.set()
+        # On a server, requests wait until on_connect has returned.
+        self.is_open = not peer._is_server or peer.on_connect == ()
 
     def accept(self, request: RpcRequest) -> None:
         """Begin to serve a request, or answer why not."""
@@ -1625,8 +1624,8 @@ class _RequestRunner:
         """The whole of a request's task, so that no exception leaves it."""
         _current_request.set(request)
         try:
-            if not self.gate.is_set():
-                await self.gate.wait()
+            while not self.is_open:
+                await _wait_notified(self._channel._waiters)
             if request._has_ended and self._channel._closed is None:
                 return  # a request that came just before the end still runs its first step
             perform = self._run_middleware if self._peer.middleware else self._perform
@@ -1899,14 +1898,13 @@ class RpcChannel(_Caller):
         self.websocket, self._socket = websocket, socket
         self._peer, self._peer_max_size = peer, peer.max_message_size
         self.format = format or _JSONRPC  # the first message of the peer may show another one
-        self._format_known, self._ended = asyncio.Event(), asyncio.Event()
-        if format is not None:
-            self._format_known.set()
+        self._format_known = format is not None
+        self._waiters: _Waiters = []  # for the format, for on_connect, and for the end
         self._loop = asyncio.get_running_loop()
         self._calls, self._ids = dict[int, _PendingCall](), itertools.count(1)
         self._tasks: set[_Task] = set()
         # Tasks that have called close(), and are not cancelled.
-        self._spared: set[_Task | None] = set()
+        self._spared: frozenset[_Task | None] = frozenset()
         self._closed: ChannelClosed | None = None
         self._failure: Exception | None = None  # an unexpected exception, which `_serve` raises
         self._message_size = 0  # the bytes of the current frame, divided by its messages
@@ -1936,7 +1934,7 @@ class RpcChannel(_Caller):
         MessageTooLarge, TypeError or ValueError for arguments that cannot be sent. Cancelling a
         call cancels the method at the peer, where ws-lite.1 was negotiated.
         """
-        if not self._format_known.is_set():
+        if not self._format_known:
             timeout = await self._wait_for_format(timeout)
         return await self._await_response(method, *self._send_call(method, args, timeout, meta))
 
@@ -1947,7 +1945,7 @@ class RpcChannel(_Caller):
         Arguments and errors are those of `call`, but ``timeout`` limits the wait for each item. The
         peer is at most 16 items ahead. Leaving the loop ends the stream there.
         """
-        if not self._format_known.is_set():
+        if not self._format_known:
             await self._wait_for_format(timeout)
         id, call = self._send_call(method, args, timeout, meta, credit=STREAM_CREDIT)
         try:
@@ -1978,8 +1976,12 @@ class RpcChannel(_Caller):
     async def _wait_for_format(self, timeout: _Timeout) -> float | None:
         """Wait for the peer's first message, which shows what it speaks. Returns the time left."""
         seconds, began = self._time_left(timeout), self._loop.time()
-        await _in_time(seconds, self._format_known.wait(),
-                       lambda: "the peer has not sent its first message")
+
+        async def learn_format() -> None:
+            while not self._format_known:
+                await _wait_notified(self._waiters)
+
+        await _in_time(seconds, learn_format(), lambda: "the peer has not sent its first message")
         return _seconds_left(seconds, began)
 
     def _send_call(self, method: str, args: _Arguments, timeout: _Timeout,
@@ -2073,6 +2075,7 @@ class RpcChannel(_Caller):
                     count += 1
                     if count % YIELD_MESSAGES == 0:  # let other connections have their turn
                         await asyncio.sleep(0)
+                del message  # it may be large, and what follows may wait
                 if self._outbox.size > PAUSE_BYTES:
                     with contextlib.suppress(TimeoutError):  # two peers may flood each other
                         async with asyncio.timeout(self._outbox.size / PAUSE_BYTES_PER_SECOND):
@@ -2094,7 +2097,7 @@ class RpcChannel(_Caller):
             return (_invalid(None, -32700, "Parse error"),)
         if type(value) is list and len(value) > MAX_ARRAY_MESSAGES:
             return (_invalid(None, Overloaded.code, f"more than {MAX_ARRAY_MESSAGES} messages"),)
-        if not self._format_known.is_set():
+        if not self._format_known:
             self._choose_format(value)
         if type(value) is not list or not value:
             messages = self.format.parse(value)
@@ -2118,7 +2121,8 @@ class RpcChannel(_Caller):
         format = next((f for f in _WIRE_FORMATS if f.understands(value)), None)
         if format is not None:
             self.format = format
-            self._format_known.set()
+            self._format_known = True
+            _notify_all(self._waiters)
             if format.is_legacy:
                 limit = getattr(self._peer, "legacy_max_message_size", LEGACY_MESSAGE_BYTES)
                 self._peer_max_size = min(self._peer_max_size, limit)
@@ -2133,7 +2137,7 @@ class RpcChannel(_Caller):
         hook of this connection may call it and goes on afterwards. Cancelling it cancels nothing
         else.
         """
-        self._spared.add(asyncio.current_task())
+        self._spared |= {asyncio.current_task()}
         if self._closed is None:
             closing = ChannelClosed(code, reason.encode()[:123].decode(errors="ignore"))
             self._outbox.close(closing)
@@ -2142,8 +2146,9 @@ class RpcChannel(_Caller):
 
     async def wait_closed(self) -> ChannelClosed:
         """Wait for the end of the connection; returns its code and reason. Cancelling is safe."""
-        await self._ended.wait()
-        return cast(ChannelClosed, self._closed)
+        while self._closed is None:
+            await _wait_notified(self._waiters)
+        return self._closed
 
     def _end(self, closed: ChannelClosed) -> None:
         if self._closed is not None:
@@ -2158,8 +2163,8 @@ class RpcChannel(_Caller):
             self._loop.call_soon(task.cancel)  # what came last still has its first step
         for id in list(self._calls):
             self._resolve(id, ChannelClosed(closed.code, closed.reason))
-        self._format_known.set()
-        self._ended.set()
+        self._format_known = True
+        _notify_all(self._waiters)
 
     def _open_tasks(self) -> set[_Task]:
         running = {task for task in self._runner.running.values() if task is not None}
@@ -2183,7 +2188,8 @@ class RpcChannel(_Caller):
     async def _open(self, opened: Callable[[], Awaitable[None]]) -> None:
         try:
             await opened()
-            self._runner.gate.set()
+            self._runner.is_open = True
+            _notify_all(self._waiters)
         except Exception as error:  # a hook may raise anything
             told = self._runner.error_for_caller("on_connect", error)
             code = POLICY_VIOLATION if isinstance(told, Forbidden) else SERVER_ERROR
@@ -2209,9 +2215,12 @@ class RpcChannel(_Caller):
     def _spawn_vital(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         """Start a task that the connection needs: if somebody cancels it, the connection ends."""
         task = self._spawn(work)
-        task.add_done_callback(lambda task: self._end(ChannelClosed(
-            SERVER_ERROR, "cancelled")) if task.cancelled() else None)
+        task.add_done_callback(self._end_if_cancelled)
         return task
+
+    def _end_if_cancelled(self, task: _Task) -> None:
+        if task.cancelled():
+            self._end(ChannelClosed(SERVER_ERROR, "cancelled"))
 
 
 # ----------------------------------------------------------------------------- events in process
@@ -3192,7 +3201,7 @@ class RpcEndpoint(_Peer):
                              context=context, identity=identity, websocket=websocket)
         self.channels[channel.id] = channel
         try:
-            await channel._serve(lambda: _run_hooks(self.on_connect, channel))
+            await channel._serve(functools.partial(_run_hooks, self.on_connect, channel))
         finally:
             await _run_hooks_logged(self.on_disconnect, channel)
 
@@ -3264,7 +3273,7 @@ class RpcEndpoint(_Peer):
         channels = list(self.channels.values())
         async with asyncio.TaskGroup() as group:
             for channel in channels:
-                channel._spared.add(asyncio.current_task())
+                channel._spared |= {asyncio.current_task()}
                 group.create_task(channel.close(code, reason))
                 await asyncio.sleep(min(0.001, RESTART_SPREAD_SECONDS / len(channels)))
 
@@ -3905,7 +3914,7 @@ class RpcClient(_Peer, _Caller):
         task = asyncio.current_task()
         self._callers_of_close.add(task)
         if self.channel is not None:
-            self.channel._spared.add(task)
+            self.channel._spared |= {task}
         if self._closer is None:
             self._closer = asyncio.create_task(self._close())
         await asyncio.wait([self._closer])
