@@ -81,8 +81,7 @@ async def demo() -> None:
     def news(text: str) -> None:
         endpoint.publish("news", text)  # an ordinary route may publish, without await
 
-    async with (serving(app) as port,
-                PubSubClient(f"ws://127.0.0.1:{port}/ws", Agent()) as ann,
+    async with (serving(app) as port, PubSubClient(f"ws://127.0.0.1:{port}/ws", Agent()) as ann,
                 PubSubClient(f"ws://127.0.0.1:{port}/ws", Agent()) as bob):
         print("ann:", said := (await ann.other.introduce(name="ann")).result)
         assert said == "welcome ann, running 1.0"
@@ -752,16 +751,18 @@ class Bench:
 
     async def twenty(self, name: str) -> Figures:
         """Single events to 20 whole clients in this process: the cost of both sides."""
-        count, heard = self.count // (500 if name == "theirs" else 20), asyncio.Semaphore(0)
+        count, done = self.count // (500 if name == "theirs" else 20), asyncio.Event()
+        left = iter(range(1, 20 * count))
 
         async def on_event(data: Any, topic: str) -> None:
-            heard.release()
+            if next(left, None) is None:
+                done.set()
 
         async with contextlib.AsyncExitStack() as stack:
             for _ in range(20):
                 await stack.enter_async_context(self.client(name, on_event))
-            return await self.cost(name, 20 * count, self.tell(name, "publish", count),
-                                   repeat(heard.acquire, 20 * count, 20), both=True)
+            return await self.cost(
+                name, 20 * count, self.tell(name, "publish", count), done.wait(), both=True)
 
     async def imports(self, _: str) -> Figures:
         """Milliseconds to import the module after FastAPI, without its .pyc."""
@@ -848,7 +849,6 @@ async def log_of(url: str) -> tuple[Work, Work]:
 def bench(quick: bool = False) -> None:
     """Processor time per call and per delivery, beside rates; "bench --quick" takes 15 s."""
     run_on_core(1, Bench(quick).run())
-
 
 
 PAGE = r"""<!doctype html>

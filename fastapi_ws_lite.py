@@ -5555,7 +5555,7 @@ class Fleet:
             if channel.identity is not None:
                 keys = channel._subscriber.keys if channel._subscriber else ()
                 _, topics = clients.get(channel.identity, (0.0, []))
-                topics += [name for name, is_pattern in keys if not is_pattern]
+                topics += [name for name, is_pattern in list(keys) if not is_pattern]
                 clients[channel.identity] = (self._since.get(channel, 0.0), topics)
         return clients
 
