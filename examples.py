@@ -673,7 +673,7 @@ class Bench:
         with open(f"/proc/{self.servers[name].pid}/{file}") as numbers:
             return int(numbers.read().split()[place])
 
-    async def cost(self, name: str, count: int, *work: Awaitable[None], both: bool) -> Figures:
+    async def cost(self, name: str, count: int, *work: Awaitable[Any], both: bool) -> Figures:
         """Processor time in us of a server, or of both sides, for each of so many."""
         began, own, used = time.perf_counter(), time.process_time(), self.read(name, "schedstat", 0)
         await asyncio.gather(*work)
