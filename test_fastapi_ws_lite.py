@@ -8529,7 +8529,7 @@ def test_remote_subscription_that_is_not_confirmed_raises_after_the_timeout() ->
                      lambda: remote.unsubscribe("t")):
             with pytest.raises(RequestTimeout):
                 wait()
-        assert not remote._client._dispatcher.table.keys()
+            assert not remote._client._dispatcher.table.keys()
 
 
 def test_remote_without_a_server_raises_after_connect_timeout() -> None:
