@@ -8582,24 +8582,19 @@ async def test_remote_ctrl_c_leaves_whatever_it_waits_for() -> None:
     silent = await asyncio.start_server(lambda *streams: accepted.append(streams), "127.0.0.1", 0)
     url = f"ws://127.0.0.1:{silent.sockets[0].getsockname()[1]}"
     async with silent, serving(app_of(endpoint)) as server:
-        script = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", INTERRUPTED, url, f"{server}/ws", cwd=HERE,
-            stdout=subprocess.PIPE)
+        script = subprocess.Popen([sys.executable, "-c", INTERRUPTED, url, f"{server}/ws"],
+                                  cwd=HERE, stdout=subprocess.PIPE, text=True)
         assert script.stdout
-
-        async def line() -> str:
-            assert script.stdout
-            return (await asyncio.wait_for(script.stdout.readline(), 10)).decode().strip()
-
-        for waits in (lambda: accepted, lambda: worker.seen == ["held"],
-                      lambda: endpoint.stats()["subscriptions"] == 1, asked.is_set):
-            assert await line() == "waits"
-            await until(waits)
-            script.send_signal(signal.SIGINT)
-            assert await line() == "interrupted"
-        assert [await line(), await line()] == ["3", "1 thread"]
+        with script.stdout as lines:
+            for waits in (lambda: accepted, lambda: worker.seen == ["held"],
+                          lambda: endpoint.stats()["subscriptions"] == 1, asked.is_set):
+                assert await in_thread(lines.readline) == "waits\n"
+                await until(waits)
+                script.send_signal(signal.SIGINT)
+                assert await in_thread(lines.readline) == "interrupted\n"
+            assert await in_thread(lines.read) == "3\n1 thread\n"
         assert worker.seen[:2] == ["held", "cancelled"]
-        assert await asyncio.wait_for(script.wait(), 10) == 0
+        assert await in_thread(script.wait) == 0
         worker.go.set()
         for _, writer in accepted:
             writer.close()
@@ -9052,32 +9047,26 @@ async def test_browser_answers_of_a_proxy_are_no_refusal(page: Page) -> None:
 @in_node_and_chromium
 async def test_browser_first_load_waits_for_a_server_that_is_away(page: Page) -> None:
     """Also on another origin, where no status can be seen, so that even a 401 is none."""
-    async with serving(FastAPI()) as url:
-        pass
-    await page.connect(f"{url}/ws")
+    port = free_port()
+    await page.connect(f"ws://127.0.0.1:{port}/ws")
     await page.until("states.filter(([state]) => state === 'waiting').length > 1")
     in_node = await page.run("return !globalThis.location")  # there are no origins in it
     behind_a_proxy(app := FastAPI(), [] if in_node else [502, 401])
-    async with serving(app, port=int(url.rpartition(":")[2])):
+    async with serving(app, port=port):
         assert await page.run("return ws.call('add', [1, 2])") == 3
     assert await page.run("return states.some(([, why]) => why?.status)") is False
 
 
 async def test_browser_calls_that_wait_are_bounded(page: Page) -> None:
     """In number, also of publishes that nobody waits for while it is away, and in bytes."""
-    async with serving(FastAPI()) as url:
-        pass
-    await page.connect(f"{url}/ws")
-    outcomes = await page.run("""
-        const all = Array.from({ length: 110 }, (_, n) => tried(ws.publish("t", n)));
-        await all.at(-1); ws.close(); return (await Promise.all(all)).map(([code]) => code);""")
-    assert outcomes == [1000] * 100 + [-32002] * 10
+    publish = """
+        const all = Array.from({ length: %d }, () => tried(ws.publish("t", %s)));
+        await all.at(-1); ws.close(); return (await Promise.all(all)).map(([code]) => code);"""
+    await page.connect(f"ws://127.0.0.1:{free_port()}/ws")
+    assert await page.run(publish % (110, 1)) == [1000] * 100 + [-32002] * 10
     await page.peer("")
     await page.until("ws.state === 'ready'")
-    outcomes = await page.run("""
-        const all = Array.from({ length: 9 }, () => tried(ws.publish("t", "x".repeat(4e5))));
-        await all.at(-1); ws.close(); return (await Promise.all(all)).map(([code]) => code);""")
-    assert outcomes == [1000] * 3 + [-32002] * 6
+    assert await page.run(publish % (9, "'x'.repeat(4e5)")) == [1000] * 3 + [-32002] * 6
 
 
 async def test_browser_address_that_is_none_is_final_and_a_failing_token_is_not(page: Page) -> None:
@@ -9623,20 +9612,12 @@ async def test_readme_tastes_run(capsys: Printed) -> None:
                 await work
         async with PubSubClient(namespace["url"]) as client:
             assert (await client.other.me()).result == {"name": "nobody"}
+    may, ann = namespace["may"], types.SimpleNamespace(identity="ann")
+    assert may(ann, "subscribe", ("ann/inbox",)) and not may(ann, "subscribe_pattern", ("*",))
+    assert not may(ann, "subscribe", ("anna/inbox",))
     printed = capsys.readouterr().out
     for expected in ("deleted\n", "3\n", "0\n1\n2\n", "room/1 hi\n", "hello\n"):
         assert expected in printed
-
-
-def test_readme_authorisation_does_not_mix_up_names() -> None:
-    """``ann`` may not read what belongs to ``anna``."""
-    namespace: dict[str, Any] = {"RpcChannel": RpcChannel}
-    (block,) = (b for b in readme_blocks() if "def may" in b)
-    exec(block.partition("private =")[0], namespace)
-    channel = types.SimpleNamespace(identity="ann")
-    assert namespace["may"](channel, "subscribe", ("ann/inbox",))
-    assert not namespace["may"](channel, "subscribe", ("anna/inbox",))
-    assert not namespace["may"](channel, "subscribe_pattern", ("*",))
 
 
 def test_readme_and_examples_keep_their_budgets() -> None:
