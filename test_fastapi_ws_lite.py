@@ -7161,8 +7161,7 @@ async def test_backbone_left_and_joined_again_is_a_gap(broker: MemoryLog) -> Non
         assert heard == [*range(10), "gap: log", *range(heard[11], 20)]
 
 
-async def test_backbone_joined_again_tells_quiet_subscribers_the_position(
-        broker: MemoryLog) -> None:
+async def test_backbone_rejoined_tells_quiet_subscribers_the_position(broker: MemoryLog) -> None:
     """Counting begins anew with the local log, which may be shorter than the one before."""
     async with serving_on(broker, history=40) as endpoint, client_of(endpoint) as client:
         await client.subscribe("quiet", print)
@@ -7179,8 +7178,7 @@ async def test_backbone_joined_again_tells_quiet_subscribers_the_position(
 
 
 @pytest.mark.parametrize("trouble", [OSError("broken"), asyncio.CancelledError(), RuntimeError()])
-async def test_backbone_flapping_broker_loses_nothing(
-        broker: MemoryLog, trouble: BaseException) -> None:
+async def test_backbone_flapping_loses_nothing(broker: MemoryLog, trouble: BaseException) -> None:
     """It freezes, fails and forgets to answer in turn; every event arrives once and in order.
 
     An append that fails is repeated; whether it was stored or not, readers take it once.
@@ -7276,8 +7274,7 @@ async def test_backbone_event_of_a_thread_that_it_refuses_is_logged_and_fails_no
     assert "nobody waited for it" in record.getMessage() and record.name == lib.logger.name
 
 
-async def test_backbone_number_that_is_missing_is_a_gap(
-        broker: MemoryLog, monkeypatch: Patch) -> None:
+async def test_backbone_missing_number_is_a_gap(broker: MemoryLog, monkeypatch: Patch) -> None:
     """A hole in a writer's numbers is told once, in its place; a number that was had is dropped.
 
     Each start of a server is a writer, so old ones are forgotten.
@@ -7356,8 +7353,7 @@ async def test_backbone_entry_of_many_topics_holds_up_nobody_for_long(broker: Me
 
 
 @pytest.mark.parametrize("are_sparse", [False, True])
-async def test_backbone_client_changes_server_without_a_gap(
-        broker: MemoryLog, are_sparse: bool) -> None:
+async def test_backbone_change_of_server_is_no_gap(broker: MemoryLog, are_sparse: bool) -> None:
     """Positions name the same event on all servers, the beginning of an empty log included.
 
     Offsets may be large and sparse, as times in nanoseconds are.
@@ -7436,8 +7432,7 @@ async def test_backbone_foreign_entries_are_passed_over(broker: MemoryLog, caplo
 
 
 @pytest.mark.parametrize("is_cancelled", [False, True])
-async def test_backbone_close_lets_queued_events_leave(
-        broker: MemoryLog, is_cancelled: bool) -> None:
+async def test_backbone_close_lets_queued_events_go(broker: MemoryLog, is_cancelled: bool) -> None:
     """close() gives them a moment; above a frozen broker it fails the rest and leaves no task."""
     one = PubSubEndpoint(backbone=broker)
     events = [one.publish(["t"], n) for n in range(100)]
@@ -7618,8 +7613,7 @@ async def delete_log(url: str, channel: str) -> None:
                 await admin.close()
 
 
-async def test_broker_log_keeps_the_contract_of_backbone(
-        url: str, channel: str, monkeypatch: Patch) -> None:
+async def test_broker_log_keeps_the_contract(url: str, channel: str, monkeypatch: Patch) -> None:
     """Two writers, any bytes, one order; a read begins at its start, in RESP3, too, and waits."""
     its_url = f"{url}?protocol=3" if url.startswith("redis") else url
     async with logs_of(url, channel, 2) as (one, two), logs_of(its_url, channel, 1) as (reader,):
@@ -7769,8 +7763,7 @@ async def test_broker_mute_or_absent_is_an_outage(monkeypatch: Patch) -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_broker_driver_missing_or_too_old_raises_import_error(
-        scheme: str, monkeypatch: Patch) -> None:
+def test_broker_driver_missing_or_old_raises_import_error(scheme: str, monkeypatch: Patch) -> None:
     """The endpoint's constructor says which version is needed, and what to install."""
     driver = pytest.importorskip(SCHEMES[scheme])
     monkeypatch.setattr(driver, "__version__", "0.1.0")
@@ -8999,8 +8992,7 @@ async def test_browser_goes_on_with_a_fresh_token_where_it_was(page: Page) -> No
 
 
 @pytest.mark.parametrize(("options", "attempts"), [("", 1), ("token: () => 't'", 2)])
-async def test_browser_closed_with_1008_is_refused_for_good(
-        page: Page, options: str, attempts: int) -> None:
+async def test_browser_closed_with_1008_is_refused(page: Page, options: str, attempts: int) -> None:
     """It is final, also after having been ready; a token that is a function is tried once more."""
     peer = await page.peer(options, "on('a', 'a')")
     for attempt in range(attempts):
@@ -9208,8 +9200,7 @@ WRONG = ['ws.subscribe(5, () => {})', 'connect("/ws", { firstDelay: 1 })',
 
 
 @pytest.mark.slow
-async def test_browser_types_are_strict_and_those_of_the_server(
-        tmp_path: Path, capsys: Printed) -> None:
+async def test_browser_types_are_strict_and_of_the_server(tmp_path: Path, capsys: Printed) -> None:
     """A program with them and with the types that are written for a server is well typed."""
     if (npm := shutil.which("npm")) is None:
         pytest.skip("there is no npm")
@@ -9285,8 +9276,7 @@ async def command(*argv: str) -> int:
     (["a=NaN", f"b={'[' * 99999}"], {"a": "NaN", "b": "[" * 99999}),
     (["-H", "X: 1: 2", "-H", "y:", "--token", "t"], {"auth": "Bearer t", "x": "1: 2"}),
 ])
-async def test_call_arguments_are_json_or_strings(
-        words: list[str], result: Any, capsys: Printed) -> None:
+async def test_call_takes_json_or_strings(words: list[str], result: Any, capsys: Printed) -> None:
     """NAME=VALUE, or one object or array; a result, or an item of a stream, is a line of JSON."""
     async with shell_server() as (_, url):
         assert await command("call", url, "given", *words) == 0
@@ -9335,8 +9325,7 @@ async def test_command_that_fails_prints_one_line_and_ends_with_a_code(
     (["methods", "-H", "no colon", "ws://x"], 2, "usage: fastapi-ws-lite"),
     (["-h"], 0, "130"), *(([name, "-h"], 0, f"example: fastapi-ws-lite {name} ") for name in (
         "call", "methods", "types", "subscribe", "publish", "serve", "vendor", "help"))])
-def test_usage_is_as_argparse_has_it(
-        argv: list[str], code: int, text: str, capsys: Printed) -> None:
+def test_usage_is_that_of_argparse(argv: list[str], code: int, text: str, capsys: Printed) -> None:
     """The help of each command has an example, and the help of all of them the exit codes."""
     with pytest.raises(SystemExit, match=f"{code}"):
         lib._main(argv)
@@ -9433,21 +9422,19 @@ class Served(lib.RpcMethodsBase):
 
 def test_serve_serves_calls_and_events_until_ctrl_c(tmp_path: Path, monkeypatch: Patch) -> None:
     """Browsers, which offer to compress, are served without compression."""
-    from websockets.asyncio.client import connect as browse
+    from websockets.sync.client import connect as browse
 
     results, port = list[Any](), free_port()
-
-    async def use() -> None:
-        async with lib.PubSubClient(f"ws://127.0.0.1:{port}/there") as client:
-            subscription = await client.subscribe("news")
-            await client.publish("news", (await client.other.add(1, 2)).result, include_self=True)
-            results.append((await subscription.next(timeout=5)).data)
-            async with browse(client.server_uri, compression="deflate") as browser:
-                results.append(browser.protocol.extensions)
+    url = f"ws://127.0.0.1:{port}/there"
 
     def use_and_interrupt() -> None:
         try:
-            asyncio.run(asyncio.wait_for(use(), 10))
+            with connect(url, connect_timeout=10) as remote:
+                events = remote.events("news")
+                remote.publish("news", remote.add(1, 2), include_self=True)
+                results.append(events.next(timeout=5).data)
+            with browse(url, compression="deflate") as browser:
+                results.append(browser.protocol.extensions)
         finally:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -9620,10 +9607,14 @@ async def test_readme_tastes_run(capsys: Printed) -> None:
         assert expected in printed
 
 
-def test_readme_and_examples_keep_their_budgets() -> None:
-    """A README is read to its end only if it ends, and a recipe is copied if seen at a glance."""
+def test_readme_and_examples_keep_their_form() -> None:
+    """A README is read to its end only if it ends, and a recipe is copied if seen at a glance.
+
+    CI takes its command from the README, so it must be found there once.
+    """
     words = (HERE / "README.md").read_text()
     assert len(words.splitlines()) <= 350 and len(words.split()) <= 2500
+    assert len(re.findall(r"^python3 -m venv .* -m pytest -q$", words, re.MULTILINE)) == 1
     assert len((HERE / "examples.py").read_text().splitlines()) <= 1000
     for name, function in examples.QUICK.items():
         if name not in ("demo", "events", "errors", "authorisation"):
@@ -9722,9 +9713,3 @@ def test_module_asks_for_the_versions_that_pyproject_names() -> None:
         for broker in lib._Broker.__subclasses__()}
     asked = {f"{name}>={'.'.join(map(str, oldest))}" for name, oldest in checked.items()}
     assert named == asked
-
-
-def test_ci_runs_the_command_of_the_readme() -> None:
-    """CI takes the command from the README, so it must be found there once."""
-    readme = (HERE / "README.md").read_text()
-    assert len(re.findall(r"^python3 -m venv .* -m pytest -q$", readme, re.MULTILINE)) == 1
