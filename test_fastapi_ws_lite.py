@@ -8608,6 +8608,7 @@ console.error = console.warn = (...said) => errors.push(said.map(String).join(" 
 const own = new EventTarget();
 for (const name of ["addEventListener", "dispatchEvent"]) window[name] ??= own[name].bind(own);
 window.tried = (promise) => promise.catch((e) => [e.code, e.message, e.data ?? null]);
+window.codes = async (all) => (await Promise.all(all.map(tried))).map(([code]) => code);
 window.on = (name, topics, how) => window[name] = ws.subscribe(topics,
     (data, topic, event) => log.push([name, topic, event.position]), how);
 const AsyncFunction = (async () => {}).constructor, control = new WebSocket("URL/control");
@@ -8957,8 +8958,7 @@ async def test_browser_refused_names_end_their_subscriptions(page: Page) -> None
     await page.run("on('x', 'x'); on('y', 'y', { pattern: true }); on('z', 'a', { last: 1 })")
     await peer.fail(await peer.recv("subscribe"), -32001, {"topics": ["x", "y"]})
     await peer.fail(await peer.recv("subscribe"), -32602)
-    assert await page.run("""return (await Promise.all([x, y, z].map(
-        ({ confirmed }) => tried(confirmed)))).map(([code]) => code)""") == [
+    assert await page.run("return codes([x.confirmed, y.confirmed, z.confirmed])") == [
         -32001, -32001, -32602]
     await peer.send(notice("a", "2"))
     await page.until("log.length")
@@ -8999,8 +8999,7 @@ async def test_browser_closed_with_1008_is_refused(page: Page, options: str, att
     await page.until("ws.state === 'closed'")
     assert await page.run("""
         const rejected = [ws.call("x"), a.confirmed, ws.subscribe("b").confirmed];
-        return [states.at(-1)[1].code, ...(await Promise.all(rejected.map(tried))).map(
-            ([code]) => code)]""") == [1008] * 4
+        return [states.at(-1)[1].code, ...await codes(rejected)]""") == [1008] * 4
 
 
 def behind_a_proxy(app: FastAPI, answers: list[int]) -> None:
@@ -9049,8 +9048,8 @@ async def test_browser_first_load_waits_for_a_server_that_is_away(page: Page) ->
 async def test_browser_calls_that_wait_are_bounded(page: Page) -> None:
     """In number, also of publishes that nobody waits for while it is away, and in bytes."""
     publish = """
-        const all = Array.from({ length: %d }, () => tried(ws.publish("t", %s)));
-        await all.at(-1); ws.close(); return (await Promise.all(all)).map(([code]) => code);"""
+        const all = Array.from({ length: %d }, () => ws.publish("t", %s)), got = codes(all);
+        await tried(all.at(-1)); ws.close(); return got;"""
     await page.connect(f"ws://127.0.0.1:{free_port()}/ws")
     assert await page.run(publish % (110, 1)) == [1000] * 100 + [-32002] * 10
     await page.peer("")
