@@ -7201,8 +7201,7 @@ async def test_backbone_flapping_loses_nothing(broker: MemoryLog, trouble: BaseE
 @pytest.mark.parametrize("call", ["ends", "append", "read"])
 @pytest.mark.parametrize("error", [AttributeError, TypeError, NameError, KeyError, AssertionError])
 async def test_backbone_error_of_programming_ends_it(
-        broker: MemoryLog, call: str, error: type[Exception], monkeypatch: Patch,
-        caplog: Logs) -> None:
+        broker: MemoryLog, call: str, error: type[Exception], caplog: Logs) -> None:
     """It is logged with its traceback once and never retried; publish and subscribe fail."""
     calls: list[object] = []
 
@@ -7210,7 +7209,7 @@ async def test_backbone_error_of_programming_ends_it(
         calls.append(args)
         raise error("a mistake")
 
-    monkeypatch.setattr(broker, call, fail)
+    setattr(broker, call, fail)
     async with serving_on(broker) as one, client_of(one) as client:
         for _ in range(2):
             with pytest.raises(InternalError, match=f"ended by {error.__name__}: .?a mistake"):
