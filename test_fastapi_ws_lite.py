@@ -5998,9 +5998,9 @@ async def test_pubsub_iterator_that_nobody_reads_delays_nobody_and_has_its_own_g
         await client.subscribe("t", got.append)
         await hear(range(6))
         assert client.position == there[0] and gaps == []
-        assert (await unread.next()).data == 0
+        assert [(await unread.next()).data for _ in range(2)] == [0, 1]
         await hear([6])
-        assert [(await unread.next()).data for _ in range(2)] == [1, 2]
+        assert (await unread.next()).data == 2
         await hear(["x" * 4000, 8, 9])
         assert (await unread.next()).data == "x" * 4000
         await hear([10])
