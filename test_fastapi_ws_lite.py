@@ -4937,37 +4937,20 @@ async def until_it_lags(endpoint: PubSubEndpoint) -> None:
 
 @each_loop
 @each_ws_library
-async def test_peer_that_never_reads_is_gone_with_all_it_held(
-        ws: WSProtocolType, impatient: None) -> None:
-    """Its channel, its subscription, its tasks and the server's connection; others stay."""
-    endpoint, servers, got = PubSubEndpoint(), list[uvicorn.Server](), list[Any]()
-    async with serving(app_of(endpoint), ws=ws, servers=servers) as url, PubSubClient(
-            f"{url}/ws") as client:
-        await client.subscribe("other", got.append)
-        tasks = running_tasks()
-        _, writer = await bare_peer(url, SUBSCRIBE_TO_T)
-        await until(lambda: endpoint.stats()["subscriptions"] == 2)
-        await until_it_lags(endpoint)
-        await until(lambda: len(endpoint.channels) == 1, 2)
-        await until(lambda: len(servers[0].server_state.connections) == 1, 2)
-        await until(lambda: running_tasks() <= tasks)
-        stats = endpoint.stats()
-        assert (stats["subscriptions"], stats["lagging"], stats["stalled_closed"]) == (1, 0, 1)
-        endpoint.publish("other", 1)
-        await until(lambda: got == [1])
-        writer.transport.abort()
-
-
-@each_loop
-@each_ws_library
-@pytest.mark.parametrize("how", ["close", "cancel", "server"])
-async def test_peer_that_never_reads_is_closed_in_bounded_time(
+@pytest.mark.parametrize("how", ["limit", "close", "cancel", "server"])
+async def test_peer_that_never_reads_is_gone_in_bounded_time_with_all_it_held(
         ws: WSProtocolType, how: str, impatient: None, monkeypatch: Patch) -> None:
-    """By the endpoint, by cancelling the route, or by the server's exit; its buffers are full."""
-    if ws != "websockets":  # which tells nothing of the exit, so that the limit of sending ends it
+    """By the limit of sending, after which others stay, by the endpoint, by cancelling the route,
+    or by the server's exit, although its buffers are full.
+    """
+    if how != "limit" and ws != "websockets":  # which tells nothing of the exit, so that it ends it
         monkeypatch.setattr(lib, "SEND_SECONDS", 10)
-    endpoint, servers = PubSubEndpoint(), list[uvicorn.Server]()
-    async with serving(app_of(endpoint), ws=ws, servers=servers) as url:
+    endpoint, servers, others = PubSubEndpoint(), list[uvicorn.Server](), list[Raw]()
+    async with (serving(app_of(endpoint), ws=ws, servers=servers) as url,
+                contextlib.AsyncExitStack() as stack):
+        if how == "limit":
+            others.append(await stack.enter_async_context(raw(f"{url}/ws")))
+        tasks = running_tasks()
         _, writer = await bare_peer(url, SUBSCRIBE_TO_T)
         await until(lambda: endpoint.stats()["subscriptions"])
         await until_it_lags(endpoint)
@@ -4976,10 +4959,17 @@ async def test_peer_that_never_reads_is_closed_in_bounded_time(
             await endpoint.close()
         elif how == "cancel":
             next(iter(state.tasks)).cancel()
-        else:
+        elif how == "server":
             next(iter(state.connections)).shutdown()
-        await until(lambda: not (endpoint.channels or state.tasks or state.connections))
-        assert time.monotonic() - began < 8  # of the 10 s that sending may take
+        await until(lambda: len(endpoint.channels) == len(state.connections) == len(others))
+        await until(lambda: len(state.tasks) == len(others))
+        assert time.monotonic() - began < (2 if others else 8)  # of the 10 s that it may take
+        await until(lambda: running_tasks() <= tasks)
+        stats = endpoint.stats()
+        assert (stats["subscriptions"], stats["lagging"]) == (0, 0)
+        assert stats["stalled_closed"] == 1 or how != "limit"
+        for other in others:
+            assert await other.ask(ask(1, "_ping_")) == done(1, "pong")
         writer.transport.abort()
 
 
