@@ -5488,33 +5488,29 @@ async def test_client_headers_are_sent_at_each_attempt(caplog: Logs) -> None:
 async def test_client_programming_error_is_raised_and_not_tried_again(
         where: str, when: str) -> None:
     """It is no outage: trying again would not mend it."""
-    class Broken(SwitchedTransport):
-        broken = when == "at first"
+    def fail(here: str) -> None:
+        if here == where and (when == "at first" or client.last_error is not None):
+            raise AttributeError("a bug")
 
-        async def open(self, uri: str, **options: Any) -> Socket:
-            self.fail("open")
-            opened: Any = await super().open(uri, **options)
-            receive = opened.recv
-            opened.recv = lambda: self.fail("recv") or receive()
-            return opened  # type: ignore[no-any-return]
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_and_fail(message: Message) -> None:
+            await send(message)
+            fail("recv")
 
-        def fail(self, here: str) -> Any:
-            if self.broken and here == where:
-                raise AttributeError("a bug")
-            return None
+        fail("open")
+        await served(scope, receive, send_and_fail)
 
-    endpoint = PubSubEndpoint()
-    client = client_at(transport := Broken(endpoint), headers=lambda: transport.fail("headers"))
+    served, transport = app_of(endpoint := PubSubEndpoint()), SwitchedTransport(app)
+    client = client_at(transport, headers=lambda: fail("headers"))
     client.start()
     if when == "later":
         await client.wait_until_ready()
-        transport.broken = True
         await endpoint.close(1011)
     for wait in (client.wait_until_done, client.wait_until_ready):
         with pytest.raises(AttributeError):
             await wait()
     assert (client.state, transport.attempts) == (
-        "closed", (when == "later") + (where == "recv"))
+        "closed", (when == "later") + (where != "headers"))
 
 
 @pytest.fixture
