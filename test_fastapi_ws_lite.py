@@ -6322,50 +6322,6 @@ async def test_position_is_not_past_what_is_replayed_and_not_handled() -> None:
             assert ((await iterator.next()).data, client.position) == (n, position)
 
 
-@pytest.mark.parametrize("missed", [3, 30])
-async def test_resume_after_a_drop_loses_nothing_or_tells(missed: int) -> None:
-    """The rest of the history comes after the gap; who is new gets what is new."""
-    endpoint, got, gaps = PubSubEndpoint(history=10), list[Any](), list[Gap]()
-    async with client_at(endpoint, on_gap=gaps.append) as client:
-        await client.subscribe("t", got.append)
-        there = publish_each(endpoint, "t", [0])
-        await until(lambda: got == [0])
-        transport = await take_away(endpoint, client)
-        there += publish_each(endpoint, "t", range(1, missed))
-        new = client.subscribe("t*", pattern=True)
-        transport.up = True
-        await new
-        endpoint.publish("t", missed)
-        assert (await new.next()).data == missed
-        await until(lambda: got[-1] == missed)
-        assert got == ([*range(4)] if missed == 3 else [0, *range(20, 31)])
-        assert gaps == ([] if missed == 3 else [Gap(there[0], there[19], "history")])
-
-
-@pytest.mark.parametrize("subscribed", [True, False])
-async def test_resume_at_a_server_that_lost_its_log_gets_all_that_it_has(subscribed: bool) -> None:
-    """One gap, and then what the new log took before the client was back, if it was subscribed."""
-    endpoint, got, gaps = PubSubEndpoint(), list[Any](), list[Gap]()
-    async with client_at(endpoint, on_gap=gaps.append) as client:
-        await client.subscribe("t", got.append)
-        there = publish_each(endpoint, "t", range(3))
-        await until(lambda: len(got) == 3)
-        if not subscribed:
-            await client.unsubscribe("t")
-        transport = await take_away(endpoint, client)
-        transport.app = successor = PubSubEndpoint()
-        beginning = successor.position
-        publish_each(successor, "t", ["new", "newer"])
-        wanted = client.subscribe("t", since=beginning)
-        transport.up = True
-        assert [(await wanted.next()).data for _ in range(2)] == ["new", "newer"]
-        await client.subscribe("t", lambda data: None if subscribed else got.append(data))
-        successor.publish("t", "newest")
-        await until(lambda: got[-1:] == ["newest"])
-        assert got[3:] == (["new", "newer"] if subscribed else []) + ["newest"]
-        assert gaps == ([Gap(there[-1], beginning, "history")] if subscribed else [])
-
-
 async def test_resume_in_several_requests_resumes_all_at_one_place() -> None:
     """The topics do not fit into one request; one that fits into none is refused."""
     endpoint, got, gaps = PubSubEndpoint(), list[Any](), list[Gap]()
