@@ -4418,9 +4418,8 @@ async def test_main_loop_returns_when_the_connection_has_ended(cancel: bool) -> 
     assert ran == ["waits", "cancelled", "gone", 0]
 
 
-@pytest.mark.parametrize("legacy", [False, True])
 async def test_main_loop_on_an_accepted_socket_serves_without_the_subprotocol(
-        legacy: bool, caplog: Logs) -> None:
+        caplog: Logs) -> None:
     """It warns; the first message shows which other wire the client speaks."""
     app, endpoint = FastAPI(), RpcEndpoint(Calculator())
 
@@ -4432,10 +4431,7 @@ async def test_main_loop_on_an_accepted_socket_serves_without_the_subprotocol(
     with pytest.raises(Refused):  # of a socket that the route has closed, nothing is served
         await app_socket(app, path="/closed")
     peer = Raw(await app_socket(app, lib.SUBPROTOCOL))
-    if legacy:
-        assert (await peer.ask(old("x", "add", {"a": 1, "b": 2})))["response"]["result"] == 3
-    else:
-        assert await peer.ask([ask(1, "add", [1, 2])]) == [done(1, 3)]  # a batch
+    assert (await peer.ask(old("x", "add", {"a": 1, "b": 2})))["response"]["result"] == 3
     assert "leave accept() to main_loop()" in caplog.text
     await peer.connection.close(1000, "")
 
@@ -5040,10 +5036,10 @@ async def test_network_transport_options_reach_the_library() -> None:
 
 async def test_asgi_transport_scope_is_that_of_a_handshake() -> None:
     """The app sees path, query, headers in lower case and subprotocols; no password."""
-    scopes: list[Scope] = []
+    scopes: list[dict[str, Any]] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        scopes.append(scope)
+        scopes.append({**scope})
         assert await receive() == {"type": "websocket.connect"}
         await send({"type": "websocket.accept", "subprotocol": "ws-lite.1"})
 
@@ -5230,18 +5226,18 @@ async def silent_server(scope: Scope, receive: Receive, send: Send) -> None:
         pass
 
 
-class SwitchedTransport:
-    """A transport to an app in this process, which can be down or change; counts the attempts."""
+class SwitchedTransport(ASGITransport):
+    """A transport to an app in this process, which can be down; counts the attempts."""
 
     def __init__(self, app: Any) -> None:
-        self.up, self.attempts, self.app = True, 0, app
+        super().__init__(app_of(app) if isinstance(app, RpcEndpoint) else app)
+        self.up, self.attempts = True, 0
 
     async def open(self, uri: str, **options: Any) -> Socket:
         self.attempts += 1
         if not self.up:
             raise OSError("down")
-        app = app_of(self.app) if isinstance(self.app, RpcEndpoint) else self.app
-        return await ASGITransport(app).open(uri, **options)
+        return await super().open(uri, **options)
 
 
 class TcpRelay:
@@ -6041,15 +6037,6 @@ async def send_events(peer: Raw, topic: str, *numbers: int) -> None:
         await peer.send(tell("notify", {"topic": topic, "data": n, "position": f"{n}"}))
 
 
-def waits_for(gate: asyncio.Event, got: list[Any]) -> Callable[[Any], Any]:
-    """A callback that waits for the gate to be opened."""
-    async def slow(data: Any) -> None:
-        await gate.wait()
-        got.append(data)
-
-    return slow
-
-
 async def test_sync_sends_one_request_at_a_time_with_the_difference() -> None:
     """What changes while a request is under way is in the next one. Nobody is told of a replay for
     a subscription that has ended meanwhile, or of a gap in it.
@@ -6144,10 +6131,14 @@ async def test_sync_full_queue_takes_nothing_until_it_is_empty_and_resumes(
     refused, there is nothing that could be asked for instead, but on a new connection. With the
     replay of a new subscription the others go on behind it, and a gap is told.
     """
+    async def slow(data: Any) -> None:
+        await gate.wait()
+        got.append(data)
+
     monkeypatch.setattr(lib, "QUEUE_EVENTS", 3)
     gate, got, gaps, replayed = asyncio.Event(), list[Any](), list[Gap](), list[Any]()
     async with played_client(on_gap=gaps.append) as (client, servers):
-        subscription = client.subscribe("t", waits_for(gate, got))
+        subscription = client.subscribe("t", slow)
         client.start()
         await answer_sync(peer := await servers.get())
         await send_events(peer, "t", 1, 2, 3, 4, 5)
