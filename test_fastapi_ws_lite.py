@@ -4548,25 +4548,6 @@ async def test_subprotocol_that_the_endpoint_names_is_plain_jsonrpc_from_the_sta
 # ------------------------------------------------------- endpoints: hooks, closing, loops, figures
 
 
-async def test_hooks_of_both_sides_run_in_order() -> None:
-    """A hook is one callable or several, def or async def, and gets the channel."""
-    ran: list[str] = []
-
-    async def later(channel: RpcChannel) -> None:
-        await asyncio.sleep(0)
-        ran.append(f"later {type(channel).__name__}")
-
-    def hook(channel: RpcChannel) -> None:
-        ran.append(f"hook {type(channel).__name__}")
-
-    both = ["later RpcChannel", "hook RpcChannel"]
-    async with client_of(RpcEndpoint(on_connect=[later, hook], on_disconnect=hook)):
-        await until(lambda: ran == both)
-    async with client_of(RpcEndpoint(), on_connect=(later, hook), on_disconnect=[later, hook]):
-        await until(lambda: ran == [*both, both[1], *both])
-    await until(lambda: ran[5:] == both)
-
-
 async def test_hook_that_fails_closes_a_real_socket_or_is_logged(caplog: Logs) -> None:
     """on_connect closes, with as much of the reason as fits; every on_disconnect runs. A client's
     closes with 1011, and the client comes back.
@@ -5500,7 +5481,8 @@ async def test_client_state_tells_its_life() -> None:
         states.append(client.state)
 
     states, endpoint = list[str](), RpcEndpoint()
-    client = client_at(endpoint, headers=note, on_connect=[note], on_disconnect=note)
+    client = client_at(endpoint, headers=note, on_connect=[note],
+                       on_disconnect=lambda channel: note(channel))
     assert (client.state, client.last_error, client.channel) == ("new", None, None)
     async with client:
         await until(lambda: states == ["connecting", "ready"])
