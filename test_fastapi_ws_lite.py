@@ -4818,14 +4818,6 @@ async def bare_peer(url: str, *texts: str,
     return reader, writer
 
 
-async def bare_frame(reader: asyncio.StreamReader) -> tuple[int, bytes]:
-    """The first byte of a server's next frame, and its payload."""
-    first, size = await reader.readexactly(2)
-    if size > 125:
-        size = int.from_bytes(await reader.readexactly(2 if size == 126 else 8))
-    return first, await reader.readexactly(size)
-
-
 SUBSCRIBE_TO_T = json.dumps(ask(1, "subscribe", {"topics": ["t"]}))
 TEXT_FRAME, COMPRESSED_FRAME = 0x81, 0xC1  # FIN, and RSV1 (RFC 7692, section 6)
 
@@ -4844,7 +4836,10 @@ async def test_frames_where_deflate_was_negotiated_are_direct_too() -> None:
             if endpoint.stats()["lagging"] and n % 20 == 0:
                 break
         while not got or got[-1] != n:
-            kind, payload = await bare_frame(reader)
+            kind, size = await reader.readexactly(2)
+            if size > 125:
+                size = int.from_bytes(await reader.readexactly(2 if size == 126 else 8))
+            payload = await reader.readexactly(size)
             kinds.add(kind)
             if kind == COMPRESSED_FRAME:
                 payload = inflate.decompress(payload + b"\0\0\xff\xff")
@@ -4883,13 +4878,6 @@ def impatient(monkeypatch: Patch) -> None:
     monkeypatch.setattr(lib, "CLOSE_SECONDS", 0.2)
 
 
-async def until_it_lags(endpoint: PubSubEndpoint) -> None:
-    """Publish until a subscriber does not keep up."""
-    while not endpoint.stats()["lagging"]:
-        endpoint.publish("t", "x" * 2**16)
-        await asyncio.sleep(0)
-
-
 @pytest.mark.parametrize(
     "anyio_backend", [("asyncio", {"use_uvloop": use}) for use in (False, True)], ids=str)
 @each_ws_library
@@ -4909,7 +4897,9 @@ async def test_peer_that_never_reads_is_gone_in_bounded_time_with_all_it_held(
         tasks = running_tasks()
         _, writer = await bare_peer(url, SUBSCRIBE_TO_T)
         await until(lambda: endpoint.stats()["subscriptions"])
-        await until_it_lags(endpoint)
+        while not endpoint.stats()["lagging"]:
+            endpoint.publish("t", "x" * 2**16)
+            await asyncio.sleep(0)
         began, state = time.monotonic(), servers[0].server_state
         if how == "close":
             await endpoint.close()
