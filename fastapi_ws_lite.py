@@ -2620,7 +2620,8 @@ class EventNotifier:
         self._make_shared_log = None if self.backbone is None else _SHARED_LOGS[0](
             self.backbone, self.channel, max(self.history, HISTORY_EVENTS))
         self._shared: Any = None
-        self.internal: dict[str, Callable[[str], None]] = {}  # handlers of INTERNAL_PREFIX topics
+        # Handlers of INTERNAL_PREFIX topics, and of "close", which is called before it closes.
+        self.internal: dict[str, Callable[[str], None]] = {}
         self._subscribers: dict[_Cursor, None] = {}
         self._table: _SubscriptionTable[_Cursor] = _SubscriptionTable()
         self._dispatcher = _Dispatcher(
@@ -2819,6 +2820,8 @@ class EventNotifier:
         On another event loop than the notifier's it does nothing.
         """
         shared = self._shared
+        if self._loop is asyncio.get_running_loop() and "close" in self.internal:
+            self.internal["close"]("")
         if shared is not None and self._loop is asyncio.get_running_loop():
             self._loop, self._shared = None, None
             try:
@@ -5369,7 +5372,8 @@ class _SharedLog:
             del self._last_numbers[next(iter(self._last_numbers))]
         if number > last + 1:
             self._reset(offset, "history")
-        if number > last:  # else it was stored twice
+        # Else it was stored twice, or while we close the next log is read already.
+        if number > last and self._sink._shared in (self, None):
             for place, (topic, origin, data) in enumerate(events):
                 self._sink.commit(f"{offset}.{place}-{writer}:{number}", topic, data, origin,
                                   offset >= self._live_from)
@@ -5401,52 +5405,62 @@ _SHARED_LOGS.append(_shared_log)
 
 
 # ----------------------------------------------------------------------------------------- fleet
-# All servers on one backbone as one. On one internal topic, which no client can name, each server
-# tells its roster: whole, at each beat and 50 ms after a change. On another one they call each
-# other, through an RpcChannel for each other server, whose socket is the backbone. A server that is
-# silent for too long is gone: its channel ends, and with it the calls under way. What was written
-# before a server joined is not acted upon, and the log drops repeats, so a call is performed once.
+# All servers on one backbone as one. They speak on an internal topic, which no client can name. A
+# server tells all others its roster: whole, at each beat and 50 ms after a change. It calls another
+# one through an RpcChannel, whose socket is the backbone. A server that is silent for too long is
+# gone: its channel ends, and with it the calls under way, and it is told that, in case it lives.
+# What was written before a server joined is not acted upon, and the log drops repeats, so a call is
+# performed once.
 
 FLEET_BEAT_SECONDS: Final = 5.0
 FLEET_SILENCE_SECONDS: Final = 14.0  # so that a server that was killed is gone within 15 s
 FLEET_CALLS: Final = 100  # of one call_all that are under way at once
-_ROSTER: Final = INTERNAL_PREFIX + "roster"
-_MESSAGES: Final = INTERNAL_PREFIX + "messages"
+_FLEET_TOPIC: Final = INTERNAL_PREFIX + "fleet"
 # By identity: when its newest connection began, by the clock of its server, and its topics.
 _Roster: TypeAlias = dict[str, tuple[float, list[str]]]
 
 
-class _OtherServer:
-    """Another server of a fleet, as the socket of the channel to it."""
+class _OtherServer(_Peer):
+    """Another server of a fleet: what it may call here, and the socket of the channel to it."""
 
     subprotocol = SUBPROTOCOL
 
     def __init__(self, fleet: "Fleet", id: str) -> None:
-        self._append, self.inbox = fleet._notifier._append, asyncio.Queue[str]()
-        self._head = f'["{fleet._id}","{id}",'  # of a message: from and to
+        super().__init__(
+            default_response_timeout=None, max_concurrent_requests=QUEUE_EVENTS,
+            max_message_size=fleet._notifier._shared._max_entry - 2**7)  # what surrounds a message
+        self._set_up(None)
+        self._add({"fleet.call": _ExposedMethod("fleet.call", fleet._perform)})
+        self._fleet, self._id, self.inbox = fleet, id, asyncio.Queue[str]()
         self.recv = self.inbox.get
-        self.channel = RpcChannel(self, fleet._peer, _WS_LITE)
+        self.channel = RpcChannel(self, self, _WS_LITE)
         self.channel._ids = fleet._ids  # a late answer to an earlier channel finds no call here
+        self.channel._spawn_vital(self.channel._read())
         self.hear({})
-        servers, serving = fleet._servers, self.channel._serve(functools.partial(asyncio.sleep, 0))
-        tasks = fleet._notifier._shared._tasks  # which end with the log
-        _spawn_into(tasks, serving).add_done_callback(lambda _: servers.pop(id))
 
     def hear(self, clients: _Roster) -> None:
         """Take a roster, and wait for the next one, or end the channel."""
         self.clients = clients
         self.silence = self.channel._loop.call_later(FLEET_SILENCE_SECONDS, self.channel._end, (
-            ChannelClosed(1006, "the client's server is gone")))
+            ChannelClosed(1006, "the client's server is silent")))
+
+    def leave(self, reason: str) -> None:
+        """End the channel, as the other server has ended its own."""
+        self.silence.cancel()
+        self.channel._end(ChannelClosed(1001, reason))
+
+    def _on_channel_closed(self, channel: RpcChannel) -> None:
+        self._fleet._servers.pop(self._id, None)
+        if not self.silence.cancelled():
+            logger.warning("a server of the fleet is lost: %s", channel._closed,
+                           exc_info=channel._failure)
+            self._fleet._tell(self._id, "null")
 
     async def send(self, text: str) -> None:
-        """Append a message to the log. A call that is refused there fails; an answer is lost."""
         try:
-            await self._append((_MESSAGES,), f"{self._head}{text}]", None)
-        except (MessageTooLarge, Overloaded) as error:
+            await self._fleet._append(self._id, text)
+        except MessageTooLarge as error:  # whoever waits for it times out
             logger.warning("a message to another server is lost: %s", error)
-            for message in _WS_LITE.parse(_decode(text)):
-                if isinstance(message, RpcRequest):
-                    self.channel._resolve(message.id, error)
 
     async def close(self, code: int, reason: str) -> None:
         """There is nothing to close."""
@@ -5469,12 +5483,9 @@ class Fleet:
         # Our roster, as it was told last: the others see those who leave a moment longer, too.
         self._told: _Roster = {}
         self._servers: dict[str, _OtherServer] = {}
-        self._since: WeakKeyDictionary[RpcChannel, float] = WeakKeyDictionary()
+        self._since: dict[RpcChannel, float] = {}  # clients that are admitted, the newest last
         self._ids = itertools.count(1)
-        self._peer = _Peer(default_response_timeout=None, max_concurrent_requests=QUEUE_EVENTS)
-        self._peer._set_up(None)
-        self._peer._add({"fleet.call": _ExposedMethod("fleet.call", self._perform)})
-        self._notifier.internal |= {_ROSTER: self._on_roster, _MESSAGES: self._on_message}
+        self._notifier.internal |= {_FLEET_TOPIC: self._on_message, "close": self._on_close}
         for name in ("on_connect", "on_disconnect", "on_subscribe", "on_unsubscribe"):
             hooks = getattr(endpoint, name)
             own = (hooks,) if callable(hooks) else hooks
@@ -5482,7 +5493,7 @@ class Fleet:
 
     def online(self, topic: str | None = None) -> list[str]:
         """The identities of the clients of all servers, or of a topic's subscribers."""
-        with contextlib.suppress(RuntimeError):  # a plain def route runs in a thread
+        if self._notifier._is_on_loop():  # a plain def route runs in a thread
             self._start()
         others = [server.clients for server in list(self._servers.values())]
         return list(dict.fromkeys(
@@ -5496,7 +5507,7 @@ class Fleet:
         Raises ChannelClosed at once if nobody has this identity, or when its server is lost.
         """
         began, seconds = self._start().time(), self._endpoint._seconds(timeout)
-        _encode_arguments(args)  # raises for those that cannot be sent
+        args = _decode(_encode_arguments(args) or "null")  # raises for those that cannot be sent
         server = await _in_time(seconds, self._find(identity), lambda: f"{identity} was not found")
         left = _seconds_left(seconds, began)
         if server is None:
@@ -5523,7 +5534,7 @@ class Fleet:
             found: list[tuple[float, _OtherServer | None]] = [
                 (server.clients[identity][0], server) for server in self._servers.values()
                 if identity in server.clients]
-            found += [(self._since.get(c, 0.0), None) for c in self._channels(identity)]
+            found += [(self._since[c], None) for c in self._channels(identity)]
             if found:
                 return max(found, key=lambda one: one[0])[1]
             if asyncio.get_running_loop().time() > self._started_at + 1.0:
@@ -5546,70 +5557,88 @@ class Fleet:
         return dict(zip(names, await asyncio.gather(*map(call, names)), strict=True))
 
     def _channels(self, identity: str) -> list[RpcChannel]:
-        return [c for c in self._endpoint.channels.values() if c.identity == identity]
+        return [channel for channel in self._since if channel.identity == identity]
 
     def _roster(self) -> _Roster:
         """The clients of this server, as the others know them."""
         clients: _Roster = {}
-        for channel in list(self._endpoint.channels.values()):
-            if channel.identity is not None:
-                keys = channel._subscriber.keys if channel._subscriber else ()
-                _, topics = clients.get(channel.identity, (0.0, []))
-                topics += [name for name, is_pattern in list(keys) if not is_pattern]
-                clients[channel.identity] = (self._since.get(channel, 0.0), topics)
+        for channel, since in list(self._since.items()):
+            keys = channel._subscriber.keys if channel._subscriber else ()
+            _, topics = clients.get(identity := cast(str, channel.identity), (since, []))
+            topics += [name for name, is_pattern in list(keys) if not is_pattern]
+            clients[identity] = (since, topics)
         return clients
 
     def _start(self) -> asyncio.AbstractEventLoop:
         """Begin, once on each event loop, and anew after the endpoint was closed."""
         loop = asyncio.get_running_loop()
-        if self._loop is not loop or self._notifier._loop is not loop:
+        if self._loop is not loop:
             self._loop, self._id, self._started_at = loop, uuid.uuid4().hex[:12], loop.time()
             self._servers = {}
             self._notifier._attach()
-            if (shared := self._notifier._shared) is not None:
-                self._peer.max_message_size = shared._max_entry - 2**7  # what surrounds a message
-            self._tell_roster(self._id)
+            self._tell_roster()
         return loop
 
-    def _tell_roster(self, id: str) -> None:
+    def _append(self, server: str, text: str) -> _OptionalAwait[None]:
+        """Send a message to a server, or a roster to all. Raises RpcError."""
+        # Not by publish, which is refused while the program publishes too much.
+        return self._notifier._append(
+            (_FLEET_TOPIC,), f'["{self._id}","{server}",{text}]', None)
+
+    def _tell(self, server: str, text: str) -> None:
+        try:
+            self._append(server, text)
+        except RpcError as error:
+            logger.warning("other servers are not told: %s", error)
+
+    def _tell_roster(self) -> None:
         """Tell who is connected here, at every beat until the endpoint is closed."""
-        if (loop := self._notifier._loop) is not None and id == self._id:
-            self._told = self._roster()
-            self._beat = loop.call_later(FLEET_BEAT_SECONDS, self._tell_roster, id)
-            with contextlib.suppress(RpcError):  # the next beat tries again
-                self._notifier.publish([_ROSTER], [id, self._told])
+        self._told = self._roster()
+        self._beat = asyncio.get_running_loop().call_later(FLEET_BEAT_SECONDS, self._tell_roster)
+        self._tell("", _encode(self._told))
 
     def _tell_soon(self) -> None:
-        loop = asyncio.get_running_loop()
-        if self._loop is loop and self._beat.when() > loop.time() + 0.05:
+        loop, delay = asyncio.get_running_loop(), 0.05 + len(self._told) / 10_000
+        if self._loop is loop and self._beat.when() > loop.time() + delay:
             self._beat.cancel()
-            self._beat = loop.call_later(0.05, self._tell_roster, self._id)
+            self._beat = loop.call_later(delay, self._tell_roster)
 
     def _on_change(self, channel: RpcChannel, *_: Any) -> None:
         """A hook: a client has come or gone, or its topics have changed."""
         if channel.identity is not None:
-            self._since.setdefault(channel, time.time())
             if channel._closed is None:
+                channel.identity.encode()  # raises for what no server could be told
+                self._since.setdefault(channel, time.time())
                 self._start()
+            else:
+                self._since.pop(channel, None)
             self._tell_soon()
 
-    def _server(self, id: str) -> _OtherServer:
-        if id not in self._servers:
-            self._servers[id] = _OtherServer(self, id)
-            self._tell_soon()  # it has just begun, and knows nobody yet
-        return self._servers[id]
-
-    def _on_roster(self, text: str) -> None:
-        self._start()
-        id, clients = _decode(text)
-        if id != self._id:
-            self._server(id).silence.cancel()
-            self._server(id).hear(clients)
+    def _on_close(self, _: str) -> None:
+        if self._loop is not None:
+            self._beat.cancel()
+            self._tell("", "null")
+            self._loop, self._told = None, {}
+            for server in list(self._servers.values()):
+                server.leave("the endpoint was closed")
 
     def _on_message(self, text: str) -> None:
-        source, target, message = _decode(text)
-        if target == self._id:
-            self._server(source).inbox.put_nowait(_encode(message))
+        """A roster, a message of a channel, or null: the other end has closed."""
+        source, _, target, message = text[2:-1].split('"', 3)
+        if source == self._id or self._notifier._loop is None:  # the latter while we are closing
+            return
+        self._start()
+        if source not in self._servers:
+            self._servers[source] = _OtherServer(self, source)
+            self._tell_soon()  # it has just begun, and knows nobody yet
+        server = self._servers[source]
+        if message == ",null" and target in ("", self._id):
+            server.leave("the client's server is gone")
+        elif target == "":
+            server.silence.cancel()
+            server.hear(_decode(message[1:]))
+        elif target == self._id:
+            server.inbox.put_nowait(message[1:])
 
 
 __all__ += ["Fleet"]
