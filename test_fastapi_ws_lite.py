@@ -2125,6 +2125,18 @@ async def test_on_connect_is_a_gate() -> None:
         assert happened == ["ann", "open", "second", "served", "served"]
 
 
+async def test_on_connect_that_refuses_leaves_requests_unserved() -> None:
+    """What the peer has sent before the refusal is neither run nor answered."""
+    async def refuse(channel: RpcChannel) -> None:
+        await asyncio.sleep(0.01)
+        raise Forbidden("who are you?")
+
+    async with plain(RpcEndpoint(worker := Worker(), on_connect=refuse)) as peer:
+        with pytest.raises(ChannelClosed, match="1008 who are you"):
+            await peer.ask(ask(1, "hold"))
+    assert worker.seen == []
+
+
 # ------------------------------------------------------------------------------------------ calls
 
 
