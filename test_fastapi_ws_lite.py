@@ -425,8 +425,7 @@ class Worker(Calculator):
     (ChannelClosed(), "the connection is closed: 1006"),
     (Refused(401), "the server refused the connection: HTTP status 401"),
     (Refused(403), "the server refused the connection: HTTP status 403, or there is no such route"),
-    (Refused(None, 1008, ""), "the server refused the connection: close code 1008")],
-    ids=repr)
+    (Refused(None, 1008, ""), "the server refused the connection: close code 1008")], ids=repr)
 def test_error_says_its_message_and_is_copied_and_pickled(error: RpcError, text: str) -> None:
     """str() is for people; TimeoutError and ConnectionError catch what is like them."""
     for other in (error, pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
@@ -627,8 +626,7 @@ async def test_jsonrpc_binary_frames_are_read_as_text() -> None:
 
 @each_wire
 @each_side
-async def test_jsonrpc_value_that_cannot_be_read_is_refused_at_the_sender(
-        wire: str, side: int) -> None:
+async def test_jsonrpc_unreadable_value_is_refused_at_the_sender(wire: str, side: int) -> None:
     """What one side can write the other reads; deeper values, NaN and infinities are not sent."""
     async with pair(Worker(), wire) as ends:
         assert (await ends[side].call("nest", {"levels": 240})).result == nested(240)
@@ -728,7 +726,7 @@ async def test_lite_frames_stay_within_64_kib(letter: str) -> None:
         assert max(together) <= lib.FRAME_BYTES < alone and len(frames) < 30
 
 
-# ----------------------------------------------------------- messages: with peers of another kind
+# ---------------------------------- messages: peers of another kind, and the format that they speak
 
 
 class StrictServer:
@@ -768,15 +766,13 @@ async def test_strict_server_gets_nothing_but_jsonrpc(greeting: int) -> None:
         several = await asyncio.gather(*(client.call("sum", [n]) for n in range(10)))
         assert [response.result for response in several] == list(range(10))
     assert all(message.keys() <= {"jsonrpc", "method", "params", "id"} for message in server.seen)
-    assert [m["method"] for m in server.seen] == [
-        "_ping_", "slow", "nope", "ticks", *["sum"] * 11]
+    assert [m["method"] for m in server.seen] == ["_ping_", "slow", "nope", "ticks"] + ["sum"] * 11
 
 
 @pytest.mark.parametrize("answer", [
     None, 5, {"refused": 5}, {"refused": {}, "events": 5}, {"events": [5, {"topic": []}, {}]}])
 @pytest.mark.parametrize("last", [None, 1])
-async def test_server_of_another_kind_that_subscribes_ends_no_client(
-        answer: Any, last: int | None) -> None:
+async def test_strict_server_that_subscribes_ends_no_client(answer: Any, last: int | None) -> None:
     """Whatever it answers: what is no event is none, and the connection goes on."""
     class Other(StrictServer):
         def answer(self, **request: Any) -> Any:
@@ -801,9 +797,6 @@ async def test_strict_client_gets_nothing_but_jsonrpc(wire: str) -> None:
             expected = [ask(1, "slow", {"a": 1}, timeout=0.01, meta={"trace": 1}),
                         tell("$/cancelRequest", {"id": 1}), tell("event", [1])]
         assert await answers(peer) == expected
-
-
-# ----------------------------------------------- messages: which wire format a connection speaks
 
 
 @contextlib.asynccontextmanager
@@ -862,12 +855,12 @@ async def test_format_that_never_shows_ends_the_call_with_the_connection() -> No
 
 OLD_HELLO = old("first", "_ping_", {})
 OLD_PONG = old_done("first", "pong", "str")
-OLD_ERROR = {"code": -32600, "message": "Invalid Request"}
+PONG_TO_C = old_done("c", "pong", "str")
+OLD_INVALID = old_done(None, None, None, error={"code": -32600, "message": "Invalid Request"})
 OLD_ANSWERS: dict[str, tuple[Any, list[Any]]] = {
     "call": (old("c", "add", {"a": 1, "b": 2}), [old_done("c", 3, "int")]),
-    "arguments null": (old("c", "_ping_", None), [old_done("c", "pong", "str")]),
-    "arguments left out": ({"request": {"method": "_ping_", "call_id": "c"}},
-                           [old_done("c", "pong", "str")]),
+    "arguments null": (old("c", "_ping_", None), [PONG_TO_C]),
+    "arguments left out": ({"request": {"method": "_ping_", "call_id": "c"}}, [PONG_TO_C]),
     "call_id null": (old(None, "_ping_", {}), [old_done(None, "pong", "str")]),
     "call_id of another type": (old(5, "_ping_", {}), [old_done(None, "pong", "str")]),
     "no such method": (old("c", "nope", {}), [old_done("c", None, None, error={
@@ -879,9 +872,8 @@ OLD_ANSWERS: dict[str, tuple[Any, list[Any]]] = {
     "answer to nothing": (old_done("999", 1, "int"), []),
     "answer to null": (old_done(None, 1, "int"), []),
     "answer with an odd id": (old_done("²", 1, "int"), []),
-    "both": ({**old("c", "_ping_", {}), "response": {"call_id": "9"}},
-             [old_done("c", "pong", "str")]),
-    **{f"odd {n}": (sent, [old_done(None, None, None, error=OLD_ERROR)]) for n, sent in enumerate([
+    "both": ({**old("c", "_ping_", {}), "response": {"call_id": "9"}}, [PONG_TO_C]),
+    **{f"odd {n}": (sent, [OLD_INVALID]) for n, sent in enumerate([
         5, [], {}, {"request": 5}, {"request": None, "response": None}, {"response": []},
         old(None, 5, {}), old(None, "_ping_", [1]), old([], "_ping_", "x"), ask(1, "_ping_")])},
     "no JSON": ("{", [old_done(None, None, None, error={
@@ -901,12 +893,11 @@ async def test_old_wire_message_is_answered_in_kind(sent: Any, answer: list[Any]
 
 
 @pytest.mark.parametrize(("first", "later", "answer"), [
-    *((first, ask(1, "_ping_"), old_done(None, None, None, error=OLD_ERROR))
+    *((first, ask(1, "_ping_"), OLD_INVALID)
       for first in (old("c", "nope", {}), old_done("9", 1, "int"))),
     *((first, old("c", "_ping_", {}), INVALID)
       for first in (ask(1, "_ping_"), [tell("_ping_")], done(9, 1), tell("nope")))])
-async def test_old_wire_or_jsonrpc_of_the_first_message_is_kept(
-        first: Any, later: Any, answer: Any) -> None:
+async def test_old_wire_or_jsonrpc_is_kept(first: Any, later: Any, answer: Any) -> None:
     """A request or a response shows it, also after what shows nothing; then it does not change."""
     async with plain(RpcEndpoint()) as peer:
         for nothing in ("5", "{", "[]", '{"request":5}'):
@@ -943,8 +934,7 @@ async def test_old_wire_calls_wait_for_it_and_know_no_additions() -> None:
     (lambda channel: channel.call("add", [1, 2]), TypeError),
     (lambda channel: anext(channel.stream("ticks")), RpcError),
     (lambda channel: channel.call("who", {"a": "x" * 2**20}), MessageTooLarge)])
-async def test_old_wire_call_that_it_cannot_say_fails_at_its_caller(
-        call: Any, raised: type[Exception]) -> None:
+async def test_old_wire_call_that_it_cannot_say_fails_here(call: Any, raised: Any) -> None:
     """It has no positional arguments and no streams, and its clients read 1 MiB."""
     async with greeted(call) as (peer, got):
         assert await peer.ask(OLD_HELLO) == OLD_PONG
@@ -1095,8 +1085,6 @@ REAL_FRAMES = [json.dumps(m).encode() for m in (
         "position": "9-a"}), tell("gap", {"position": "3-a", "reason": "size"}),
     old("7", "echo", {"value": 1}), old_done("1", 1, "int"), old("7", "subscribe", {
         "topics": ["t"]}), old("7", "publish", {"topics": ["t"], "data": 1, "sync": True}))]
-
-
 JUNK = (b"", b"[", b"]", b"{", b"}", b'"', b",", b"null", b"-1", b"1e999", b"\xff", b"\\ud800",
         b'"id":1,', b"0" * 30)
 cuts = st.tuples(st.integers(0, 100), st.integers(0, 5),
@@ -1121,9 +1109,9 @@ FUZZED = ["server", "server old", "server lite", "client", "client lite"]
 @contextlib.asynccontextmanager
 async def fuzzed(kind: str) -> AsyncIterator[tuple[Callable[[str | bytes], None], Socket]]:
     """A connection that will receive anything and must live on: what sends to it, its other end."""
-    subprotocols = [lib.SUBPROTOCOL] if kind.endswith("lite") else []
+    wire = lib.SUBPROTOCOL if kind.endswith("lite") else JSONRPC
     if kind.startswith("client"):
-        ours, peer = (link := Link(subprotocols[0] if subprotocols else None)).ends
+        ours, peer = (link := Link(wire)).ends
         transport: Any = types.SimpleNamespace(open=lambda *_, **options: asyncio.sleep(0, ours))
         client = PubSubClient(methods=Worker(), transport=transport)
         client.subscribe("t", lambda data: None)
@@ -1139,7 +1127,7 @@ async def fuzzed(kind: str) -> AsyncIterator[tuple[Callable[[str | bytes], None]
         kind = "bytes" if isinstance(frame, bytes) else "text"
         server.connection._to_app.put_nowait({"type": "websocket.receive", kind: frame})
 
-    async with plain(endpoint := PubSubEndpoint(Worker()), *subprotocols) as server:
+    async with plain(endpoint := PubSubEndpoint(Worker()), wire) as server:
         if kind == "server old":
             await server.send(OLD_HELLO)
         yield send, server.connection
@@ -1256,8 +1244,7 @@ async def test_hostile_protocol_message_is_ignored(method: str) -> None:
     ("publish", {"topics": "t", "notifier_id": "x" * 1025}), ("publish", {"topics": None}),
     *(("publish", {"topics": "t", "data": data}) for data in ("1e999", "-1e999", "[1e999]")),
     ("publish", {"topics": [f"{n}" for n in range(1001)]})])
-async def test_hostile_pubsub_parameters_are_refused_and_leave_nothing(
-        method: str, params: Any, caplog: Logs) -> None:
+async def test_hostile_pubsub_params_leave_nothing(method: str, params: Any, caplog: Logs) -> None:
     """Too many or too long names, negative numbers, other types, and infinite data, which is read
     as JSON but cannot be said in it. The peer is told, before authorize is asked for topics; no log
     is filled with it.
@@ -1275,8 +1262,7 @@ async def test_hostile_pubsub_parameters_are_refused_and_leave_nothing(
     [ask(1, "text", [50_000])], [ask(1, "text", [50_000]), ask(2, "hold")],
     [ask(1, "fail_with", [7, "no", "x" * 50_000])], [ask(1, "texts", [1, 50_000], stream=9)]],
     ids=["results", "batches", "errors", "streams"])
-async def test_hostile_requests_for_large_answers_hold_no_more_than_the_outbox(
-        large: list[Any], monkeypatch: Patch) -> None:
+async def test_hostile_large_answers_are_bounded(large: list[Any], monkeypatch: Patch) -> None:
     """A peer that reads nothing gets Overloaded once its unsent answers are too much together,
     also of batches that wait for one that takes long, errors with data, and items of streams.
     """
@@ -1311,9 +1297,9 @@ async def test_batch_of_subscribes_is_answered_however_large_their_replays_are()
 
 
 class MethodTable(Spec):
-    """All kinds of names that a class and its instance have."""
+    """All kinds of names that a class and its instance have; Inner is callable, and no method."""
 
-    attribute, update, greet = 5, None, functools.partial(str)  # type: ignore[assignment]
+    attribute, update, greet, Inner = 5, None, functools.partial(str), dict  # type: ignore[assignment]
 
     def __init__(self) -> None:
         self.kept = self._private
@@ -1339,9 +1325,6 @@ class MethodTable(Spec):
     async def _private(self) -> str:
         return "private"
 
-    class Inner:
-        """A class is callable, and no method."""
-
 
 @pytest.mark.parametrize(("name", "args", "result"), [
     ("get_data", {}, ["hello", 5]), ("static", {}, "static"), ("of_class", {}, "MethodTable"),
@@ -1364,19 +1347,15 @@ async def test_table_public_method_is_callable(
     "update", "attribute", "greet", "kept", "_private", "__init__", "__class__",
     "Inner", "channel", "", ".", "get_data.__call__", "méthode", "main_loop"])
 @each_side
-async def test_table_other_name_is_not_found(name: str, side: int) -> None:
-    """Attributes, objects, private names and what is kept on the instance cannot be called."""
+async def test_table_other_name_is_not_found(name: str, side: int, caplog: Logs) -> None:
+    """Attributes, objects, private names and what is kept on the instance cannot be called. The log
+    of each side warns about an object with __call__.
+    """
     async with pair(MethodTable()) as ends:
         with pytest.raises(MethodNotFound, match=re.escape(f": {name}")):
             await ends[side].call(name)
         assert (await ends[side].call("static")).result == "static"
-
-
-def test_table_callable_object_is_warned_about(caplog: Logs) -> None:
-    """An object with __call__ is not exposed, and the log says so by name."""
-    RpcEndpoint(MethodTable())
-    assert [record.args[:2] for record in caplog.records] == [  # type: ignore[index]
-        ("MethodTable", "greet")]
+    assert caplog.text.count("MethodTable.greet is not exposed") == len(caplog.records) == 2
 
 
 async def with_unknown_hint(value: "Nowhere") -> None: ...  # type: ignore[name-defined]  # noqa: F821
@@ -1562,8 +1541,7 @@ async def test_arguments_without_hints_are_as_they_are() -> None:
     ({"self": 1, "a": 1, "b": 2}, "self", "unexpected_keyword_argument"),
     ([1, 2, 3], 2, "unexpected_positional_argument")])
 @each_side
-async def test_arguments_that_do_not_fit_are_named(
-        args: Any, name: Any, kind: str, side: int) -> None:
+async def test_arguments_that_misfit_are_named(args: Any, name: Any, kind: str, side: int) -> None:
     """The error's data says which argument is wrong, and what is wrong with it."""
     async with pair(Calculator()) as ends:
         with pytest.raises(InvalidParams) as caught:
@@ -1622,9 +1600,6 @@ ROW: Any = types.SimpleNamespace(**IN_DB)  # as of an ORM: attributes, and no mo
 class Accounts(RpcMethodsBase):
     """Whatever a method returns, its annotation decides what is sent."""
 
-    async def row(self) -> UserOut:
-        return ROW  # type: ignore[no-any-return]
-
     async def stream(self) -> AsyncIterator[UserOut]:
         yield UserInDb(name="ann")
         yield ROW
@@ -1642,19 +1617,17 @@ Price = Annotated[Decimal, PlainSerializer(float)]
     (list[UserOut | None], [UserInDb(name="ann"), ROW, None], [ANN, ANN, None]),
     (Price, Decimal("1.5"), 1.5), (Decimal, Decimal("1.50"), "1.50"),
     (dict[str, Opaque] | UserOut, IN_DB, ANN), (Any, UserInDb(name="ann"), IN_DB)], ids=repr)
-async def test_result_is_filtered_and_serialised_by_its_annotation(
-        hint: Any, value: Any, result: Any) -> None:
-    """As FastAPI's response_model: the annotated fields, by alias, and nothing else."""
+async def test_result_is_filtered_by_its_annotation(hint: Any, value: Any, result: Any) -> None:
+    """As by FastAPI's response_model: the annotated fields are sent, by alias, and no other."""
     async with client_of(echo_of(hint, value)) as client:
         assert (await client.call("echo")).result == result
 
 
 @each_side
 async def test_result_items_of_a_stream_are_filtered(side: int) -> None:
-    """Each item of a stream is treated as a result is, and a proxy reads what is sent."""
+    """Each item of a stream is treated as a result is, and one that does not fit ends it."""
     async with pair(Accounts()) as ends:
         assert await listed(ends[side].stream("stream")) == [ANN, ANN]
-        assert await ends[side].proxy(Accounts).row() == UserOut.model_validate(ANN)
         items = ends[side].stream("wrong_items")
         assert await anext(items) == 1
         with pytest.raises(InternalError) as caught:
@@ -1680,8 +1653,7 @@ async def test_result_without_annotation_is_as_it_is(value: Any, result: Any, ki
     *((value, Any) for value in (object(), math.nan, [math.inf], "\ud800", {(1, 2): object()})),
     (math.nan, float), ([math.inf], list[float]), ("\ud800", str), (Opaque(), Opaque),
     ("the secret", int)], ids=repr)
-async def test_result_that_does_not_fit_or_is_not_json_is_an_internal_error(
-        value: Any, hint: Any, caplog: Logs) -> None:
+async def test_result_that_cannot_be_sent_is_an_error(value: Any, hint: Any, caplog: Logs) -> None:
     """The caller gets an error_id, the log has it beside the reason, and the connection goes on."""
     async with client_of(echo_of(hint, value)) as client:
         with pytest.raises(InternalError) as caught:
@@ -1831,9 +1803,9 @@ async def test_depends_is_solved_from_the_connection(method: str, args: Any, res
         assert (await client.call(method, args)).result == result
 
 
-async def test_depends_reads_query_and_path_of_the_connection() -> None:
-    """Each call is solved from the WebSocket that it comes on."""
-    app, endpoint = FastAPI(), RpcEndpoint()
+async def test_depends_is_solved_as_in_a_route() -> None:
+    """From query and path of the WebSocket of each call, and with app.dependency_overrides."""
+    app, endpoint = FastAPI(), RpcEndpoint(Conventional())
     endpoint.register_route(app, "/{tenant}/ws")
 
     @endpoint.method
@@ -1845,6 +1817,10 @@ async def test_depends_reads_query_and_path_of_the_connection() -> None:
                 RpcClient("ws://t/b/ws?size=4", transport=ASGITransport(app)) as b):
         got = await asyncio.gather(*(client.call("where") for client in (a, b, a)))
         assert [r.result for r in got] == [["a", 3], ["b", 4], ["a", 3]]
+        with pytest.raises(InvalidParams, match=r"header\.authorization: Field required"):
+            await a.call("whoami")
+        app.dependency_overrides[current_user] = lambda: "the test"
+        assert (await a.call("greet", [1])).result == "1 en the test False"
 
 
 @pytest.mark.parametrize(("method", "args"), [
@@ -1888,17 +1864,6 @@ async def test_depends_with_yield_of_a_stream_lives_until_its_end() -> None:
         with pytest.raises(RequestTimeout):
             await client.call("hold", timeout=0.02)
         await until(lambda: happened[3:] == ["closed"])
-
-
-async def test_depends_can_be_overridden() -> None:
-    """app.dependency_overrides holds for methods, as it does for routes."""
-    app, endpoint = FastAPI(), RpcEndpoint(Conventional())
-    endpoint.register_route(app, "/ws")
-    async with RpcClient("ws://test/ws", transport=ASGITransport(app)) as client:
-        with pytest.raises(InvalidParams, match=r"header\.authorization: Field required"):
-            await client.call("whoami")
-        app.dependency_overrides[current_user] = lambda: "the test"
-        assert (await client.call("greet", [1])).result == "1 en the test False"
 
 
 @pytest.mark.parametrize(("raised", "expected"), [
