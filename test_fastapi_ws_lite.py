@@ -7687,13 +7687,102 @@ async def test_fleet_call_of_a_client_that_leaves_is_closed() -> None:
 
 
 async def test_fleet_of_an_endpoint_that_was_closed_begins_anew() -> None:
-    """Its beat ends with the endpoint, and the next client begins another one."""
-    server = FleetServer(FleetLog())
-    for _ in range(2):
-        async with server.agent("ann", FleetAgent()):
-            await until(lambda: server.fleet.online() == ["ann"])
+    """The others hear of both, and calls under way end, at once; no timer is left."""
+    async with fleet_of() as (here, there):
+        for _ in range(2):
+            async with there.agent("ann", FleetAgent()):
+                await until(lambda: here.fleet.online() == ["ann"])
+                call = asyncio.create_task(here.fleet.call("ann", "hold"))
+                await until(there.calls)
+                await there.endpoint.close()
+                with pytest.raises(ChannelClosed):
+                    await call
+            await until(lambda: not here.fleet._servers, 2)
+            assert there.endpoint.notifier._loop is None and there.fleet._beat.cancelled()
+            assert not there.fleet._servers
+
+
+async def test_fleet_channel_that_is_lost_on_one_side_ends_on_the_other() -> None:
+    """Otherwise calls would wait, and methods run, for nobody."""
+    agent = FleetAgent()
+    async with fleet_of() as (here, there), there.agent("ann", agent):
+        for side in (here, there):
+            call = asyncio.create_task(here.fleet.call("ann", "hold", timeout=None))
+            await until(there.calls)
+            [other] = side.fleet._servers.values()
+            other.channel._end(ChannelClosed(1006, "lost"))
+            with pytest.raises(ChannelClosed):
+                await call
+            await until(lambda: not there.calls())
+            async with there.agent("bob"):  # which tells the roster
+                await until(lambda: here.places("ann"))
+        await until(lambda: agent.cancelled == 2)
+
+
+async def test_fleet_log_is_read_by_one_while_its_endpoint_is_closed_and_used_again(
+        broker: MemoryLog) -> None:
+    """Each event is handled once, and the closing one does not join the log again."""
+    endpoint, got = PubSubEndpoint(backbone=broker), list[int]()
+    endpoint.subscribe("t", got.append)
+    await endpoint.publish("t", 0)
+    await until(lambda: got)
+    broker.troubles = [(False, OSError("away"))] * 100
+    endpoint.publish("t", 1)
+    closing = asyncio.create_task(endpoint.close())
+    await asyncio.sleep(0.05)
+    endpoint.publish("u")  # which begins anew
+    await endpoint.notifier._shared.ready(None, bool)
+    broker.put(*(entry(7, n, n) for n in range(4)))
+    await until(lambda: got[-1] == 3)
+    broker.troubles.clear()
+    await closing
+    assert got[:5] == [0, 0, 1, 2, 3]
+    await endpoint.close()
+
+
+async def test_fleet_call_carries_deep_results_and_bytes_as_a_direct_one() -> None:
+    """What one client returns is no harm to its server, or to that of the caller."""
+    class Deep(RpcMethodsBase):
+        async def nest(self, depth: int) -> Any:
+            value: Any = 0
+            for _ in range(depth):
+                value = [value]
+            return value
+
+        async def same(self, data: bytes) -> bytes:
+            return data
+
+    async with fleet_of() as (here, there), there.agent("ann", Deep()):
+        for fleet in (here.fleet, there.fleet):
+            assert str((await fleet.call("ann", "nest", [253])).result).count("[") == 253
+            assert (await fleet.call("ann", "same", [b"\xfb\xff"])).result == "+/8="
+
+
+async def test_fleet_client_that_is_not_admitted_yet_is_nobody(monkeypatch: Patch) -> None:
+    """Neither is one whose identity cannot be told. The others are, however much is published."""
+    admit = asyncio.Event()
+
+    async def wait(channel: RpcChannel) -> None:
+        if channel.identity == "ann":
+            await admit.wait()
+
+    monkeypatch.setattr(lib, "QUEUE_EVENTS", 0)
+    log = FleetLog()
+    here, there = FleetServer(log, on_connect=wait), FleetServer(log)
+    async with here.agent("bob"):
+        ann = here.agent("ann", FleetAgent())
+        ann.start()
+        await until(lambda: there.fleet.online() == ["bob"])
+        with pytest.raises(ChannelClosed):
+            await there.fleet.call("ann", "double", [1])
+        admit.set()
+        await until(lambda: sorted(there.fleet.online()) == ["ann", "bob"])
+        with pytest.raises(UnicodeEncodeError):
+            here.fleet._on_change(RpcChannel(
+                Link().ends[0], here.endpoint, None, identity="\ud800"))
+        await ann.close()
+    for server in (here, there):
         await server.endpoint.close()
-        assert server.endpoint.notifier._loop is None
 
 
 @pytest.mark.slow
