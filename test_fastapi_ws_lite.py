@@ -7749,13 +7749,13 @@ async def test_fleet_call_carries_deep_results_and_bytes_as_a_direct_one() -> No
                 value = [value]
             return value
 
-        async def same(self, data: bytes) -> bytes:
+        async def same(self, data: Any) -> Any:
             return data
 
     async with fleet_of() as (here, there), there.agent("ann", Deep()):
         for fleet in (here.fleet, there.fleet):
             assert str((await fleet.call("ann", "nest", [253])).result).count("[") == 253
-            assert (await fleet.call("ann", "same", [b"\xfb\xff"])).result == "+/8="
+            assert (await fleet.call("ann", "same", {"data": b"\xfb\xff"})).result == "+/8="
 
 
 async def test_fleet_client_that_is_not_admitted_yet_is_nobody(monkeypatch: Patch) -> None:
