@@ -1101,7 +1101,7 @@ def mutated(frame: bytes, changes: list[tuple[int, str]]) -> bytes:
 any_frame = (st.binary() | st.text() | json_values.map(json.dumps) | message_fields.map(json.dumps)
              | st.lists(message_fields).map(json.dumps)
              | st.builds(mutated, st.sampled_from(REAL_FRAMES), changes))
-thorough = settings(max_examples=1000 if LONG else 20, deadline=None, database=None,
+thorough = settings(max_examples=1000 if LONG else 12, deadline=None, database=None,
                     suppress_health_check=[HealthCheck.function_scoped_fixture])
 FUZZED = ["server", "server old", "server lite", "client", "client lite"]
 
@@ -3492,16 +3492,18 @@ async def test_requests_with_many_topics_hold_up_nobody_for_long() -> None:
         ("subscribe", {"topics": [*names, "bad"]}), ("unsubscribe", {"topics": names}),
         ("publish", {"topics": names[:1000]}), ("subscribe", {"patterns": patterns, "last": 1000}),
         ("unsubscribe", {"patterns": patterns})]
-    costs = [math.inf] * len(requests)
+    costs, bound = [math.inf] * len(requests), 0.3 if "coverage" in sys.modules else 0.03
     for n in range(lib.HISTORY_EVENTS):
         await endpoint.publish(f"room/{n}", "x" * 100)
     async with subscriber_of(endpoint) as peer:
-        for place, (method, params) in [*enumerate(requests)] * 3:
+        for place, (method, params) in [*enumerate(requests)] * 8:
             async with longest_turn() as longest:
                 await peer.ask(method, **params)
             costs[place] = min(costs[place], longest[0])
-    # The least of three, as the garbage collector may have run; 0.012 on a quiet machine.
-    assert max(costs) < (0.3 if "coverage" in sys.modules else 0.03)
+            if max(costs) < bound:
+                break
+    # The least of eight, as the garbage collector may have run; 0.012 on a quiet machine.
+    assert max(costs) < bound
 
 
 async def test_patterns_made_to_take_long_hold_up_nobody_for_long() -> None:
@@ -4681,7 +4683,8 @@ def impatient(monkeypatch: Patch) -> None:
 @pytest.mark.parametrize(
     "anyio_backend", [("asyncio", {"use_uvloop": use}) for use in (False, True)], ids=str)
 @each_ws_library
-@pytest.mark.parametrize("how", ["limit", "close", "cancel", "server"])
+@pytest.mark.parametrize("how", ["limit", *(
+    pytest.param(how, marks=pytest.mark.slow) for how in ("close", "cancel", "server"))])
 async def test_peer_that_never_reads_is_gone_in_bounded_time_with_all_it_held(
         ws: WSProtocolType, how: str, impatient: None, monkeypatch: Patch) -> None:
     """By the limit of sending, after which others stay, by the endpoint, by cancelling the route,
@@ -7116,7 +7119,7 @@ async def test_broker_log_keeps_the_contract(url: str, channel: str, monkeypatch
         await one.append(b"x" * size)
         [(last, large)] = await waiting
         assert len(large) == size
-        monkeypatch.setattr(lib, "READ_SECONDS", 0.4)
+        monkeypatch.setattr(lib, "READ_SECONDS", 0.2)
         assert not await reader.read(last + 1000)
         opened = [log._client for log in (one, reader)]
         for end in (last + 1, last + 2):  # silence costs no connection, nor does looking back
@@ -8604,6 +8607,7 @@ async def test_browser_address_that_is_none_is_final_and_a_failing_token_is_not(
     assert await page.run("return states.some(([, why]) => why?.message === 'no token')")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["online", "pageshow", "visibilitychange"])
 async def test_browser_wake_up_tests_the_old_connection_first(page: Page, name: str) -> None:
     """One that answers stays, one that does not is replaced at once, and a wait ends."""
@@ -8647,6 +8651,7 @@ async def test_browser_waits_longer_after_each_failure_and_spreads_restarts(page
         assert await page.run("ws.close(); return waits.splice(0)") == [*waits, waits[0]]
 
 
+@pytest.mark.slow
 async def test_browser_connection_that_is_silent_is_replaced(page: Page) -> None:
     """A server that accepts and says nothing was never ready; a subscribe has to be answered."""
     page.answers_pings = False
@@ -9067,7 +9072,9 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.parametrize("left_out", [*OPTIONAL, ",".join(OPTIONAL)], ids=[*OPTIONAL, "all"])
+@pytest.mark.parametrize("left_out", [
+    *(pytest.param(name, marks=pytest.mark.slow) for name in OPTIONAL), ",".join(OPTIONAL)],
+    ids=[*OPTIONAL, "all"])
 def test_vendor_without_a_section_works_and_passes_ruff(left_out: str, tmp_path: Path) -> None:
     """Calls and events work in a fresh process, with no other library and nothing beside the file.
 
