@@ -1360,6 +1360,19 @@ _BUILT_IN_METHODS: dict[str, Callable[..., Any]] = {
     "_ping_": _ping, "_get_channel_id_": _get_channel_id}
 
 
+@functools.cache
+def _prepare(name: str, function: Callable[..., Any]) -> _ExposedMethod:
+    """Look at the types of a method of ours; once, as pydantic needs up to a millisecond for it."""
+    bound = function if name in _BUILT_IN_METHODS else types.MethodType(function, object())
+    return _ExposedMethod(name, bound, is_built_in=True)
+
+
+def _built_in_method(name: str, function: Any) -> _ExposedMethod:
+    method = copy.copy(_prepare(name, getattr(function, "__func__", function)))
+    method.function = function
+    return method
+
+
 @dataclass(kw_only=True, eq=False, repr=False)
 class _Peer:
     """The base of endpoints and clients: what all their connections share."""
@@ -1383,7 +1396,7 @@ class _Peer:
             "$/credit": lambda channel, params: channel._runner.steer(params, is_cancel=False),
             "$/stream": lambda channel, params: channel._take_items(params)}
         own = {name: getattr(self, attribute) for name, attribute in self._built_in.items()}
-        self._add({name: _ExposedMethod(name, function, is_built_in=True)
+        self._add({name: _built_in_method(name, function)
                    for name, function in {**_BUILT_IN_METHODS, **own}.items()})
         self._add(_exposed_methods(methods, on_server=self._is_server))
 

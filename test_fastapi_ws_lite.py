@@ -6661,6 +6661,7 @@ async def test_backbone_rejoined_tells_quiet_subscribers_the_position(broker: Me
         await until(lambda: client.position != at_20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trouble", [OSError("broken"), asyncio.CancelledError(), RuntimeError()])
 async def test_backbone_flapping_loses_nothing(broker: MemoryLog, trouble: BaseException) -> None:
     """It freezes, fails and forgets to answer in turn; every event arrives once and in order.
@@ -8094,6 +8095,7 @@ forgotten = connect(url).events("news")
 """
 
 
+@pytest.mark.slow
 async def test_remote_ctrl_c_leaves_whatever_it_waits_for() -> None:
     """Connecting, calling, iterating, publishing: at once, cancelled there, nothing left here.
 
