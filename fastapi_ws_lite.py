@@ -5443,7 +5443,7 @@ class _OtherServer(_Peer):
             default_response_timeout=None, max_concurrent_requests=QUEUE_EVENTS,
             max_message_size=fleet._notifier._shared._max_entry - 2**7)  # what surrounds a message
         self._set_up(None)
-        self._add({"fleet.call": _ExposedMethod("fleet.call", fleet._perform)})
+        self._add({"fleet.call": _built_in_method("fleet.call", fleet._perform)})
         self._fleet, self._id, self.inbox = fleet, id, asyncio.Queue[str]()
         self.recv = self.inbox.get
         self.channel = RpcChannel(self, self, _WS_LITE)
@@ -5486,8 +5486,8 @@ class Fleet:
     ``main_loop(identity=...)``. Where an identity has several connections, the newest is called;
     the clocks of the servers decide.
 
-    What `online` says is up to 0.1 s old, and 15 s where a server was killed.
-    Calls of streams are not passed on.
+    What `online` says is up to 0.1 s old (1 s with 10,000 clients), and 15 s where a server was
+    killed. Calls of streams are not passed on.
     """
 
     def __init__(self, endpoint: PubSubEndpoint) -> None:

@@ -3191,12 +3191,14 @@ async def test_cursor_of_a_slow_reader_is_fed_from_the_log(subprotocols: Sequenc
             endpoint.publish(["t", "nobody", "up"][n % 3], [n, "x" * 500])
             await asyncio.sleep(0)
         assert endpoint.stats()["lagging"] == 1
+        [outbox] = [channel._outbox for channel in endpoint.channels.values()]
         assert [n for n, _ in await peer.events(1333)] == [n for n in range(2000) if n % 3 != 1]
         await until(lambda: endpoint.stats()["lagging"] == 0)
         for n in range(1500):  # now it reads a little, while more is published
-            endpoint.publish("t", [n, "x" * 500])
+            endpoint.publish("t", [n, "x" * 5000])
             if n % 50 == 49:
                 got += await peer.events(1)
+                assert outbox.size <= lib.LAGGING_BYTES + 6000  # with one event over it
         got += await peer.events(1500 - len(got))
         assert [n for n, _ in got] == list(range(1500))
 
