@@ -1052,7 +1052,8 @@ async def test_old_subscriber_that_misses_an_event_comes_back(size: int, code: i
         first = only(endpoint)
         async with asyncio.timeout(30):
             while first.id in endpoint.channels and not endpoint.stats()["slow_closed"]:
-                endpoint.publish("t", "x" * size)
+                for _ in range(9):  # in one turn, of which the log keeps four
+                    endpoint.publish("t", "x" * size)
                 await asyncio.sleep(0)
         go.set()
         await until(lambda: first.id not in endpoint.channels and endpoint.subscribers("other"))
