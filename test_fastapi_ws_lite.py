@@ -2255,9 +2255,10 @@ async def test_burst_of_one_peer_does_not_delay_another(burst: str) -> None:
     frames = requests if burst in ("one by one", "invalid") else [
         requests[n:n + 4000] for n in range(0, 10_000, 4000)]
     texts = [json.dumps(frame) for frame in [*frames, _END]]
+    bound = 0.2 if "coverage" in sys.modules else 0.02
     async with client_of(endpoint) as client, on_link(link, endpoint) as channel:
         channel.format = lib._JSONRPC if burst == "batches" else lib._WS_LITE
-        for _ in range(5):
+        while not longest or (len(longest) < 20 and min(longest) > bound):
             for text in texts:
                 link.queues[0].put_nowait(text)
             answered, pings = asyncio.create_task(last_answer()), [0.0]
@@ -2266,8 +2267,7 @@ async def test_burst_of_one_peer_does_not_delay_another(burst: str) -> None:
                 assert (await client.call("_ping_")).result == "pong"
                 pings.append(time.thread_time() - began)
             longest.append(max(pings))
-        # The least, as the garbage collector may have run in the others.
-        assert min(longest) < (0.2 if "coverage" in sys.modules else 0.02)
+        assert min(longest) < bound  # the garbage collector may have run in the others
 
 
 @each_side
@@ -3499,13 +3499,13 @@ async def test_requests_with_many_topics_hold_up_nobody_for_long() -> None:
     for n in range(lib.HISTORY_EVENTS):
         await endpoint.publish(f"room/{n}", "x" * 100)
     async with subscriber_of(endpoint) as peer:
-        for place, (method, params) in [*enumerate(requests)] * 8:
+        for place, (method, params) in [*enumerate(requests)] * 20:
             async with longest_turn() as longest:
                 await peer.ask(method, **params)
             costs[place] = min(costs[place], longest[0])
             if max(costs) < bound:
                 break
-    # The least of eight, as the garbage collector may have run; 0.012 on a quiet machine.
+    # The least of many, as other work makes it more; 0.012 on a quiet machine.
     assert max(costs) < bound
 
 
@@ -3652,16 +3652,17 @@ async def test_publish_of_a_client_is_in_the_log_when_it_is_answered() -> None:
 async def test_replay_of_the_last_of_a_full_log_costs_little() -> None:
     """The last 20 of a topic, among 4,096 entries of others: less than a millisecond."""
     endpoint, costs = PubSubEndpoint(), list[float]()
+    bound = 0.01 if "coverage" in sys.modules else 0.001
     for n in range(lib.HISTORY_EVENTS):
         endpoint.publish(f"room/{n % 50}", {"n": n, "text": "x" * 100})
     async with subscriber_of(endpoint) as peer:
-        for _ in range(50):
+        while len(costs) < 50 or (len(costs) < 1000 and min(costs) > bound):
             await peer.send("subscribe", topics=["room/1"], last=20)
             began = time.thread_time()
             frame = await peer.peer.connection.recv()  # the server's work, and nothing of ours
             costs.append(time.thread_time() - began)
             assert len(json.loads(frame)["result"]["events"]) == 20
-    assert min(costs) < (0.01 if "coverage" in sys.modules else 0.001)
+    assert min(costs) < bound  # other work makes it more
 
 
 @pytest.mark.slow
