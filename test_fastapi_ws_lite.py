@@ -4514,10 +4514,12 @@ each_ws_library = pytest.mark.parametrize("ws", [
     "websockets-sansio", "wsproto"])
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """One that the system gives to nobody who asks for any, as other tests do meanwhile."""
+    while True:
+        port = random.SystemRandom().randint(10_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 async def exercise_server(url: str, **options: Any) -> None:
