@@ -228,11 +228,11 @@ async def raw(url: str, **options: Any) -> AsyncIterator[Raw]:
         yield Raw(connection)
 
 
-def python(*argv: str | Path, cwd: Path = HERE) -> str:
+def python(*argv: str | Path, cwd: Path = HERE, timeout: float = 120) -> str:
     """What a Python with these arguments prints, also on standard error; it has to succeed."""
     environment = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1"}
-    run = subprocess.run([sys.executable, *argv], cwd=cwd, env=environment, text=True, timeout=120,
-                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    run = subprocess.run([sys.executable, *argv], cwd=cwd, env=environment, text=True, check=False,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout)
     assert run.returncode == 0, run.stdout
     return run.stdout
 
@@ -446,9 +446,7 @@ def test_error_says_its_message_and_is_copied_and_pickled(error: RpcError, text:
 @each_side
 async def test_error_arrives_as_it_is(
         kind: Any, method: str, args: Any, wire: str, side: int, caplog: Logs) -> None:
-    """It is the same at both ends, but for codes that mean something only where ws-lite.1 does. The
-    text of an exception stays here, in the log beside the id that the caller is told.
-    """
+    """But for codes of ws-lite.1. An exception's text is in the log, beside the id in the data."""
     code = args.get("code") or kind.code
     is_foreign = wire == JSONRPC and -32099 <= code <= -32000
     async with pair(Worker(), wire, max_message_size=10_000) as ends:
@@ -627,7 +625,7 @@ async def test_jsonrpc_binary_frames_are_read_as_text() -> None:
 @each_wire
 @each_side
 async def test_jsonrpc_what_would_be_refused_is_not_sent(wire: str, side: int) -> None:
-    """What one side can write the other reads. Deeper values, NaN, and what is large are not sent."""
+    """What one side can write the other reads. Deeper values, NaN, and large ones are not sent."""
     async with pair(Worker(), wire, max_message_size=2000) as ends:
         with pytest.raises(MessageTooLarge, match="echo"):
             await ends[side].call("echo", {"value": "x" * 2000})
@@ -1185,11 +1183,9 @@ def test_anything_guided_by_coverage_ends_nothing(tmp_path: Path) -> None:
     for n, frame in enumerate(REAL_FRAMES * len(FUZZED)):
         (tmp_path / f"{n}").write_bytes(bytes([n % len(FUZZED)]) + frame)
     runs = 50_000 if LONG else 2000
-    done = subprocess.run(
-        [sys.executable, "-c", GUIDED_FUZZ, f"-runs={runs}", "-seed=1", "-timeout=20",
-         "-max_len=512", f"-artifact_prefix={tmp_path}/", str(tmp_path)],
-        cwd=HERE, capture_output=True, text=True, timeout=3600, check=False)
-    assert done.returncode == 0 and f"Done {runs} " in done.stderr, done.stderr[-4000:]
+    printed = python("-c", GUIDED_FUZZ, f"-runs={runs}", "-seed=1", "-timeout=20", "-max_len=512",
+                     f"-artifact_prefix={tmp_path}/", tmp_path, timeout=3600)
+    assert f"Done {runs} " in printed
 
 
 sound_requests = st.builds(
@@ -1248,9 +1244,8 @@ async def test_hostile_protocol_message_is_ignored(method: str) -> None:
     *(("publish", {"topics": "t", "data": data}) for data in ("1e999", "-1e999", "[1e999]")),
     ("publish", {"topics": [f"{n}" for n in range(1001)]})])
 async def test_hostile_pubsub_params_leave_nothing(method: str, params: Any, caplog: Logs) -> None:
-    """Too many or too long names, negative numbers, other types, and infinite data, which is read
-    as JSON but cannot be said in it. The peer is told, before authorize is asked for topics; no log
-    is filled with it.
+    """Too many, too long, of other types, or infinite data, which is read but cannot be said in
+    JSON. The peer is told, before authorize is asked for topics; no log is filled with it.
     """
     endpoint = PubSubEndpoint(authorize=lambda channel, action, names: action == "publish")
     async with plain(endpoint) as peer:
@@ -1266,9 +1261,7 @@ async def test_hostile_pubsub_params_leave_nothing(method: str, params: Any, cap
     [ask(1, "fail_with", [7, "no", "x" * 50_000])], [ask(1, "texts", [1, 50_000], stream=9)]],
     ids=["results", "batches", "errors", "streams"])
 async def test_hostile_large_answers_are_bounded(large: list[Any], monkeypatch: Patch) -> None:
-    """A peer that reads nothing gets Overloaded once its unsent answers are too much together,
-    also of batches that wait for one that takes long, errors with data, and items of streams.
-    """
+    """A peer that reads nothing gets Overloaded once its unsent answers are too much together."""
     monkeypatch.setattr(lib, "OUTBOX_BYTES", 2**20)
     monkeypatch.setattr(lib, "PAUSE_BYTES", 2**30)
     async with plain(RpcEndpoint(worker := Worker())) as peer:
@@ -1288,8 +1281,7 @@ async def test_hostile_large_answers_are_bounded(large: list[Any], monkeypatch: 
 async def test_batch_of_subscribes_is_answered_however_large_their_replays_are() -> None:
     """The first answer waits for the second one, which waits for room, but not for the first."""
     endpoint = PubSubEndpoint()
-    for n in range(40):
-        endpoint.publish("t", [n, "x" * 5000])
+    publish_each(endpoint, "t", ["x" * 5000] * 40)
     async with plain(endpoint) as peer:
         got = await peer.ask([ask(n, "subscribe", {"topics": ["t"], "last": 40}) for n in range(3)])
         assert [len(answer["result"]["events"]) for answer in got] == [40] * 3
@@ -1491,33 +1483,24 @@ async def test_values_are_those_of_their_hints(hint: Any, value: Any, result: An
     (Spot, "the secret"), (Spot, {"x": "the secret"}), (Chain, "the secret"), (int, "the secret"),
     (str | None, ["the secret"]), (Opaque, "the secret"), (StrictDay, {"day": "the secret"}),
     (bytes, "*"), (bytes, "é"), (bytes, 5), (Short, "////////"), (Deep, {"k": ["*"]}),
-    (Base64Bytes, "abc"), (Blob, {"data": "xx"}), (list[int], ["x"] * 1000)], ids=repr)
+    (Base64Bytes, "abc"), (Blob, {"data": "xx"}), (list[int], ["x"] * 1000),
+    pytest.param(dict[str, list[int]], {"k" * 10_000: ["x"] * 99}, id="long key")], ids=repr)
 async def test_arguments_that_do_not_fit_are_not_repeated(hint: Any, value: Any) -> None:
-    """What was sent may be a secret, and is not in the error; many problems are only counted."""
+    """What was sent may be a secret; many problems are only counted, and long keys are cut."""
     async with client_of(echo_of(hint)) as client:
         with pytest.raises(InvalidParams) as caught:
             await client.call("echo", [value])
         assert "secret" not in f"{caught.value.message} {caught.value.data}"
-        assert len(caught.value.data) == 1
-
-
-async def test_arguments_with_long_keys_make_no_long_error() -> None:
-    """A key that the peer has sent stands in the path of each problem below it, and is cut."""
-    async with client_of(echo_of(dict[str, list[int]])) as client:
-        with pytest.raises(InvalidParams) as caught:
-            await client.call("echo", [{"k" * 10_000: ["x"] * 99}])
         paths = [problem["loc"] for problem in caught.value.data]
-        assert paths == [[0, "k" * 100, n] for n in range(99)] and len(str(caught.value)) < 1000
+        assert len(paths) == 1 or paths == [[0, "k" * 100, n] for n in range(99)]
+        assert len(str(caught.value)) < 1000
 
 
 async def test_arguments_without_hints_are_as_they_are() -> None:
-    """By name, position, *args and **kwargs; an alias is the name; Base64Bytes are read once."""
+    """By name, position, *args and **kwargs; Base64Bytes are read once."""
     class Loose(RpcMethodsBase):
         async def untyped(self, a, *rest, key=None, **more):  # type: ignore[no-untyped-def]
             return [a, *rest, key, more]
-
-        async def aliased(self, kind: Annotated[str, Field(alias="class")], n: int = 1) -> str:
-            return kind * n
 
         async def once(self, data: Base64Bytes) -> bytes:
             return data
@@ -1526,8 +1509,6 @@ async def test_arguments_without_hints_are_as_they_are() -> None:
         assert (await client.call("untyped", [1, 2, 3])).result == [1, 2, 3, None, {}]
         got = await channel.call("untyped", {"a": 1, "key": 2, "z": 3})
         assert got.result == [1, 2, {"z": 3}]
-        assert (await client.call("aliased", {"class": "a", "n": 2})).result == "aa"
-        assert (await channel.call("aliased", ["a", 3])).result == "aaa"
         assert (await client.call("once", ["Ly84PQ=="])).result == "Ly84PQ=="
 
 
@@ -1856,8 +1837,7 @@ async def test_depends_with_yield_of_a_stream_lives_until_its_end() -> None:
     (WebSocketException(1008, "go"), Forbidden("go")), (WebSocketException(1008), Forbidden()),
     (WebSocketException(4000, "why"), RpcError(4000, "why"))], ids=repr)
 @pytest.mark.parametrize("where", ["method", "dependency"])
-async def test_http_exception_is_an_error_of_its_code(raised: Exception, expected: RpcError,
-                                                      where: str, caplog: Any) -> None:
+async def test_http_exception_is_told(raised: Any, expected: Any, where: str, caplog: Logs) -> None:
     """Dependencies of routes can be used in methods: what they raise is told to the caller."""
     def fail() -> None:
         raise raised
@@ -1880,9 +1860,7 @@ async def test_http_exception_is_an_error_of_its_code(raised: Exception, expecte
     Annotated[str, Header()], Annotated[str | None, Query()], Annotated[str, Cookie()]], ids=repr)
 @pytest.mark.parametrize("side", [RpcEndpoint, RpcClient])
 def test_injection_that_we_do_not_do_is_refused(hint: Any, side: Any) -> None:
-    """What FastAPI would fill in, and we do not, is a TypeError that names the parameter; and so is
-    Depends inside of a type, which FastAPI passes over: the peer would fill it in.
-    """
+    """A TypeError names the parameter. Depends inside of a type is for the peer to fill in."""
     async def method(a: int, odd: Any) -> None: ...
 
     method.__annotations__["odd"] = hint
@@ -2045,9 +2023,8 @@ async def test_call_order_is_kept(side: int) -> None:
 async def test_call_at_the_end_raises(wire: str, side: int, closer: int) -> None:
     """One in flight fails and its method is cancelled, whoever closes; so does a later one."""
     async with pair(worker := Worker(), wire) as (client, channel):
-        ends = (client.channel, channel)
+        ends: Any = (client.channel, channel)
         calling, closing = ends[side], ends[closer]
-        assert calling is not None and closing is not None
         call = asyncio.create_task(calling.call("hold"))
         await until(lambda: worker.seen)
         await closing.close(4000, "enough")
@@ -2082,9 +2059,8 @@ async def test_call_arguments_that_cannot_be_sent_raise_at_once(args: Any) -> No
 async def test_timeout_ends_call_and_work(wire: str, side: int, default: float, call: Any) -> None:
     """A call past its timeout, or its side's, raises; with ws-lite.1 the method is cancelled."""
     async with pair(worker := Worker(), wire, default_response_timeout=default) as ends:
-        with pytest.raises(RequestTimeout, match=r"hold was not .* in 0\.02 s") as caught:
+        with pytest.raises(RequestTimeout, match=r"hold was not .* in 0\.02 s"):
             await call(ends[side])
-        assert isinstance(caught.value, TimeoutError)
         if wire == lib.SUBPROTOCOL:
             await until(lambda: worker.seen == ["held", "cancelled"] and nothing_pending(*ends))
         assert (await ends[side].other(timeout=5).add(a=1, b=2)).result == 3
@@ -2110,7 +2086,7 @@ async def test_timeout_is_told_to_the_callee(options: Any, args: Any, expected: 
 async def test_timeout_that_is_no_time_raises(timeout: float, error: Any) -> None:
     """No time at all is a timeout, and what is no number is a ValueError."""
     async with pair(Streamer()) as ends:
-        for call in (ends[0].call("plain", timeout=timeout),
+        for call in (ends[0].call("wait", timeout=timeout),
                      anext(ends[0].stream("stall", timeout=timeout))):
             with pytest.raises(error):
                 await call
@@ -2161,8 +2137,7 @@ async def test_cancel_that_is_ignored_is_answered_and_holds_its_slot(method: str
 @pytest.mark.parametrize(("method", "params"), [
     ("fail", None), ("nope", None), ("add", ["x"]), ("fail_with", [7, "m"]), ("nest", [300])])
 @each_wire
-async def test_notify_that_fails_is_not_answered(
-        method: str, params: Any, wire: str, caplog: Logs) -> None:
+async def test_notify_is_not_answered(method: str, params: Any, wire: str, caplog: Logs) -> None:
     """Not even with an error; what was unexpected is in the log of its side."""
     async with plain(RpcEndpoint(Worker()), wire) as peer:
         assert await answers(peer, tell(method, params)) == []
@@ -2232,8 +2207,7 @@ async def test_burst_of_one_peer_does_not_delay_another(burst: str) -> None:
 async def test_close_sends_what_waits(side: int) -> None:
     """What was notified before close arrives, and begins to run although its sender has gone."""
     async with pair(worker := Worker()) as (client, channel):
-        sender = (client.channel, channel)[side]
-        assert sender is not None
+        sender: Any = (client.channel, channel)[side]
         sender.notify("hold")
         await sender.close()
         await until(lambda: worker.seen[:1] == ["held"], 2)
@@ -2242,7 +2216,7 @@ async def test_close_sends_what_waits(side: int) -> None:
 # --------------------------------------------------------------------- pending calls and streams
 
 
-class Streamer(RpcMethodsBase):
+class Streamer(Calculator):
     """Streams, and what became of them."""
 
     def __init__(self) -> None:
@@ -2267,26 +2241,21 @@ class Streamer(RpcMethodsBase):
             self.made += 1
             yield "x" * size
 
-    async def stall(self) -> AsyncIterator[int]:
+    async def stall(self, n: int = 1) -> AsyncIterator[int]:
         try:
-            yield 1
+            yield n
             await asyncio.sleep(3600)
         finally:
             self.closed += 1
 
-    async def fail(self, n: int) -> AsyncIterator[int]:
+    async def broken(self, n: int) -> AsyncIterator[int]:
         for number in range(n):
             yield number
         raise ValueError("the secret")
 
     async def total(self, method: str) -> int:
         """What the caller streams to this side, in sum: an upload."""
-        return sum(await listed(self.channel.stream(method, {"n": 100})))
-
-    async def relay(self) -> list[int]:
-        return await listed(self.channel.stream("stall", timeout=None))
-
-    async def plain(self) -> None: ...
+        return sum(await listed(self.channel.stream(method, {"n": 100}, timeout=None)))
 
 
 async def listed(items: Any) -> list[Any]:
@@ -2303,7 +2272,7 @@ async def test_stream_is_iterated_in_each_way(side: int) -> None:
         assert await listed(end.stream("count", [0])) == []
         assert await end.proxy(Streamer).total("count") == 4950
         with pytest.raises(InternalError):
-            await end.proxy(Streamer).total("fail")
+            await end.proxy(Streamer).total("broken")
         items = end.stream("texts", [1, 2, 4000, 1])
         assert (await anext(items), await anext(items)) == ("x", "xx")
         with pytest.raises(MessageTooLarge, match="item"):
@@ -2316,11 +2285,11 @@ async def test_stream_and_call_are_told_apart(caplog: Logs) -> None:
     async with pair(streamer := Streamer()) as (client, _):
         with pytest.raises(InvalidParams, match="count is a stream"):
             await client.other.count(n=1)
-        for name, error in [("plain", InvalidParams), ("nope", MethodNotFound)]:
+        for name, error in [("add", InvalidParams), ("nope", MethodNotFound)]:
             with pytest.raises(error, match=name):
                 await listed(client.stream(name))
         client.notify("count", {"n": 1})
-        await client.other.plain()
+        await client.other.add(a=1, b=2)
     async with plain(RpcEndpoint(streamer)) as peer:
         assert await answers(peer, tell("count", [3]) | {"stream": 16}) == []
     assert (streamer.made, caplog.text) == (0, "")  # it was not even tried
@@ -2448,7 +2417,7 @@ async def test_stream_that_is_left_ends_in_a_round_trip(side: int, how: str, err
         if how == "drop":
             await until(lambda: streamer.closed and nothing_pending(*ends))
         else:
-            await ends[side].call("plain")
+            await ends[side].call("add", [1, 2])
             assert streamer.closed == 1 and nothing_pending(*ends)
 
 
@@ -2472,10 +2441,10 @@ async def test_stream_deadline_of_a_caller_is_kept() -> None:
         assert await peer.ask(ask(7, "stall", stream=9, timeout=0.03)) == items_of(7, 1)
         assert await peer.recv() == failed(7, -32000, "stall was not done in 0.03 s")
         await until(lambda: streamer.closed)
-    async with pair(relay := Streamer()) as ends:
+    async with pair(streamer := Streamer()) as ends:
         with pytest.raises(RequestTimeout):
-            await ends[0].call("relay", timeout=0.03)
-        await until(lambda: relay.closed and nothing_pending(*ends))
+            await ends[0].call("total", ["stall"], timeout=0.03)
+        await until(lambda: streamer.closed and nothing_pending(*ends))
 
 
 async def test_stream_that_ignores_its_cancellation_sends_nothing_more() -> None:
@@ -2502,8 +2471,7 @@ async def test_stream_race_at_every_suspension(side: int, args: Any, how: str) -
     """Cancelled, cut or stopped by the peer after each number of turns: nothing is left."""
     for turns in range(24):
         async with pair(streamer := Streamer()) as (client, server):
-            assert client.channel is not None
-            channels = (client.channel, server)
+            channels: Any = (client.channel, server)
             runner = channels[1 - side]._runner
             task = asyncio.create_task(listed(channels[side].stream("count", args)))
             for _ in range(turns):
@@ -2605,6 +2573,7 @@ async def test_proxy_arguments_go_by_name_where_they_have_one(wire: str) -> None
         assert await depot.named(1, b=2, c=3) == {"a": 1, "b": 2, "c": 3}
         assert await depot.aliased("a") == await depot.aliased(kind="a") == ["a", 1, 2]
         assert await depot.aliased(third=3, other=2, kind="a") == ["a", 2, 3]
+        assert (await client.call("aliased", ["a", 3])).result == ["a", 3, 2]
         assert await depot.only_position(1, 2) == await depot.only_position(1, b=2) == [1, 2, 0]
         with pytest.raises(TypeError, match=r"only_position: .*by position or by name"):
             await depot.only_position(1, c=2)
@@ -2614,9 +2583,7 @@ async def test_proxy_arguments_go_by_name_where_they_have_one(wire: str) -> None
 
 
 async def test_proxy_wrong_calls_and_wrong_results_are_said() -> None:
-    """Nothing is sent for what is no public method of the class, or arguments that do not fit it.
-    A result of another type is an error that says which method, and what was expected.
-    """
+    """Then nothing is sent; and a result of another type is an error that says which it is."""
     async with pair(Depot()) as (client, channel):
         depot: Any = client.proxy(Depot)
         days = client.proxy(Days)
@@ -2682,9 +2649,8 @@ async def test_socket_is_closed_once_with_the_first_code() -> None:
 
 
 @pytest.mark.parametrize("method", ["stubborn", "block"])
-async def test_socket_that_is_cut_leaves_a_method_behind_that_ignores_it(
-        method: str, caplog: Logs, monkeypatch: Patch) -> None:
-    """After a second the connection is given up; a thread that still runs is no task."""
+async def test_socket_that_is_cut_ends_all(method: str, caplog: Logs, monkeypatch: Patch) -> None:
+    """After a second, by a method that ignores it, too; a thread that still runs is no task."""
     monkeypatch.setattr(lib, "GRACE_SECONDS", 0.02)
     link, worker = Link(), Worker()
     async with on_link(link, RpcEndpoint(worker)) as channel:
@@ -2938,9 +2904,7 @@ async def test_reader_that_always_publishes_again_lets_others_run(how: str) -> N
 
 
 async def test_iterator_yields_until_it_is_left_or_cancelled() -> None:
-    """A wait that times out or is cancelled ends nothing. Leaving the loop ends the subscription;
-    after cancel comes what was published before, and then next raises ChannelClosed.
-    """
+    """A wait that times out ends nothing. What was published before the end still comes."""
     notifier = EventNotifier()
     left, other = await notifier.subscribe(["a", "b"]), notifier.subscribe("a")
     with pytest.raises(RequestTimeout, match="no event of a, b in 0 s"):
@@ -3122,8 +3086,7 @@ async def test_events_of_a_burst_travel_together_within_bounds() -> None:
     endpoint = PubSubEndpoint()
     async with subscriber_of(endpoint) as small, subscriber_of(endpoint, "t") as large:
         await small.ask("subscribe", topics=["t"], max_size=2000)
-        for n in range(1000):
-            endpoint.publish(["t"], [n, "é" * 100])
+        publish_each(endpoint, "t", [[n, "é" * 100] for n in range(1000)])
         for peer, limit in ((small, 2000), (large, 2**16)):
             peer.sizes.clear()
             assert [n for n, _ in await peer.events(1000)] == list(range(1000))
@@ -3152,9 +3115,7 @@ async def test_cursor_of_a_slow_reader_is_fed_from_the_log(subprotocols: Sequenc
 
 
 async def test_cursor_that_falls_off_the_log_is_told_one_gap_or_closed() -> None:
-    """The gap names the position before the oldest entry, where it goes on. Or it is closed with
-    1013, after what was sent before, and nothing of it stays.
-    """
+    """It goes on at the oldest entry, and the gap names the position before that; or it ends."""
     gap, close = PubSubEndpoint(history=100), PubSubEndpoint(history=100, on_slow="close")
     async with subscriber_of(gap, "t") as peer, subscriber_of(close, "t") as other:
         for endpoint in (close, gap):
@@ -3221,8 +3182,7 @@ async def test_event_larger_than_one_peer_takes_is_a_gap_for_it_alone() -> None:
     endpoint = PubSubEndpoint()
     async with subscriber_of(endpoint) as small, subscriber_of(endpoint, "t") as large:
         start = (await small.ask("subscribe", topics=["t"], max_size=3000))["position"]
-        for data in ("first", "x" * 4000, "last"):
-            endpoint.publish("t", data)
+        publish_each(endpoint, "t", ["first", "x" * 4000, "last"])
         assert await small.events(2) == ["first", "last"]
         assert await large.events(3) == ["first", "x" * 4000, "last"]
         answer = await small.ask("subscribe", topics=["t"], since=start)
@@ -3251,8 +3211,7 @@ async def test_position_is_told_to_who_hears_little() -> None:
     endpoint = PubSubEndpoint(history=40)
     async with subscriber_of(endpoint, "quiet") as peer:
         for _ in range(2):
-            for _ in range(11):
-                endpoint.publish("t", 1)
+            publish_each(endpoint, "t", range(11))
             await peer.read()
             assert peer.told.pop() == ("position", {"position": endpoint.position})
         endpoint.publish("t", 1)
@@ -3355,8 +3314,7 @@ async def test_subscribe_replay_is_in_the_answer(
 async def test_subscribe_replay_is_bounded_in_bytes() -> None:
     """Of more than 1 MiB, or than the peer takes, the newest part is sent."""
     endpoint = PubSubEndpoint()
-    for n in range(60):
-        endpoint.publish("t", [n, "x" * 30_000])
+    publish_each(endpoint, "t", [[n, "x" * 30_000] for n in range(60)])
     async with subscriber_of(endpoint) as peer:
         for limit in (2**20, 200_000):
             answer = await peer.ask("subscribe", topics=["t"], last=60, max_size=limit)
@@ -3409,8 +3367,7 @@ async def test_subscribe_in_many_requests_is_bounded(monkeypatch: Patch) -> None
     *((method, '{"topics":[*]}', said) for method in ("subscribe", "unsubscribe", "publish")
       for said in ("not 500000", "a valid string")),
     ("_ping_", "[*]", "1000000 arguments")])
-async def test_topics_by_the_million_are_counted_before_they_are_looked_at(
-        method: str, params: str, said: str) -> None:
+async def test_topics_by_the_million_are_only_counted(method: str, params: str, said: str) -> None:
     """The request costs little more than reading its JSON, also if they are no topics at all."""
     names = json.dumps([f"t{n}" for n in range(500_000)] if "not" in said else [0] * 1_000_000)
     params = params.replace("[*]", names)
@@ -3636,9 +3593,7 @@ WALK_STEPS = (["publish"] * 6 + ["disturb"] * 9 + ["subscribe"] * 4 + ["wait"] *
 
 
 class StallingTransport:
-    """Connects to one of the servers, unless it is down. What is sent can be held up, on the
-    server's side and on the client's, and the connection be cut.
-    """
+    """Connects to a server, unless it is down. Each side's sending can stall, and all be cut."""
 
     def __init__(self, world: "World") -> None:
         self.world, self.up, self.server = world, True, 0
