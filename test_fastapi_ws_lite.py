@@ -574,7 +574,7 @@ async def test_jsonrpc_example_is_answered(sent: Any, answer: Any) -> None:
     *((json.dumps(ask(1, "echo", nested(levels))).replace("[1]", f"[{number}]"), PARSE_ERROR)
       for number in ("NaN", "Infinity", "-Infinity") for levels in (1, 250)),
     *((text, INVALID) for text in (
-        "5", '"x"', "null", "{}", '{"jsonrpc":"1.0","method":"_ping_"}', '{"jsonrpc":"2.0"}',
+        "5", '"x"', "null", "{}", "[]", '{"jsonrpc":"1.0","method":"_ping_"}', '{"jsonrpc":"2.0"}',
         '{"jsonrpc":"2.0","method":null}', '{"jsonrpc":"2.0","method":"_ping_","params":"x"}')),
     *((f'{{"jsonrpc":"2.0","method":"_ping_","id":{id}}}', INVALID)
       for id in ("true", "[1]", '{"a":1}', "1e999", "-1e999")),
@@ -706,16 +706,6 @@ async def test_jsonrpc_array_of_many_messages_is_no_burst_of_work(wire: str) -> 
         await until(lambda: len(worker.seen) == most)
 
 
-async def test_lite_array_is_answered_item_by_item() -> None:
-    """With ws-lite.1 an array is no batch: what is done first is answered first."""
-    async with plain(RpcEndpoint(worker := Worker()), lib.SUBPROTOCOL) as peer:
-        assert await answers(peer, "[]") == [INVALID]
-        got = await answers(peer, [ask(1, "hold"), ask(2, "add", [1, 2]), tell("_ping_"), 5])
-        assert in_any_order(got) == in_any_order([done(2, 3), INVALID])
-        worker.go.set()
-        assert await peer.recv() == done(1, "went")
-
-
 @pytest.mark.parametrize("letter", ["x", "é", "𝄞"])
 async def test_lite_frames_stay_within_64_kib(letter: str) -> None:
     """Messages travel together up to 64 KiB; one that is larger travels alone."""
@@ -778,7 +768,7 @@ async def test_strict_server_gets_nothing_but_jsonrpc(greeting: int) -> None:
 @pytest.mark.parametrize("last", [None, 1])
 async def test_strict_server_that_subscribes_ends_no_client(answer: Any, last: int | None) -> None:
     """Whatever it answers: what is no event is none, and the connection goes on."""
-    server = StrictServer(subscribe=answer)
+    server = StrictServer(subscribe=answer, _ping_="pong")
     async with PubSubClient(transport=ASGITransport(server), connect_timeout=5) as client:
         await client.subscribe("t", print, last=last)
         assert (await client.call("sum", [1])).result == 1
@@ -1244,9 +1234,7 @@ async def test_hostile_protocol_message_is_ignored(method: str) -> None:
     *(("publish", {"topics": "t", "data": data}) for data in ("1e999", "-1e999", "[1e999]")),
     ("publish", {"topics": [f"{n}" for n in range(1001)]})])
 async def test_hostile_pubsub_params_leave_nothing(method: str, params: Any, caplog: Logs) -> None:
-    """Too many, too long, of other types, or infinite data, which is read but cannot be said in
-    JSON. The peer is told, before authorize is asked for topics; no log is filled with it.
-    """
+    """The peer is told, before authorize is asked for topics; and no log is filled with it."""
     endpoint = PubSubEndpoint(authorize=lambda channel, action, names: action == "publish")
     async with plain(endpoint) as peer:
         text = re.sub(r'"(\[?-?1e999\]?)"', r"\1", json.dumps(ask(1, method, params)))
@@ -1325,9 +1313,8 @@ class MethodTable(Spec):
     ("cached", {"n": "2"}, "cached 2"), ("partial", {"n": "2"}, "high 2")])
 @each_wire
 @each_side
-async def test_table_public_method_is_callable(
-        name: str, args: Any, result: Any, wire: str, side: int) -> None:
-    """Inherited ones too. A wrapper keeps the hints of what it wraps, and what is injected."""
+async def test_table_of_methods(name: str, args: Any, result: Any, wire: str, side: int) -> None:
+    """Public ones, also inherited. A wrapper keeps the hints and the injected of what it wraps."""
     async with pair(MethodTable(), wire) as ends:
         assert (await ends[side].call(name, args)).result == result
         for bad in ({"n": "x"}, {"n": 1, "channel": 2}):
@@ -1492,7 +1479,8 @@ async def test_arguments_that_do_not_fit_are_not_repeated(hint: Any, value: Any)
             await client.call("echo", [value])
         assert "secret" not in f"{caught.value.message} {caught.value.data}"
         paths = [problem["loc"] for problem in caught.value.data]
-        assert len(paths) == 1 or paths == [[0, "k" * 100, n] for n in range(99)]
+        cut, has_long_key = [[0, "k" * 100, n] for n in range(99)], hint == dict[str, list[int]]
+        assert paths == cut if has_long_key else len(paths) == 1
         assert len(str(caught.value)) < 1000
 
 
@@ -1957,7 +1945,8 @@ async def test_on_connect_is_a_gate() -> None:
     async with plain(endpoint, lib.SUBPROTOCOL) as peer:
         await peer.send([ask(1, "hold"), ask(2, "subscribe", {"topics": ["t"]}), tell("hold")])
         request = await peer.recv()
-        await peer.send([done(request["id"], "ann"), ask(3, "hold", timeout=0.01)])
+        await peer.send([done(request["id"], "ann"), ask(3, "hold", timeout=0.01), 5])
+        assert await peer.recv() == INVALID  # an array of ws-lite.1 is no batch
         assert await peer.recv() == failed(3, -32000, "hold was not done in 0.01 s")
         assert await peer.ask([ask(4, "hold"), tell("$/cancelRequest", {"id": 4})]) == failed(
             4, -32800, "Request cancelled")
@@ -2666,7 +2655,7 @@ async def test_socket_that_is_cut_ends_all(method: str, caplog: Logs, monkeypatc
 # ----------------------------------------------------------------------------- events: a plain peer
 
 
-class SubscribedPeer:
+class Subscriber:
     """A peer without our client that takes arrays apart, and keeps what it was told."""
 
     def __init__(self, peer: Raw) -> None:
@@ -2714,16 +2703,15 @@ class SubscribedPeer:
 
 @contextlib.asynccontextmanager
 async def subscriber_of(endpoint: PubSubEndpoint, *topics: str, patterns: Sequence[str] = (),
-                        subprotocols: Sequence[str] = (lib.SUBPROTOCOL,),
-                        ws: WSProtocolType | None = None) -> AsyncIterator[SubscribedPeer]:
+                        wire: str = lib.SUBPROTOCOL, ws: Any = None) -> AsyncIterator[Subscriber]:
     """One in this process or, with ``ws``, on a real socket of a server with that library."""
     async with contextlib.AsyncExitStack() as stack:
         if ws is None:
-            peer = await stack.enter_async_context(plain(endpoint, *subprotocols))
+            peer = await stack.enter_async_context(plain(endpoint, wire))
         else:
             url = await stack.enter_async_context(serving(app_of(endpoint), ws=ws))
-            peer = await stack.enter_async_context(raw(f"{url}/ws", subprotocols=subprotocols))
-        subscriber = SubscribedPeer(peer)
+            peer = await stack.enter_async_context(raw(f"{url}/ws", subprotocols=[wire]))
+        subscriber = Subscriber(peer)
         if topics or patterns:
             await subscriber.ask("subscribe", topics=topics, patterns=patterns)
         yield subscriber
@@ -2783,22 +2771,6 @@ async def test_log_without_a_history_serves_who_keeps_up() -> None:
             assert [(gap.position, gap.reason) for gap in gaps] == (
                 [(endpoint.position, "history")] if missed else [])
     assert got == [0, 1]
-
-
-async def test_position_of_any_text_names_an_event_and_is_not_compared() -> None:
-    """What a shared log calls its entries is its own affair: resume and since find them."""
-    names = ["b", "a", "9" * 30, "10", "é", "-1", " ", "0"]
-    endpoint = PubSubEndpoint()
-    endpoint.notifier.begin("z")
-    for n, name in enumerate(names):
-        endpoint.notifier.commit(name, "t", str(n), None)
-    async with subscriber_of(endpoint) as peer:
-        for n, name in enumerate(["z", *names]):
-            answer = await peer.ask("subscribe", topics=["t"], since=name)
-            assert [event["position"] for event in answer["events"]] == names[n:]
-            assert await peer.ask("subscribe", resume=name) == {
-                "position": name, "recovered": True, "refused": [], "events": []}
-            assert await peer.events(len(names) - n) == list(range(n, len(names)))
 
 
 async def test_publish_costs_what_matches() -> None:
@@ -3093,11 +3065,11 @@ async def test_events_of_a_burst_travel_together_within_bounds() -> None:
             assert max(peer.sizes) <= limit and len(peer.sizes) < 400_000 / limit + 100
 
 
-@pytest.mark.parametrize("subprotocols", [(), (lib.SUBPROTOCOL,)])
-async def test_cursor_of_a_slow_reader_is_fed_from_the_log(subprotocols: Sequence[str]) -> None:
+@each_wire
+async def test_cursor_of_a_slow_reader_is_fed_from_the_log(wire: str) -> None:
     """A subscriber that falls behind gets all of its events, once and in order, then live ones."""
     endpoint, got = PubSubEndpoint(), list[Any]()
-    async with subscriber_of(endpoint, "t", patterns=["u*"], subprotocols=subprotocols) as peer:
+    async with subscriber_of(endpoint, "t", patterns=["u*"], wire=wire) as peer:
         for n in range(2000):
             endpoint.publish(["t", "nobody", "up"][n % 3], [n, "x" * 500])
             await asyncio.sleep(0)
@@ -3129,6 +3101,7 @@ async def test_cursor_that_falls_off_the_log_is_told_one_gap_or_closed() -> None
         with pytest.raises(ChannelClosed, match="1013"):
             await other.events(1000)
         assert "gap" not in dict(other.told)
+    await until(lambda: not close.channels)
     assert close.stats() | {"slow_closed": 1, "topics": 0, "lagging": 0} == close.stats()
 
 
@@ -3433,21 +3406,20 @@ async def test_authorize_is_asked_once_and_then_for_each_alone(ws: Any) -> None:
 
     def may(channel: RpcChannel, action: str, names: tuple[str, ...]) -> bool:
         asked.append((action, names))
-        if "worse" in names:
+        if "x" in names:
             raise RpcError(4001, "not this one")
         return not {"bad", "b*", "*"} & set(names)
 
     endpoint = PubSubEndpoint(authorize=may)
-    endpoint.publish(["bad", "c", "worse"], "before")
+    endpoint.publish(["bad", "c", "x"], "before")
     async with subscriber_of(endpoint, ws=ws) as peer:
         answer = await peer.ask("subscribe", topics=["a", "bad", "b"], patterns=["a*"])
         assert answer["refused"] == ["bad"]
         assert asked == [("subscribe", ("a", "bad", "b")), ("subscribe", ("a",)),
                          ("subscribe", ("bad",)), ("subscribe", ("b",)),
                          ("subscribe_pattern", ("a*",))]
-        answer = await peer.ask("subscribe", topics=["worse", ALL_TOPICS, "c"], patterns=["b*"],
-                                last=9)
-        assert sorted(answer["refused"]) == ["*", "b*", "worse"]
+        answer = await peer.ask("subscribe", topics=["x", ALL_TOPICS, "c"], patterns=["b*"], last=9)
+        assert sorted(answer["refused"]) == ["*", "b*", "x"]
         assert [event["topic"] for event in answer["events"]] == ["c"]
         assert ("subscribe_pattern", ("*", "b*")) in asked
         error = await peer.ask("subscribe", topics=["bad", ALL_TOPICS], patterns=["*"], last=9)
@@ -3456,7 +3428,7 @@ async def test_authorize_is_asked_once_and_then_for_each_alone(ws: Any) -> None:
         assert (await peer.ask("publish", topics=["a", "bad"]))["code"] == -32001
         assert await peer.ask("publish", topics=["b", "c"]) is True
         assert asked[-2:] == [("publish", ("a", "bad")), ("publish", ("b", "c"))]
-        endpoint.publish(["bad", "worse", "b*", "*", "c"], "after")
+        endpoint.publish(["bad", "x", "b*", "*", "c"], "after")
         assert await peer.events(1) == ["after"]
         assert endpoint.stats() | {"subscriptions": 4, "events_delivered": 1} == endpoint.stats()
 
