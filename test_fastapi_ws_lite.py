@@ -1327,7 +1327,7 @@ async def test_table_of_methods(name: str, args: Any, result: Any, wire: str, si
     "Inner", "channel", "", ".", "get_data.__call__", "méthode", "main_loop"])
 @each_side
 async def test_table_other_name_is_not_found(name: str, side: int, caplog: Logs) -> None:
-    """As of attributes, objects, or on the instance. The log warns about one with __call__."""
+    """Attributes, objects, private names: none can be called. The log warns of a __call__."""
     async with pair(MethodTable()) as ends:
         with pytest.raises(MethodNotFound, match=re.escape(f": {name}")):
             await ends[side].call(name)
@@ -1848,7 +1848,7 @@ async def test_http_exception_is_told(raised: Any, expected: Any, where: str, ca
     Annotated[str, Header()], Annotated[str | None, Query()], Annotated[str, Cookie()]], ids=repr)
 @pytest.mark.parametrize("side", [RpcEndpoint, RpcClient])
 def test_injection_that_we_do_not_do_is_refused(hint: Any, side: Any) -> None:
-    """A TypeError names the parameter. Depends inside of a type is for the peer to fill in."""
+    """A TypeError names the parameter. With Depends inside of a type, the peer would fill it in."""
     async def method(a: int, odd: Any) -> None: ...
 
     method.__annotations__["odd"] = hint
@@ -2638,8 +2638,8 @@ async def test_socket_is_closed_once_with_the_first_code() -> None:
 
 
 @pytest.mark.parametrize("method", ["stubborn", "block"])
-async def test_socket_that_is_cut_ends_all(method: str, caplog: Logs, monkeypatch: Patch) -> None:
-    """After a second, by a method that ignores it, too; a thread that still runs is no task."""
+async def test_socket_that_is_cut_is_left(method: str, caplog: Logs, monkeypatch: Patch) -> None:
+    """A method that ignores it is left behind after a second; one in a thread is no task."""
     monkeypatch.setattr(lib, "GRACE_SECONDS", 0.02)
     link, worker = Link(), Worker()
     async with on_link(link, RpcEndpoint(worker)) as channel:
