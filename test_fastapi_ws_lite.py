@@ -3728,36 +3728,6 @@ class Peer:
                 assert heard.missing(heard.positioned + 1, number) == [], "handled, or told of"
 
 
-class WorldLog:
-    """A backbone in memory, of which the next append may fail before or after it has stored."""
-
-    def __init__(self) -> None:
-        self.entries, self.appended = list[bytes](), asyncio.Event()
-        self.trouble: bool | None = None  # None, or whether it has stored
-
-    async def ends(self) -> tuple[int, int]:
-        return 0, len(self.entries)
-
-    async def append(self, entry: bytes) -> None:
-        await asyncio.sleep(0)
-        trouble, self.trouble = self.trouble, None
-        if trouble is not False:
-            self.entries.append(entry)
-            self.appended.set()
-            self.appended = asyncio.Event()
-        if trouble is not None:
-            raise OSError("not stored, or not answered")
-
-    async def read(self, start: int) -> Sequence[tuple[int, bytes]]:
-        await asyncio.sleep(0)
-        if start >= len(self.entries):
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.appended.wait(), 2)
-        return list(enumerate(self.entries))[start:start + 3]
-
-    async def close(self) -> None: ...
-
-
 class World:
     """A server, which may begin anew, and clients of it."""
 
@@ -3769,7 +3739,7 @@ class World:
         self.restarts, self.restarted_at, self.failures = 0, 0, list[AssertionError]()
         self.answers, self.careless, self.forbidden = asyncio.Event(), False, ""
         self.answers.set()
-        self.log = WorldLog()  # if it is shared
+        self.log = MemoryLog(page=3, patience=2)  # if it is shared
         self.servers = [self.server() for _ in range(1 + self.is_shared)]
         self.number(None)
         self.peers = [Peer(self), Peer(self)]
@@ -3845,7 +3815,7 @@ class World:
         elif kind == 6:  # what is not answered by now is asked for again
             await asyncio.sleep(2.5)
         elif kind == 7:  # the backbone, if there is one, fails
-            self.log.trouble = turns % 2 == 0
+            self.log.troubles = [(turns % 2 == 0, OSError("not stored, or not answered"))]
         else:  # the connection is lost, and the next may be to another server
             transport.up = kind == 8
             transport.server += kind > 9
@@ -3919,7 +3889,7 @@ class SharedWorld(World):
     def positions(self) -> list[str]:
         """Those of the events, as all servers name them. An entry may be stored twice."""
         places, seen = ["0-0"], set[tuple[str, int]]()
-        for offset, entry in enumerate(self.log.entries):
+        for offset, entry in self.log.entries.items():
             writer, number, events = lib._parse_entry(entry)
             if (writer, number) not in seen:
                 seen.add((writer, number))
@@ -6369,8 +6339,9 @@ def test_register_openrpc_serves_the_document_behind_its_dependencies() -> None:
 class MemoryLog:
     """A backbone that is as simple as can be, and everything that may go wrong with one."""
 
-    def __init__(self) -> None:
-        self.entries: dict[int, bytes] = {}
+    def __init__(self, page: int = 16, patience: float = 0.02) -> None:
+        self.page, self.patience = page, patience  # of a read: how many, for how long
+        self.entries, self.appended = dict[int, bytes](), asyncio.Event()
         self.end = 1  # the offset of the next entry
         self.step: Callable[[], int] = lambda: 1  # from there to the one after it
         self.outage: BaseException | None = None  # raised by every call, while it is set
@@ -6381,6 +6352,7 @@ class MemoryLog:
         self.closed = 0
 
     async def answer(self) -> None:
+        await asyncio.sleep(0)
         if self.outage is not None:
             raise self.outage
         while self.is_frozen:
@@ -6399,16 +6371,15 @@ class MemoryLog:
             self.put(entry)
         if trouble is not None:
             raise trouble
-        await asyncio.sleep(0)
 
     async def read(self, start: int) -> Sequence[tuple[int, bytes]]:
         await self.answer()
-        for _ in range(20):
-            if page := [(n, e) for n, e in self.entries.items() if n >= start][:16]:
-                hidden, self.hidden = self.hidden, set()
-                return [(n, e) for n, e in page if n not in hidden]
-            await asyncio.sleep(0.001)
-        return ()
+        if start >= self.end:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.appended.wait(), self.patience)
+        page = [(n, e) for n, e in self.entries.items() if n >= start][:self.page]
+        hidden, self.hidden = self.hidden, set() if page else self.hidden
+        return [(n, e) for n, e in page if n not in hidden]
 
     async def close(self) -> None:
         self.closed += 1
@@ -6417,6 +6388,8 @@ class MemoryLog:
         for entry in entries:
             self.entries[self.end] = entry
             self.end += self.step()
+        self.appended.set()
+        self.appended.clear()
 
 
 def entry(writer: int, number: int, *data: Any) -> bytes:
