@@ -4665,17 +4665,6 @@ async def test_asgi_transport_scope_is_that_of_a_handshake() -> None:
         "subprotocols": ["ws-lite.1"]} == scopes[0]
 
 
-@pytest.mark.parametrize("accepts", [False, True])
-async def test_asgi_transport_app_that_raises_is_told(accepts: bool) -> None:
-    """Its exception is the user's own, and the client does not try again."""
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        if accepts:
-            await send({"type": "websocket.accept"})
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        await client_at(app).__aenter__()
-
 
 async def test_asgi_transport_app_that_sends_too_much_waits() -> None:
     """An app is held up by a client that does not read; its return is an end without a close."""
@@ -4723,24 +4712,10 @@ async def test_asgi_transport_close_ends_the_app(
     await until(lambda: ended == ["text", end])
 
 
-@contextlib.asynccontextmanager
-async def session_of(kind: str, app: Any, **options: Any) -> AsyncIterator[Any]:
-    """A session of httpx-ws, or of starlette's TestClient, with an app in this process."""
-    if kind == "TestClient":
-        with TestClient(app) as client, client.websocket_connect("/ws", **options) as session:
-            yield session
-        return
-    httpx, httpx_ws = pytest.importorskip("httpx"), pytest.importorskip("httpx_ws")
-    transport = pytest.importorskip("httpx_ws.transport").ASGIWebSocketTransport(app)
-    async with (httpx.AsyncClient(transport=transport) as http,
-                httpx_ws.aconnect_ws("http://test/ws", http, **options) as session):
-        yield session
-
 
 @pytest.mark.parametrize("kind", ["httpx-ws", "TestClient"])
 @pytest.mark.parametrize("subprotocols", [[], [lib.SUBPROTOCOL]])
-async def test_session_transport_carries_calls_and_events_of_one_connection(
-        kind: str, subprotocols: list[str]) -> None:
+async def test_session_transport_has_one_connection(kind: str, subprotocols: list[str]) -> None:
     """Calls both ways and a large event, with an app on another loop, and in plain JSON-RPC. When
     the server has ended it, the client ends with Refused, and does not try for ever.
     """
@@ -4749,7 +4724,17 @@ async def test_session_transport_carries_calls_and_events_of_one_connection(
 
     endpoint, got = PubSubEndpoint(Calculator()), list[Any]()
     endpoint.method(leave)
-    async with session_of(kind, app_of(endpoint), subprotocols=subprotocols) as session:
+    async with contextlib.AsyncExitStack() as stack:
+        if kind == "TestClient":
+            client_of_app = stack.enter_context(TestClient(app_of(endpoint)))
+            session: Any = stack.enter_context(
+                client_of_app.websocket_connect("/ws", subprotocols=subprotocols))
+        else:
+            httpx, httpx_ws = pytest.importorskip("httpx"), pytest.importorskip("httpx_ws")
+            asgi = pytest.importorskip("httpx_ws.transport").ASGIWebSocketTransport(app_of(endpoint))
+            http = await stack.enter_async_context(httpx.AsyncClient(transport=asgi))
+            session = await stack.enter_async_context(
+                httpx_ws.aconnect_ws("http://test/ws", http, subprotocols=subprotocols))
         transport = SessionTransport(session)
         async with PubSubClient(methods=Calculator(), transport=transport) as client:
             assert only(endpoint).format.is_ws_lite is bool(subprotocols)
@@ -4856,9 +4841,19 @@ class TcpRelay:
     """A TCP proxy, which can freeze and reset its connections."""
 
     def __init__(self, target: str) -> None:
-        self.url, self.target = "", int(target.rpartition(":")[2])
+        self.target = int(target.rpartition(":")[2])
         self.writers, self.flowing = set[asyncio.StreamWriter](), asyncio.Event()
         self.flowing.set()
+
+    async def __aenter__(self) -> "TcpRelay":
+        self.server = await asyncio.start_server(self.serve, "127.0.0.1", 0)
+        self.url = f"ws://127.0.0.1:{self.server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.server.close()
+        self.flowing.set()
+        self.reset()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -4887,18 +4882,6 @@ class TcpRelay:
             with contextlib.suppress(OSError):
                 writer.write_eof()
 
-
-@contextlib.asynccontextmanager
-async def relayed(url: str) -> AsyncIterator[TcpRelay]:
-    relay = TcpRelay(url)
-    server = await asyncio.start_server(relay.serve, "127.0.0.1", 0)
-    relay.url = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    try:
-        yield relay
-    finally:
-        server.close()
-        relay.flowing.set()
-        relay.reset()
 
 
 def client_at(server: Any = None, **options: Any) -> PubSubClient:
@@ -4946,13 +4929,12 @@ def publish_each(endpoint: PubSubEndpoint, topic: str, numbers: Sequence[Any]) -
 
 
 @pytest.mark.parametrize("how", ["reset", "half-open"])
-async def test_client_lost_connection_fails_its_calls_and_is_made_again(
-        how: str, monkeypatch: Patch) -> None:
+async def test_client_lost_connection_is_made_again(how: str, monkeypatch: Patch) -> None:
     """Reset, or of a peer that answers no ping; later calls wait. A frozen peer delays no close."""
     monkeypatch.setattr(lib, "CLOSE_SECONDS", 0.1)
     endpoint = PubSubEndpoint(worker := Worker())
     pings = NetworkTransport(ping_interval=0.1, ping_timeout=0.1, close_timeout=0.1)
-    async with (serving(app_of(endpoint)) as url, relayed(url) as relay,
+    async with (serving(app_of(endpoint)) as url, TcpRelay(url) as relay,
                 client_at(relay.url, transport=pings) as client):
         call = asyncio.create_task(client.call("hold"))
         await until(lambda: worker.seen)
@@ -5038,14 +5020,15 @@ async def test_client_headers_are_sent_at_each_attempt(caplog: Logs) -> None:
     assert "secret" not in caplog.text
 
 
-@pytest.mark.parametrize("when", ["at first", "later"])
-@pytest.mark.parametrize("where", ["headers", "open", "recv"])
-async def test_client_programming_error_is_raised_and_not_tried_again(
-        where: str, when: str) -> None:
-    """It is no outage: trying again would not mend it."""
+@pytest.mark.parametrize(("where", "when", "error"), [
+    *((where, when, AttributeError) for where in ("headers", "open", "recv")
+      for when in ("at first", "later")),
+    *((where, "at first", ZeroDivisionError) for where in ("open", "recv"))])
+async def test_client_error_of_programming_is_raised(where: str, when: str, error: Any) -> None:
+    """It is no outage: trying again would not mend it. At first, that is any error of an app."""
     def fail(here: str) -> None:
         if here == where and (when == "at first" or client.last_error is not None):
-            raise AttributeError("a bug")
+            raise error("a bug")
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         async def send_and_fail(message: Message) -> None:
@@ -5062,10 +5045,10 @@ async def test_client_programming_error_is_raised_and_not_tried_again(
         await client.wait_until_ready()
         await endpoint.close(1011)
     for wait in (client.wait_until_done, client.wait_until_ready):
-        with pytest.raises(AttributeError):
+        with pytest.raises(error):
             await wait()
-    assert (client.state, transport.attempts) == (
-        "closed", (when == "later") + (where != "headers"))
+    attempts = (when == "later") + (where != "headers")
+    assert (client.state, transport.attempts) == ("closed", attempts)
 
 
 @pytest.fixture
@@ -5455,10 +5438,16 @@ async def test_pubsub_callback_takes_what_it_names(shape: str) -> None:
         assert got == [expected]
 
 
-async def test_pubsub_callbacks_run_one_at_a_time_in_the_order_of_events(caplog: Logs) -> None:
-    """Across all subscriptions, however long one takes; they may call, publish and subscribe."""
+async def test_pubsub_callbacks_run_one_by_one_in_order(caplog: Logs, monkeypatch: Patch) -> None:
+    """Across all subscriptions, however long one takes; they may call, publish, subscribe, and
+    cancel the task that they run in: the next event goes on after it.
+    """
     async def busy(data: Any) -> None:
         got.append((await client.other.add(a=data, b=0)).result)
+        if data == 10:
+            task: Any = asyncio.current_task()
+            task.cancel()
+            await asyncio.sleep(0)
         if data == 18:
             await client.subscribe("next", got.append)
             await client.publish("next", "published", include_self=True)
@@ -5467,15 +5456,18 @@ async def test_pubsub_callbacks_run_one_at_a_time_in_the_order_of_events(caplog:
     def failing(data: Any) -> None:
         raise ValueError("of a callback")
 
-    endpoint, got = PubSubEndpoint(Calculator()), list[Any]()
-    async with client_at(endpoint) as client:
+    monkeypatch.setattr(lib, "QUEUE_EVENTS", 3)
+    endpoint, got, gaps = PubSubEndpoint(Calculator()), list[Any](), list[Gap]()
+    async with client_at(endpoint, on_gap=gaps.append) as client:
         await client.subscribe("a", failing)
         await client.subscribe("a", busy)
         await client.subscribe("b*", got.append, pattern=True)
         for n in range(20):
             endpoint.publish("ab"[n % 2], n)
+            if n == 15:
+                await until(lambda: 10 in got)
         await until(lambda: got == [*range(20), "published"])
-        assert endpoint.stats()["subscriptions"] == 2
+        assert endpoint.stats()["subscriptions"] == 2 and gaps == []
     assert caplog.text.count("ValueError: of a callback") == 10
 
 
@@ -5879,29 +5871,6 @@ async def test_resume_in_several_requests_resumes_all_at_one_place() -> None:
         assert gaps == []
 
 
-async def test_queue_that_is_full_loses_nothing_also_of_a_cancelled_task(
-        monkeypatch: Patch) -> None:
-    """A callback may cancel the task it runs in: the next event goes on after it."""
-    async def callback(data: Any) -> None:
-        await gate.wait()
-        if data == 0:
-            task: Any = asyncio.current_task()
-            task.cancel()
-            await asyncio.sleep(0)
-        got.append(data)
-
-    monkeypatch.setattr(lib, "QUEUE_EVENTS", 3)
-    endpoint, got, gaps, gate = PubSubEndpoint(), list[Any](), list[Gap](), asyncio.Event()
-    async with client_at(endpoint, on_gap=gaps.append) as client:
-        await client.subscribe("t", callback)
-        publish_each(endpoint, "t", range(8))
-        await client.call("_ping_")
-        gate.set()
-        await client.call("_ping_")
-        endpoint.publish("t", 8)
-        await until(lambda: len(got) >= 8)
-        assert (got, gaps) == ([*range(1, 9)], [])
-
 
 # ------------------------------------------------------------- clients cancelled wherever they wait
 
@@ -6056,7 +6025,7 @@ async def test_clients_in_chaos_lose_nothing_unannounced(tmp_path: Path) -> None
         stack.callback(process.kill)
         return process
 
-    async with stack, relayed(f"ws://127.0.0.1:{port}") as relay:
+    async with stack, TcpRelay(f"ws://127.0.0.1:{port}") as relay:
         server = start()
         for each in heard:
             transport = NetworkTransport(ping_interval=1, ping_timeout=1, open_timeout=2)
@@ -7741,9 +7710,24 @@ def remote_of(endpoint: RpcEndpoint, methods: RpcMethodsBase | None = None,
 
 
 class RemoteWorker(Worker):
+    """What also the command line and a browser call."""
+
     async def count(self, n: int) -> AsyncIterator[int]:
         for k in range(n):
             yield k
+
+    async def join(self, *words: str, sep: str = " ") -> str:
+        """Join words.
+
+        With a separator.
+        """
+        return sep.join(words)
+
+    async def given(self, a: Any = None, b: Any = None) -> Any:
+        return {"a": a, "b": b, **self.channel.context}
+
+    async def drop(self) -> None:
+        await self.channel.close(4000, "enough")
 
 
 def test_connect_returns_the_connection_usable_at_once(monkeypatch: Patch) -> None:
@@ -7871,8 +7855,10 @@ def test_remote_exposes_methods_which_may_use_it() -> None:
         assert told.wait(10)
 
 
-def test_remote_subscription_that_is_not_confirmed_raises_after_the_timeout() -> None:
-    """Nothing else could end the wait of a thread; and nothing is subscribed to."""
+def test_remote_raises_after_its_timeout_what_is_not_confirmed() -> None:
+    """Nothing else could end the wait of a thread; and nothing is subscribed to, nothing left."""
+    with pytest.raises(RequestTimeout):
+        connect(connect_timeout=0.05, transport=ASGITransport(silent_server))
     endpoint = PubSubEndpoint(authorize=lambda *_: asyncio.sleep(3600))
     with remote_of(endpoint, default_response_timeout=0.1) as remote:
         for wait in (lambda: remote.subscribe("t", print), lambda: remote.events("t", last=1),
@@ -7881,13 +7867,6 @@ def test_remote_subscription_that_is_not_confirmed_raises_after_the_timeout() ->
                 wait()
             assert not remote._client._dispatcher.table.keys()
 
-
-def test_remote_without_a_server_raises_after_connect_timeout() -> None:
-    """Connecting fails as `async with` does, and leaves nothing."""
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        url = f"ws://127.0.0.1:{silent.getsockname()[1]}"
-        with pytest.raises(RequestTimeout):
-            connect(url, connect_timeout=0.05)
 
 
 INTERRUPTED = """
@@ -8583,27 +8562,11 @@ SOURCE = Path(lib.__file__)
 OPTIONAL = ["legacy", "openrpc", "backbones", "fleet", "connect", "browser", "cli"]
 
 
-class Shell(RemoteWorker):
-    """What the command line calls."""
-
-    async def join(self, *words: str, sep: str = " ") -> str:
-        """Join words.
-
-        With a separator.
-        """
-        return sep.join(words)
-
-    async def given(self, a: Any = None, b: Any = None) -> Any:
-        return {"a": a, "b": b, **self.channel.context}
-
-    async def drop(self) -> None:
-        await self.channel.close(4000, "enough")
-
 
 @contextlib.asynccontextmanager
 async def shell_server(**options: Any) -> AsyncIterator[tuple[lib.PubSubEndpoint, str]]:
     """A server whose channels know two headers of their handshakes."""
-    endpoint, app = lib.PubSubEndpoint(Shell(), **options), FastAPI()
+    endpoint, app = lib.PubSubEndpoint(RemoteWorker(), **options), FastAPI()
 
     @app.websocket("/ws")
     async def route(ws: WebSocket, authorization: str = Header(""), x: str = Header("")) -> None:
@@ -8622,8 +8585,7 @@ async def in_thread(function: Callable[..., Any], *args: Any) -> Any:
 
 
 async def command(*argv: str) -> int:
-    code: int = await in_thread(lib._main, argv)
-    return code
+    return int(await in_thread(lib._main, argv))
 
 
 @pytest.mark.parametrize(("words", "result"), [
