@@ -3973,8 +3973,7 @@ async def test_route_lifespan_is_inside_that_of_the_app(kind: str) -> None:
 @pytest.mark.parametrize("over", ["network", "process"])
 @pytest.mark.parametrize(("error", "status"), [
     (WebSocketException(1008, "no"), 403), (HTTPException(401), 401), (HTTPException(404), 404)])
-async def test_route_dependencies_refuse_before_it_accepts(
-        error: Exception, status: int, over: str) -> None:
+async def test_route_dependencies_refuse_a_client(error: Exception, status: int, over: str) -> None:
     """The client is told the status, and is let in with what the dependency wants."""
     def check(token: str = Header("")) -> None:
         if token != "good":
@@ -3995,8 +3994,7 @@ async def test_route_dependencies_refuse_before_it_accepts(
 @pytest.mark.parametrize(("accept_headers", "cookies"), [
     ({"Set-Cookie": "a=1", "X-Name": "caf\xe9"}, ["a=1"]), (None, []),
     ([("set-cookie", "a=1"), ("Set-Cookie", "b=2")], ["a=1", "b=2"])])
-async def test_main_loop_takes_identity_headers_and_context(
-        accept_headers: Any, cookies: list[str]) -> None:
+async def test_main_loop_takes_what_a_route_has(accept_headers: Any, cookies: list[str]) -> None:
     """What FastAPI gives to the route arrives at the channel, and headers at the client."""
     def user(token: str = Header()) -> str:
         return f"user of {token}"
@@ -4056,8 +4054,7 @@ async def test_main_loop_returns_when_the_connection_has_ended(cancel: bool) -> 
     assert ran == ["waits", "cancelled", "gone", 0]
 
 
-async def test_main_loop_on_an_accepted_socket_serves_without_the_subprotocol(
-        caplog: Logs) -> None:
+async def test_main_loop_on_an_accepted_socket_serves_without_the_subprotocol(caplog: Logs) -> None:
     """It warns; the first message shows which other wire the client speaks."""
     app, endpoint = FastAPI(), RpcEndpoint(Calculator())
 
@@ -4090,8 +4087,7 @@ async def test_main_loop_on_an_accepted_socket_serves_without_the_subprotocol(
     (["*"], ["https://evil.test", "null"], []), (["null"], ["null"], []),
     (["chrome-extension://abc"], ["chrome-extension://abc"], []),
     (["http://[::1]:8000"], ["http://[::1]:8000"], [])])
-async def test_origin_decides_which_pages_may_connect(
-        allowed: Any, welcome: list[str | None], refused: list[str]) -> None:
+async def test_origin_decides(allowed: Any, welcome: list[str | None], refused: list[str]) -> None:
     """Those of the same host, and those that are named; programs send no origin."""
     transport = ASGITransport(app_of(RpcEndpoint(Calculator(), allowed_origins=allowed)))
     for origin in [*welcome, *refused]:
@@ -4103,8 +4099,7 @@ async def test_origin_decides_which_pages_may_connect(
 
 
 @pytest.mark.parametrize("has_accepted", [False, True])
-async def test_origin_of_another_site_is_refused_on_a_real_socket(
-        has_accepted: bool, caplog: Logs) -> None:
+async def test_origin_of_another_site_is_refused(has_accepted: bool, caplog: Logs) -> None:
     """Cross-site hijacking: a cookie comes along with whatever page connects. A route that accepts
     by itself has not thought of it, and is closed by 1008.
     """
@@ -4151,8 +4146,7 @@ async def test_origin_of_no_host_is_not_that_of_a_request_without_one() -> None:
     ({"backbone": "mqtt://host"}, ValueError, "'mqtt', only for redis, rediss, postgresql"),
     ({"backbone": "localhost"}, ValueError, "pass an object with the methods of Backbone"),
     ({"backbone": object()}, TypeError, "no Backbone: it has no")])
-def test_endpoint_with_an_impossible_option_says_so(
-        options: Any, error: type[Exception], text: str) -> None:
+def test_endpoint_refuses_an_odd_option(options: Any, error: type[Exception], text: str) -> None:
     """Nobody would notice an origin that no browser sends before the first page cannot connect."""
     with pytest.raises(error, match=text):
         PubSubEndpoint(**options)
@@ -4161,8 +4155,7 @@ def test_endpoint_with_an_impossible_option_says_so(
 @pytest.mark.parametrize(("offered", "chosen"), [
     (["jsonrpc2.0"], "jsonrpc2.0"), (["b", "a"], "a"), (["x"], None), ([], None),
     (["jsonrpc2.0", "ws-lite.1"], "ws-lite.1")])
-async def test_subprotocol_is_chosen_in_the_servers_order(
-        offered: list[str], chosen: str | None) -> None:
+async def test_subprotocol_is_chosen_by_the_server(offered: list[str], chosen: str | None) -> None:
     """Ours first, then those that the endpoint names; without any it is plain JSON-RPC, too."""
     endpoint = RpcEndpoint(Calculator(), subprotocols=["jsonrpc2.0", "a", "b"])
     async with (serving(app_of(endpoint)) as url,
@@ -4368,8 +4361,7 @@ async def exercise_server(url: str, **options: Any) -> None:
 
 @each_ws_library
 @pytest.mark.parametrize("compression", [None, "deflate"])
-async def test_server_uvicorn_works_with_each_library_until_it_stops(
-        ws: WSProtocolType, compression: str | None) -> None:
+async def test_server_uvicorn_works_to_its_end(ws: WSProtocolType, compression: str | None) -> None:
     """Whether or not the client compresses. A call under way ends, also without the lifespan."""
     endpoint = PubSubEndpoint(Calculator())
     async with serving(app_of(endpoint), ws=ws) as url:
@@ -4688,8 +4680,7 @@ async def test_asgi_transport_app_that_sends_too_much_waits() -> None:
 @pytest.mark.parametrize(("app_does", "end"), [
     ("receives", {"type": "websocket.disconnect", "code": 4001, "reason": "enough"}),
     ("sends", OSError), ("sleeps", asyncio.CancelledError)])
-async def test_asgi_transport_close_ends_the_app(
-        app_does: str, end: Any, monkeypatch: Patch) -> None:
+async def test_asgi_transport_close_ends_app(app_does: str, end: Any, monkeypatch: Patch) -> None:
     """It receives code and reason; when it is sending, OSError; and it is cancelled in the end."""
     monkeypatch.setattr(lib, "GRACE_SECONDS", 0.02)
     ended: list[Any] = []
@@ -4731,8 +4722,9 @@ async def test_session_transport_has_one_connection(kind: str, subprotocols: lis
                 client_of_app.websocket_connect("/ws", subprotocols=subprotocols))
         else:
             httpx, httpx_ws = pytest.importorskip("httpx"), pytest.importorskip("httpx_ws")
-            asgi = pytest.importorskip("httpx_ws.transport").ASGIWebSocketTransport(app_of(endpoint))
-            http = await stack.enter_async_context(httpx.AsyncClient(transport=asgi))
+            asgi = pytest.importorskip("httpx_ws.transport").ASGIWebSocketTransport
+            http = await stack.enter_async_context(
+                httpx.AsyncClient(transport=asgi(app_of(endpoint))))
             session = await stack.enter_async_context(
                 httpx_ws.aconnect_ws("http://test/ws", http, subprotocols=subprotocols))
         transport = SessionTransport(session)
@@ -4970,8 +4962,7 @@ async def test_client_refused_at_first_gives_up(step: int, fresh: bool) -> None:
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-async def test_client_closed_with_1008_after_being_ready_gives_up(
-        monkeypatch: Patch, fresh: bool) -> None:
+async def test_client_closed_with_1008_later_gives_up(monkeypatch: Patch, fresh: bool) -> None:
     """After one more try if headers can be fresh, and one again when it was ready for a second."""
     app = StepServer(SERVE)
     client = client_at(app, headers=(lambda: {"a": "b"}) if fresh else {"a": "b"})
@@ -5077,9 +5068,8 @@ def test_client_backoff_doubles_up_to_its_longest(longest_delays: list[float]) -
 
 @pytest.mark.parametrize(("code", "ready_seconds", "second"), [
     (1011, 0.0, 0.1), (1011, 3600.0, 0.4), (1001, 0.0, 2.0), (1012, 0.0, 2.0), (1012, 3600.0, 0.4)])
-async def test_client_backoff_begins_anew_after_being_ready(
-        monkeypatch: Patch, longest_delays: list[float], code: int,
-        ready_seconds: float, second: float) -> None:
+async def test_client_backoff_begins_anew(monkeypatch: Patch, longest_delays: list[float],
+                                          code: int, ready_seconds: float, second: float) -> None:
     """Only a connection that was ready for some time is a success; a restart is spread over 2 s."""
     monkeypatch.setattr(lib, "READY_SECONDS", ready_seconds)
     app = StepServer(503, 503, SERVE)
@@ -5169,8 +5159,7 @@ async def test_client_connection_comes_in_time_or_not() -> None:
 
 
 @pytest.mark.parametrize("topics", [[], ["t"]])
-async def test_client_greeting_without_an_answer_is_given_up(
-        monkeypatch: Patch, caplog: Logs, topics: list[str]) -> None:
+async def test_client_of_a_mute_server(monkeypatch: Patch, caplog: Logs, topics: list[str]) -> None:
     """A server that accepts and says nothing was never ready, and no hook is blamed."""
     monkeypatch.setattr(lib, "GREETING_SECONDS", 0.02)
     client = client_at(silent_server, default_response_timeout=0.02)
@@ -5331,8 +5320,7 @@ async def test_pubsub_subscribe_at_any_time_is_confirmed() -> None:
 
 
 @pytest.mark.parametrize("pattern", [False, True])
-async def test_pubsub_subscribe_refused_raises_and_spares_the_others(
-        pattern: bool, caplog: Logs) -> None:
+async def test_pubsub_subscribe_refused_spares_the_others(pattern: bool, caplog: Logs) -> None:
     """One refused topic ends its subscription, also at a reconnect; data and log name it."""
     client = client_at(endpoint := PubSubEndpoint(authorize=refuse_secrets))
     refused = [client.subscribe(["open", "secret"], pattern=pattern),
@@ -5497,8 +5485,7 @@ async def test_pubsub_iterator_gets_events_until_it_is_left_or_the_client_is_clo
     assert (await waiting, await reading(t)) == ([], [("t", 3)])
 
 
-async def test_pubsub_iterator_that_nobody_reads_delays_nobody_and_has_its_own_gap(
-        monkeypatch: Patch) -> None:
+async def test_pubsub_iterator_that_nobody_reads_has_its_own_gap(monkeypatch: Patch) -> None:
     """It loses what it did not read and is told so in its place, bounded in number and bytes. When
     it has dropped events, it does so until half of its queue was read: few gaps. A timeout does not
     cut short the hook that is told of one.
@@ -5578,8 +5565,7 @@ async def test_pubsub_publish_that_fails_raises_or_is_logged_once(caplog: Logs) 
     assert [r.levelname for r in caplog.records].count("ERROR") == 1
 
 
-async def test_pubsub_publish_waits_within_its_timeout_and_within_bounds(
-        monkeypatch: Patch) -> None:
+async def test_pubsub_publish_waits_within_its_timeout_and_bounds(monkeypatch: Patch) -> None:
     """Also while more than the server runs at once are under way, or the server is away."""
     monkeypatch.setattr(lib, "QUEUE_EVENTS", 300)
     endpoint = PubSubEndpoint(authorize=lambda *_: asyncio.sleep(3600))
@@ -5722,8 +5708,7 @@ async def test_sync_since_of_the_client_ends_with_the_first_request(first: str) 
 
 @pytest.mark.parametrize("then", [
     "recovered", "not recovered", "refused", "replayed", "unsubscribed"])
-async def test_sync_full_queue_takes_nothing_until_it_is_empty_and_resumes(
-        monkeypatch: Patch, then: str) -> None:
+async def test_sync_full_queue_takes_nothing_and_resumes(monkeypatch: Patch, then: str) -> None:
     """With one request that names no topics, unless none are left; calls go on meanwhile. If it is
     refused, there is nothing that could be asked for instead, but on a new connection. With the
     replay of a new subscription the others go on behind it, and a gap is told.
@@ -5779,8 +5764,7 @@ async def test_sync_full_queue_takes_nothing_until_it_is_empty_and_resumes(
         await until(lambda: client.position == "5")
 
 
-async def test_sync_refusal_that_names_nobody_is_halved_and_overload_asked_again(
-        monkeypatch: Patch) -> None:
+async def test_sync_refusal_that_names_nobody_is_halved(monkeypatch: Patch) -> None:
     """Until it is known which topic it is; what is wanted again meanwhile is confirmed."""
     async def subscribe(topics: list[str], patterns: Any, subscriber_id: Any, max_size: Any) -> Any:
         asked.append(len(topics))
@@ -5818,8 +5802,7 @@ async def test_sync_refusal_that_names_nobody_is_halved_and_overload_asked_again
 @pytest.mark.parametrize(("replay", "expected"), [
     ({"last": 2}, [2, 3]), ({"last": 9}, [0, 1, 2, 3]), ({"since": 0}, [1, 2, 3]),
     ({"since": 3}, []), ({"since": "unknown"}, [0, 1, 2, 3])])
-async def test_replay_comes_first_once_and_to_one_subscription(
-        replay: dict[str, Any], expected: list[int]) -> None:
+async def test_replay_comes_first_and_once(replay: dict[str, Any], expected: list[int]) -> None:
     """Before the first live event, and not again at a reconnect."""
     endpoint, got, other, gaps = PubSubEndpoint(), list[Any](), list[Any](), list[Gap]()
     there = publish_each(endpoint, "t", range(4))
@@ -5920,11 +5903,9 @@ async def use_all_of(endpoint: PubSubEndpoint, client: PubSubClient) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["user", "route", "each own task", "own task, then all"])
-def test_client_cancelled_anywhere_leaves_nothing(where: str, monkeypatch: Patch,
-                                                  caplog: Logs) -> None:
-    """Each time that it waits, in turn: no task, call, channel or subscription, nothing unseen.
-
-    The last is what asyncio.run does when its main task ends.
+def test_client_cancelled_leaves_nothing(where: str, monkeypatch: Patch, caplog: Logs) -> None:
+    """Each time that it waits, in turn: no task, call, channel or subscription, nothing unseen. The
+    last is what asyncio.run does when its main task ends.
     """
     for name, value in {"LAGGING_BYTES": 600, "FRAME_BYTES": 900, "CATCH_UP_EVENTS": 4,
                         "QUEUE_EVENTS": 5, "RESTART_SPREAD_SECONDS": 0.002, "CLOSE_SECONDS": 0.05,
@@ -6137,18 +6118,17 @@ def catalog_document() -> Any:
 
 def checked_methods(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """What OpenRPC's meta-schema demands, as far as our documents go; returns the methods."""
-    def check_keys(value: Any, *must: str, may: Sequence[str] = ()) -> None:
+    def check(value: Any, *must: str, may: Sequence[str] = ()) -> None:
         assert set(must) <= {key for key in value if key[:2] != "x-"} <= {*must, *may}
 
-    check_keys(document, "openrpc", "info", "methods", "components")
+    check(document, "openrpc", "info", "methods", "components")
     assert re.fullmatch(r"1\.[0-3]\.\d+", document["openrpc"])
-    check_keys(document["info"], "title", "version", may=["description"])
+    check(document["info"], "title", "version", may=["description"])
     for method in document["methods"]:
-        check_keys(method, "name", "params", "result", "paramStructure",
-                   may=["summary", "description"])
+        check(method, "name", "params", "result", "paramStructure", may=["summary", "description"])
         assert method["paramStructure"] in ("either", "by-name", "by-position")
         for value in (*method["params"], method["result"]):
-            check_keys(value, "name", "schema", may=["required"])
+            check(value, "name", "schema", may=["required"])
         required = [param["required"] for param in method["params"]]
         assert required == sorted(required, reverse=True)
         assert len({param["name"] for param in method["params"]}) == len(required)
@@ -6184,8 +6164,7 @@ async def test_discover_answers_with_a_document_of_the_methods(side: str) -> Non
         with pytest.raises(Forbidden):
             await client.call("rpc.discover")
     assert list(checked_methods(document)) == ["order"]
-    assert document["info"] == {
-        "title": "Callee", "version": "0", "description": "What is called."}
+    assert document["info"] == {"title": "Callee", "version": "0", "description": "What is called."}
     assert document["methods"][0] == {
         "name": "order", "summary": "Order an item.", "paramStructure": "either",
         "description": "Order an item.\n\nIt is not sent back.",
@@ -6474,9 +6453,8 @@ async def test_backbone_rejoined_tells_quiet_subscribers_the_position(broker: Me
 @pytest.mark.slow
 @pytest.mark.parametrize("trouble", [OSError("broken"), asyncio.CancelledError(), RuntimeError()])
 async def test_backbone_flapping_loses_nothing(broker: MemoryLog, trouble: BaseException) -> None:
-    """It freezes, fails and forgets to answer in turn; every event arrives once and in order.
-
-    An append that fails is repeated; whether it was stored or not, readers take it once.
+    """It freezes, fails and forgets to answer in turn; every event arrives once and in order. An
+    append that fails is repeated; whether it was stored or not, readers take it once.
     """
     async with two_hearing(broker) as (one, two, at_one, at_two):
         for n in range(200):
@@ -6553,8 +6531,7 @@ async def test_backbone_queue_and_events_are_bounded(broker: MemoryLog, monkeypa
         assert max(map(len, broker.entries.values())) < 1200
 
 
-async def test_backbone_event_of_a_thread_that_it_refuses_is_logged_and_fails_nobody_else(
-        broker: MemoryLog, caplog: Logs) -> None:
+async def test_backbone_logs_refused_events_of_threads(broker: MemoryLog, caplog: Logs) -> None:
     """A thread does not wait, so its failure is logged; who publishes on the loop has no part."""
     broker.max_size = 1200  # type: ignore[attr-defined]
     async with hearing(broker) as (one, heard):
@@ -6570,7 +6547,6 @@ async def test_backbone_event_of_a_thread_that_it_refuses_is_logged_and_fails_no
 
 async def test_backbone_missing_number_is_a_gap(broker: MemoryLog, monkeypatch: Patch) -> None:
     """A hole in a writer's numbers is told once, in its place; a number that was had is dropped.
-
     Each start of a server is a writer, so old ones are forgotten.
     """
     monkeypatch.setattr(lib, "REMEMBERED_WRITERS", 3)
@@ -6585,8 +6561,7 @@ async def test_backbone_missing_number_is_a_gap(broker: MemoryLog, monkeypatch: 
 
 
 @pytest.mark.parametrize("first, gaps", [(3, 0), (4, 0), (5, 1), (7, 1)])
-async def test_backbone_trimmed_log_is_a_gap_for_what_was_not_read(
-        broker: MemoryLog, first: int, gaps: int) -> None:
+async def test_backbone_trimmed_log_is_a_gap(broker: MemoryLog, first: int, gaps: int) -> None:
     """Entries that were trimmed before they were read are a gap; others are not missed."""
     async with hearing(broker) as (one, heard):
         broker.put(*(entry(1, n, n) for n in range(1, 4)))
@@ -6604,7 +6579,6 @@ async def test_backbone_trimmed_log_is_a_gap_for_what_was_not_read(
 async def test_backbone_another_log_is_one_gap(
         broker: MemoryLog, left: int, new: int, is_noticed: bool) -> None:
     """A log that was deleted or set back under live servers: one gap each, no splice, no repeat.
-
     The servers may not notice it at once, as drivers reconnect in secret.
     """
     async with two_hearing(broker) as (one, two, at_one, at_two):
@@ -6648,9 +6622,8 @@ async def test_backbone_entry_of_many_topics_holds_up_nobody_for_long(broker: Me
 
 @pytest.mark.parametrize("are_sparse", [False, True])
 async def test_backbone_change_of_server_is_no_gap(broker: MemoryLog, are_sparse: bool) -> None:
-    """Positions name the same event on all servers, the beginning of an empty log included.
-
-    Offsets may be large and sparse, as times in nanoseconds are.
+    """Positions name the same event on all servers, the beginning of an empty log included. Offsets
+    may be large and sparse, as times in nanoseconds are.
     """
     if are_sparse:
         broker.entries[time.time_ns()] = entry(1, 0, "before")
@@ -6875,11 +6848,10 @@ async def channel(url: str) -> AsyncIterator[str]:
 
 
 @contextlib.asynccontextmanager
-async def logs_of(url: str, channel: str, count: int,
-                  history: int = 4096) -> AsyncIterator[list[Any]]:
+async def logs_of(url: str, channel: str, count: int, keep: int = 4096) -> AsyncIterator[list[Any]]:
     """So many of the objects for a broker's log. Each one either appends or reads."""
     make = lib._BROKERS[url.partition(":")[0]]
-    logs: list[Any] = [make(url, channel, history) for _ in range(count)]
+    logs: list[Any] = [make(url, channel, keep) for _ in range(count)]
     try:
         yield logs
     finally:
@@ -6959,7 +6931,7 @@ async def test_broker_deleted_log_is_one_gap(url: str, channel: str) -> None:
 @pytest.mark.parametrize("url", ["redis", "postgresql"], indirect=True)
 async def test_broker_trimmed_log_begins_with_the_oldest_entry(url: str, channel: str) -> None:
     """A read from an entry that is gone begins with the first one left."""
-    async with logs_of(url, channel, 2, history=5) as (writer, reader):
+    async with logs_of(url, channel, 2, keep=5) as (writer, reader):
         for n in range(1, 201 if url.startswith("redis") else 21):  # Redis trims a hundred at once
             await writer.append(b"%d" % n)
         first, end = await reader.ends()
@@ -7703,10 +7675,9 @@ async def test_fleet_of_processes_answers_each_call_or_says_why(url: str, channe
 # -------------------------------------------------------------------------- without an event loop
 
 
-def remote_of(endpoint: RpcEndpoint, methods: RpcMethodsBase | None = None,
-              **options: Any) -> Remote:
+def remote_of(server: RpcEndpoint, methods: RpcMethodsBase | None = None, **options: Any) -> Remote:
     """A connection to a server on the same thread's loop; the test has none."""
-    return connect("ws://test/ws", methods, transport=ASGITransport(app_of(endpoint)), **options)
+    return connect("ws://test/ws", methods, transport=ASGITransport(app_of(server)), **options)
 
 
 class RemoteWorker(Worker):
@@ -7731,9 +7702,8 @@ class RemoteWorker(Worker):
 
 
 def test_connect_returns_the_connection_usable_at_once(monkeypatch: Patch) -> None:
-    """In a notebook, the next cell uses it; close may be called twice.
-
-    Other threads that wait get ChannelClosed, rather than waiting for a loop that is gone.
+    """In a notebook, the next cell uses it; close may be called twice. Other threads that wait get
+    ChannelClosed, rather than waiting for a loop that is gone.
     """
     remote = remote_of(PubSubEndpoint(worker := Worker()))
     assert remote.state == "ready" and remote.add(a=1, b=2) == 3
@@ -7895,9 +7865,8 @@ forgotten = connect(url).events("news")
 
 @pytest.mark.slow
 async def test_remote_ctrl_c_leaves_whatever_it_waits_for() -> None:
-    """Connecting, calling, iterating, publishing: at once, cancelled there, nothing left here.
-
-    A connection that was forgotten lets the process end.
+    """Connecting, calling, iterating, publishing: at once, cancelled there, nothing left here. A
+    connection that was forgotten lets the process end.
     """
     worker, asked = Worker(), asyncio.Event()
 
@@ -8589,14 +8558,11 @@ async def command(*argv: str) -> int:
 
 
 @pytest.mark.parametrize(("words", "result"), [
-    ([], {}), (["a=1", "b=x y"], {"a": 1, "b": "x y"}),
+    ([], {}), (["a=1", "b=x y"], {"a": 1, "b": "x y"}), (['["ß", null]'], {"a": "ß"}),
     (['a="1"', 'b={"c": [1]}'], {"a": "1", "b": {"c": [1]}}),
-    (["a=", "b=c=d"], {"a": "", "b": "c=d"}),
-    (['{"a": "1=2"}'], {"a": "1=2"}),
-    (['["ß", null]'], {"a": "ß"}),
+    (["a=", "b=c=d"], {"a": "", "b": "c=d"}), (['{"a": "1=2"}'], {"a": "1=2"}),
     (["a=NaN", f"b={'[' * 99999}"], {"a": "NaN", "b": "[" * 99999}),
-    (["-H", "X: 1: 2", "-H", "y:", "--token", "t"], {"auth": "Bearer t", "x": "1: 2"}),
-])
+    (["-H", "X: 1: 2", "-H", "y:", "--token", "t"], {"auth": "Bearer t", "x": "1: 2"})])
 async def test_call_takes_json_or_strings(words: list[str], result: Any, capsys: Printed) -> None:
     """NAME=VALUE, or one object or array; a result, or an item of a stream, is a line of JSON."""
     async with shell_server() as (_, url):
@@ -8629,11 +8595,9 @@ async def test_call_takes_json_or_strings(words: list[str], result: Any, capsys:
     (["vendor", "HERE/x", "--without", "channel"], 2, "cannot leave out 'channel', only legacy.*"),
     *(([*words, "HERE/other.py"], 2, ".*was not made by vendor.*") for words in (
         ["vendor"], ["vendor", "--check"])),
-    (["vendor", "HERE/no/such.py"], 2, ".*"),
-])
-async def test_command_that_fails_prints_one_line_and_ends_with_a_code(
-        words: list[str], code: int, text: str, tmp_path: Path, monkeypatch: Patch,
-        capsys: Printed) -> None:
+    (["vendor", "HERE/no/such.py"], 2, ".*")])
+async def test_command_that_fails_says_so(words: list[str], code: int, text: str, tmp_path: Path,
+                                          monkeypatch: Patch, capsys: Printed) -> None:
     """Answered with an error, not in time, lost, not reached at the first attempt, used wrongly."""
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "other.py").write_text("mine")
@@ -8781,9 +8745,8 @@ def test_serve_serves_calls_and_events_until_ctrl_c(tmp_path: Path, monkeypatch:
     ("fastapi_ws_lite", lambda path: runpy.run_path(str(SOURCE), run_name="__main__")),
     ("fastapi_ws_lite", lambda path: runpy.run_module(lib.__name__, run_name="__main__")),
     ("vendored", lambda path: runpy.run_path(f"{path}/vendored.py", run_name="__main__"))])
-def test_module_runs_as_a_file_and_with_m_and_as_a_copy(
-        module: str, run: Callable[[Path], Any], tmp_path: Path, monkeypatch: Patch,
-        capsys: Printed) -> None:
+def test_module_runs_as_a_file_or_a_copy(module: str, run: Callable[[Path], Any], tmp_path: Path,
+                                         monkeypatch: Patch, capsys: Printed) -> None:
     """Under its own name, so that the class that it serves has the same RpcMethodsBase."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "vendored.py").write_text(SOURCE.read_text())
@@ -8808,8 +8771,7 @@ def test_help_lists_sections_and_explains_them(capsys: Printed) -> None:
     assert "# The command" in help_of("command line")
 
 
-def test_vendor_check_tells_other_versions_and_edits(
-        tmp_path: Path, monkeypatch: Patch, capsys: Printed) -> None:
+def test_vendor_check_tells_changes(tmp_path: Path, monkeypatch: Patch, capsys: Printed) -> None:
     """A copy into a folder keeps the module's name; the check compares hashes."""
     tmp_path /= "new"
     path = tmp_path / "fastapi_ws_lite.py"
@@ -8860,7 +8822,6 @@ asyncio.run(main())
     ids=[*OPTIONAL, "all"])
 def test_vendor_without_a_section_works_and_passes_ruff(left_out: str, tmp_path: Path) -> None:
     """Calls and events work in a fresh process, with no other library and nothing beside the file.
-
     Only the public names of the section go.
     """
     assert lib._main(["vendor", str(tmp_path / "copied.py"), "--without", left_out]) == 0
@@ -8927,9 +8888,8 @@ async def test_readme_tastes_run(capsys: Printed) -> None:
 
 
 def test_readme_and_examples_keep_their_form() -> None:
-    """A README is read to its end only if it ends, and a recipe is copied if seen at a glance.
-
-    CI takes its command from the README, so it must be found there once.
+    """A README is read to its end only if it ends, and a recipe is copied if seen at a glance. CI
+    takes its command from the README, so it must be found there once.
     """
     words = (HERE / "README.md").read_text()
     assert len(words.splitlines()) <= 350 and len(words.split()) <= 2500
@@ -8980,7 +8940,6 @@ def test_wheel_carries_types_and_asks_for_what_the_core_imports(tmp_path: Path) 
 
 def test_module_all_is_what_is_public() -> None:
     """Each name of __all__, and each method, has a docstring; nothing else of ours is public.
-
     help() and an editor show the options of a constructor, so there are no **options.
     """
     for name in lib.__all__:
