@@ -4332,9 +4332,7 @@ def test_test_client_session_needs_nothing_of_ours() -> None:
 
 each_ws_library = pytest.mark.parametrize("ws", [
     pytest.param("websockets", marks=pytest.mark.filterwarnings(  # uvicorn and it retire this one
-        "ignore:The `websockets` implementation is deprecated",
-        "ignore:websockets.legacy is deprecated:DeprecationWarning",
-        "ignore:websockets.server.WebSocketServerProtocol is deprecated:DeprecationWarning",
+        "ignore:(The `websockets` implementation|websockets.(legacy|server.*)) is deprecated",
         "ignore:remove second argument of ws_handler:DeprecationWarning")),
     "websockets-sansio", "wsproto"])
 
@@ -4623,15 +4621,26 @@ async def test_network_transport_with_an_old_websockets_says_what_to_install(
     assert isinstance(client.last_error, ConnectionRefusedError if text is None else ImportError)
 
 
-async def test_network_transport_options_reach_the_library() -> None:
-    """What websockets.connect takes can be given; a wrong option or address is not tried again."""
+async def test_network_transport_options_and_errors_are_those_of_the_library() -> None:
+    """What websockets.connect takes can be given; a wrong option or address is not tried again. A
+    close becomes ChannelClosed, with its code, where one sends.
+    """
     endpoint = RpcEndpoint()
     transport = NetworkTransport(user_agent_header="mine/1")
-    async with serving(app_of(endpoint)) as url, RpcClient(f"{url}/ws", transport=transport):
+    async with serving(app_of(endpoint)) as url:
+        sock = await transport.open(
+            f"{url}/ws", headers=[], subprotocols=[lib.SUBPROTOCOL], max_size=2**20)
+        await until(lambda: endpoint.channels)
         websocket = only(endpoint).websocket
         assert websocket is not None
         assert websocket.headers["user-agent"] == "mine/1"
         assert "sec-websocket-extensions" not in websocket.headers  # it does not compress
+        await endpoint.close(4000, "enough")
+        with pytest.raises(ChannelClosed, match="4000 enough"):
+            while True:
+                await sock.send("[]")
+                await asyncio.sleep(0.01)
+        await sock.close(1000, "")
     with pytest.raises(TypeError, match="no_such_option"):
         await RpcClient(transport=NetworkTransport(no_such_option=1)).__aenter__()
     with pytest.raises(ValueError, match="is no address of a WebSocket: it begins with ws:// or"):
@@ -4762,21 +4771,6 @@ async def test_endpoint_whose_log_was_replaced_tells_subscribers_or_closes_them_
         assert endpoint.stats()["slow_closed"] >= 1
         await idle.ask("_ping_")
         assert [kind for kind, _ in idle.told] == ["answer"] * 3
-
-
-async def test_network_socket_that_is_closed_cannot_send() -> None:
-    """The library's error becomes ChannelClosed, with the code of the close."""
-    endpoint = RpcEndpoint()
-    async with serving(app_of(endpoint)) as url:
-        sock = await NetworkTransport().open(
-            f"{url}/ws", headers=[], subprotocols=[lib.SUBPROTOCOL], max_size=2**20)
-        await until(lambda: endpoint.channels)
-        await only(endpoint).close(4000, "enough")
-        with pytest.raises(ChannelClosed, match="4000 enough"):
-            while True:
-                await sock.send("[]")
-                await asyncio.sleep(0.01)
-        await sock.close(1000, "")
 
 
 # ------------------------------------------------------------- clients: connecting and returning
@@ -5177,8 +5171,7 @@ async def test_client_not_started_or_in_another_thread_raises() -> None:
     subscription = client.subscribe("t")
     for wait in (lambda: client.call("add", [1, 2]), lambda: client.other.add(1, 2),
                  lambda: anext(client.stream("ticks")), lambda: await_it(client.publish("t", 1)),
-                 lambda: await_it(subscription), subscription.next,
-                 client.wait_until_ready,
+                 lambda: await_it(subscription), subscription.next, client.wait_until_ready,
                  lambda: anext(aiter(client.subscribe("u")))):
         with pytest.raises(RuntimeError, match="not started"):
             await wait()
@@ -5247,23 +5240,6 @@ async def test_client_close_from_its_own_code_returns(where: str) -> None:
     assert transport.attempts == (where != "headers")
 
 
-async def test_client_close_lets_publishes_leave_and_cancels_the_callback() -> None:
-    """What was published without await is sent, and what takes longer is not waited for."""
-    async def hold(data: Any) -> None:
-        got.append(data)
-        try:
-            await asyncio.sleep(3600)
-        finally:
-            got.append("cancelled")
-
-    endpoint, got = PubSubEndpoint(), list[Any]()
-    async with client_at(endpoint) as client:
-        await client.subscribe("t", hold)
-        endpoint.publish("t", 1)
-        await until(lambda: got)
-        client.publish("t", 2)
-    assert got == [1, "cancelled"] and endpoint.stats()["events_published"] == 2
-
 
 async def test_client_whose_waiters_are_cancelled_goes_on() -> None:
     """One who no longer waits for the connection, a call, a confirmation or a close."""
@@ -5293,11 +5269,6 @@ async def test_client_whose_waiters_are_cancelled_goes_on() -> None:
 # ---------------------------------------------------------------- events of a client: subscribing
 
 
-def refuse_secrets(channel: RpcChannel, action: str, names: tuple[str, ...]) -> bool:
-    """An authorize that refuses what has "secret" in its name."""
-    return not any("secret" in name for name in names)
-
-
 async def test_pubsub_subscribe_at_any_time_is_confirmed() -> None:
     """Before the start, before it is ready, then, and while away; when ready, the server knows."""
     client, got = client_at(endpoint := PubSubEndpoint()), list[Any]()
@@ -5322,7 +5293,8 @@ async def test_pubsub_subscribe_at_any_time_is_confirmed() -> None:
 @pytest.mark.parametrize("pattern", [False, True])
 async def test_pubsub_subscribe_refused_spares_the_others(pattern: bool, caplog: Logs) -> None:
     """One refused topic ends its subscription, also at a reconnect; data and log name it."""
-    client = client_at(endpoint := PubSubEndpoint(authorize=refuse_secrets))
+    endpoint = PubSubEndpoint(authorize=lambda _, action, names: "secret" not in names)
+    client = client_at(endpoint)
     refused = [client.subscribe(["open", "secret"], pattern=pattern),
                client.subscribe("secret", last=1, pattern=pattern),
                client.subscribe(["open", "secret"], since="0", pattern=pattern)]
@@ -5527,11 +5499,18 @@ async def test_pubsub_iterator_that_nobody_reads_has_its_own_gap(monkeypatch: Pa
 
 async def test_pubsub_publish_awaited_or_not_is_sent_in_order() -> None:
     """Before the client is ready, too. Awaited, it is in the log; it is also a coroutine. Only with
-    include_self it comes back.
+    include_self it comes back. A close lets it leave, and cancels a callback that takes long.
     """
+    async def hold(data: Any) -> None:
+        own.append(data)
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            own.append("cancelled")
+
     client, got, own = client_at(endpoint := PubSubEndpoint()), list[Any](), list[Any]()
     endpoint.subscribe("t", got.append)
-    client.subscribe("t", own.append)
+    client.subscribe("t", hold)
     client.start()
     for n in range(10):
         client.publish("t", n)
@@ -5543,12 +5522,14 @@ async def test_pubsub_publish_awaited_or_not_is_sent_in_order() -> None:
     await until(lambda: own == ["own"])
     (publishing := client.publish("t", 12)).send(None)
     publishing.close()
+    client.publish("t", 13)
     await client.close()
+    assert own == ["own", "cancelled"] and endpoint.stats()["log_events"] == 15
 
 
 async def test_pubsub_publish_that_fails_raises_or_is_logged_once(caplog: Logs) -> None:
     """Nothing is published, not even to the topics that are not refused; the connection stays."""
-    endpoint = PubSubEndpoint(authorize=refuse_secrets)
+    endpoint = PubSubEndpoint(authorize=lambda _, action, names: "secret" not in names)
     async with client_at(endpoint, max_message_size=5000) as client:
         with pytest.raises(Forbidden) as caught:
             await client.publish(["open", "secret"], 1)
@@ -5907,10 +5888,8 @@ def test_client_cancelled_leaves_nothing(where: str, monkeypatch: Patch, caplog:
     """Each time that it waits, in turn: no task, call, channel or subscription, nothing unseen. The
     last is what asyncio.run does when its main task ends.
     """
-    for name, value in {"LAGGING_BYTES": 600, "FRAME_BYTES": 900, "CATCH_UP_EVENTS": 4,
-                        "QUEUE_EVENTS": 5, "RESTART_SPREAD_SECONDS": 0.002, "CLOSE_SECONDS": 0.05,
-                        "GRACE_SECONDS": 0.05}.items():
-        monkeypatch.setattr(lib, name, value)
+    for name in SMALL_LIMITS.keys() - {"MAX_SUBSCRIPTIONS", "REPLAY_EVENTS"}:
+        monkeypatch.setattr(lib, name, SMALL_LIMITS[name])
     unseen, make_task = list[Any](), asyncio.Task
 
     async def once(n: int) -> bool:
@@ -6383,8 +6362,7 @@ async def two_hearing(backbone: Any, **options: Any) -> AsyncIterator[
 
 
 def state(endpoint: PubSubEndpoint) -> dict[str, Any]:
-    stats: dict[str, Any] = endpoint.stats()["backbone"]
-    return stats
+    return dict(endpoint.stats()["backbone"])
 
 
 async def has(heard: list[Any], *wanted: Any) -> None:
@@ -7753,7 +7731,7 @@ def test_remote_calls_return_the_bare_result() -> None:
 
 def test_remote_events_have_next_with_a_timeout_and_positions() -> None:
     """A timeout leaves the subscription. A refusal raises at once, not at the first step."""
-    endpoint = PubSubEndpoint(authorize=refuse_secrets)
+    endpoint = PubSubEndpoint(authorize=lambda _, action, names: "secret" not in names)
     with remote_of(endpoint) as remote:
         with pytest.raises(Forbidden):
             remote.events("secret")
@@ -7944,7 +7922,7 @@ class PagePeer:
                 continue
             self.pings += 1
             if self.answers_pings:
-                await self.answer(message, "pong")
+                await self.send(done(message["id"], "pong"))
 
     async def recv(self, method: str | None = None) -> Any:
         """The next message; a request of this method, if one is named."""
@@ -7953,20 +7931,12 @@ class PagePeer:
         return {key: value for key, value in message.items() if key != "jsonrpc"}
 
     async def send(self, *messages: Any) -> None:
-        framed = [{"jsonrpc": "2.0", **message} for message in messages]
-        await self.websocket.send_text(json.dumps(framed if len(framed) > 1 else framed[0]))
-
-    async def answer(self, request: Any, result: Any, *more: Any) -> None:
-        await self.send({"id": request["id"], "result": result}, *more)
-
-    async def fail(self, request: Any, code: int, data: Any = None) -> None:
-        error = {"code": code, "message": "no", "data": data}
-        await self.send({"id": request["id"], "error": error})
+        await self.websocket.send_text(json.dumps(messages if len(messages) > 1 else messages[0]))
 
     async def agree(self, position: str, *more: Any, **answer: Any) -> dict[str, Any]:
         """Answer the next subscribe or unsubscribe; returns what it asked for."""
         request = await self.recv()
-        await self.answer(request, {"position": position, **answer}, *more)
+        await self.send(done(request["id"], {"position": position, **answer}), *more)
         asked = {k: v for k, v in request["params"].items() if v and k != "subscriber_id"}
         return asked if request["method"] == "subscribe" else {"unsubscribe": asked}
 
@@ -8064,7 +8034,7 @@ def event(topic: str, position: str) -> dict[str, Any]:
 
 
 def notice(topic: str, position: str) -> dict[str, Any]:
-    return {"method": "notify", "params": event(topic, position)}
+    return tell("notify", event(topic, position))
 
 
 def test_browser_client_beside_any_route_is_served_and_revalidated() -> None:
@@ -8120,15 +8090,15 @@ async def test_browser_calls_both_ways_carry_results_and_errors(page: Page) -> N
     assert (first["params"], first["meta"]) == ({"a": 1}, {"trace": "t"})
     assert 59 < first["timeout"] <= 60 and "timeout" not in second
     assert (third["method"], third["params"]) == ("x", [1, 2])
-    await peer.answer(first, 3)
-    await peer.fail(second, 5, "x")
-    await peer.answer(third, None)
+    await peer.send(done(first["id"], 3))
+    await peer.send(failed(second["id"], 5, "no", data="x"))
+    await peer.send(done(third["id"], None))
     assert await peer.recv() == {"method": "$/cancelRequest", "params": {"id": late["id"]}}
     assert await page.run("return got") == [
         3, [5, "no", "x"], None, [-32000, "Request timed out: late", None]]
     for method, params, expected in (("sum", [1, 2], 3), ("ask", {"q": "so"}, "so!"),
                                      ("refuse", [], 7), ("fail", [], -32603), ("at", [], -32601)):
-        await peer.send({"id": "x", "method": method, "params": params})
+        await peer.send(ask("x", method, params))
         answer = await peer.recv()
         assert answer.get("result", answer.get("error", {}).get("code")) == expected
 
@@ -8143,16 +8113,15 @@ async def test_browser_call_is_aborted_and_served_once(page: Page) -> None:
     request = await peer.recv("x")
     assert await page.run("leave.abort(); return left") == "AbortError"
     assert (await peer.recv("$/cancelRequest"))["params"] == {"id": request["id"]}
-    await peer.send({"id": 1, "method": "hold"}, {"id": 2, "method": "hold"},
-                    {"method": "$/cancelRequest", "params": {"id": 1}})
+    await peer.send(ask(1, "hold"), ask(2, "hold"), tell("$/cancelRequest", {"id": 1}))
     assert (await peer.recv())["error"]["code"] == -32800
     assert await page.run("return aborted")
     await peer.websocket.close(1011)
     peer = await page.peer()
-    await peer.send({"id": 2, "method": "hold"})
+    await peer.send(ask(2, "hold"))
     await page.until("held.length === 3")
     await page.run("held.forEach((done, n) => done(n))")
-    await peer.send({"id": 3, "method": "_ping_"})
+    await peer.send(ask(3, "_ping_"))
     assert [(await peer.recv())["result"] for _ in range(2)] == [2, "pong"]
 
 
@@ -8166,14 +8135,14 @@ async def test_browser_stream_is_read_with_credit(page: Page) -> None:
         window.first = all(9);""")
     asked = await peer.recv("ticks")
     assert (asked["stream"], asked["meta"], asked.get("timeout")) == (16, {"a": 1}, None)
-    await peer.send({"method": "$/stream", "params": {"id": asked["id"], "items": [*range(16)]}})
+    await peer.send(tell("$/stream", {"id": asked["id"], "items": [*range(16)]}))
     assert (await peer.recv("$/credit"))["params"] == {"id": asked["id"], "n": 8}
     assert await page.run("return first") == [*range(10)]
     assert (await peer.recv("$/cancelRequest"))["params"] == {"id": asked["id"]}
     await page.run("window.second = all()")
     asked = await peer.recv("ticks")
-    await peer.send({"method": "$/stream", "params": {"id": asked["id"], "items": [1, 2]}},
-                    {"id": asked["id"], "error": {"code": 7, "message": "broke"}})
+    await peer.send(tell("$/stream", {"id": asked["id"], "items": [1, 2]}),
+                    failed(asked["id"], 7, "broke"))
     assert await page.run("return second") == [1, 2, "broke"]
 
 
@@ -8199,7 +8168,7 @@ async def test_browser_subscriptions_are_agreed_one_request_at_a_time(page: Page
     await page.run("on('c', 'c'); a.cancel(); on('d', 'd'); p.cancel()")
     await page.until("ws.state === 'ready'")
     assert peer.requests.empty()
-    await peer.answer(request, {"position": "9"}, notice("a", "z"))
+    await peer.send(done(request["id"], {"position": "9"}), notice("a", "z"))
     assert await peer.agree("") == {"unsubscribe": {"topics": ["b"], "patterns": ["b*"]}}
     assert await peer.agree("8", notice("c", "3")) == {"topics": ["c", "d"]}
     await page.run("await again.confirmed; await d.confirmed; again.cancel(); on('e', 'a')")
@@ -8221,13 +8190,14 @@ async def test_browser_new_connection_resumes_before_what_is_new(page: Page) -> 
     await peer.recv("subscribe")
     await peer.websocket.close(1011)  # the answer is lost, so it asks again
     peer = await page.peer()
-    await peer.fail(await peer.recv("subscribe"), -32002)  # the server is overloaded
+    request = await peer.recv("subscribe")
+    await peer.send(failed(request["id"], -32002, "the server is overloaded"))
     request = await peer.recv("subscribe")
     assert [request["params"][name] for name in ("topics", "patterns", "resume")] == [
         ["a"], ["b*"], "7"]
-    await peer.answer(request, {"position": "5", "recovered": False}, notice("a", "6"))
+    await peer.send(done(request["id"], {"position": "5", "recovered": False}), notice("a", "6"))
     assert await peer.agree("6") == {"topics": ["c", "x"]}
-    await peer.send({"method": "position", "params": {"position": "1"}})
+    await peer.send(tell("position", {"position": "1"}))
     await page.until("ws.position === '1'")
     assert await page.run("return log") == [
         ["a", "a", "99"], ["b", "b1", "7"],
@@ -8265,8 +8235,8 @@ async def test_browser_refused_names_end_their_subscriptions(page: Page) -> None
     assert await page.run("await good.confirmed; return tried(bad.confirmed)") == [
         -32001, "Forbidden: b", {"topics": ["b"]}]
     await page.run("on('x', 'x'); on('y', 'y', { pattern: true }); on('z', 'a', { last: 1 })")
-    await peer.fail(await peer.recv("subscribe"), -32001, {"topics": ["x", "y"]})
-    await peer.fail(await peer.recv("subscribe"), -32602)
+    for code, data in ((-32001, {"topics": ["x", "y"]}), (-32602, None)):
+        await peer.send(failed((await peer.recv("subscribe"))["id"], code, "no", data=data))
     assert await page.run("return codes([x.confirmed, y.confirmed, z.confirmed])") == [
         -32001, -32001, -32602]
     await peer.send(notice("a", "2"))
@@ -8285,7 +8255,7 @@ async def test_browser_goes_on_with_a_fresh_token_where_it_was(page: Page) -> No
     await page.run("window.kept = ws.call('y')")
     second = await page.peer()
     assert await second.agree("1") == {"topics": ["a"], "resume": "1"}
-    await second.answer(await second.recv("y"), 5)
+    await second.send(done((await second.recv("y"))["id"], 5))
     assert await page.run("return [await lost, await kept]") == [
         [4401, "the connection is closed: 4401 expired", None], 5]
     await page.run("ws.reconnect()")
@@ -8384,7 +8354,7 @@ async def test_browser_wake_up_tests_the_old_connection_first(page: Page, name: 
     await page.until("ws.state === 'ready'")
     await page.run(f"window.wakeUp = () => dispatchEvent(new Event('{name}')); wakeUp()")
     await until(lambda: peer.pings == 2)
-    await peer.send({"method": "position", "params": {"position": "after the pong"}})
+    await peer.send(tell("position", {"position": "after the pong"}))
     await page.until("ws.position === 'after the pong'")
     peer.answers_pings = False
     await page.run("Math.random = () => 1e-5; wakeUp()")
