@@ -3440,6 +3440,8 @@ class PubSubEndpoint(RpcEndpoint):
             raise Overloaded("too many hooks of this connection wait to be called")
         async with subscriber.lock:
             # First comes everything that may wait: authorize, the shared log, and the outbox.
+            if len(keys) > REPLAY_EVENTS:  # let other connections have their turn
+                await asyncio.sleep(0)
             granted = await self._granted(channel, keys)
             allowed = frozenset(granted)
             refused = [key[0] for key in keys if key not in allowed]
