@@ -7213,13 +7213,16 @@ async def test_fleet_without_a_backbone_is_this_server() -> None:
     async with anonymous, server.agent("ann", FleetAgent()) as ann:
         await ann.subscribe("room/1")
         assert server.fleet.online() == server.fleet.online("room/1") == ["ann"]
-        assert server.fleet.online("room/2") == []
+        assert await asyncio.to_thread(server.fleet.online, "room/2") == []
         assert (await server.fleet.call("ann", "double", {"n": 4})).result == 8
     await until(lambda: server.fleet.online() == [])
     server.fleet._started_at = -10.0  # other servers would have answered
     with pytest.raises(ChannelClosed, match="no client 'ann' is online"):
         await server.fleet.call("ann", "double", [1])
-    await server.endpoint.close()
+    idle = FleetServer()
+    idle.endpoint.publish("t")
+    for each in (server, idle):
+        await each.endpoint.close()
 
 
 async def test_fleet_call_reaches_an_agent_of_another_server() -> None:
@@ -7229,8 +7232,10 @@ async def test_fleet_call_reaches_an_agent_of_another_server() -> None:
     log, agent = FleetLog(), FleetAgent()
     log.repeats = True
     async with fleet_of(log) as (here, there), there.agent("ann", agent):
+        third = FleetServer(log)
+        await until(lambda: third.fleet.online() == ["ann"])
         assert (await here.fleet.call("ann", "double", [4])).result == 8
-        await there.endpoint.publish("news", 1)
+        await third.endpoint.close()
         assert agent.calls == 1
         with pytest.raises(RpcError) as caught:
             await here.fleet.call("ann", "refuse")
@@ -7347,8 +7352,10 @@ async def test_fleet_call_waits_no_longer_than_its_timeout() -> None:
             await until(lambda: not here.calls() and not there.calls())
 
 
-async def test_fleet_call_that_cannot_be_passed_on_fails_at_once() -> None:
-    """Its arguments, and its result, may be none or larger than the backbone takes."""
+async def test_fleet_call_that_cannot_be_passed_on_fails_at_once(caplog: Logs) -> None:
+    """Its arguments, and its result, may be none or larger than the backbone takes. If who is
+    online is larger, that is logged.
+    """
     log = FleetLog()
     log.max_size = 5000
     async with fleet_of(log) as (here, there), there.agent("ann", FleetAgent()):
@@ -7357,6 +7364,8 @@ async def test_fleet_call_that_cannot_be_passed_on_fails_at_once() -> None:
             with pytest.raises(error):
                 await asyncio.wait_for(here.fleet.call("ann", "text", args), 2)  # type: ignore[arg-type]
         assert (await here.fleet.call("ann", "text", [9])).result == "x" * 9
+        async with here.agent("x" * 6000):
+            await until(lambda: "other servers are not told" in caplog.text)
 
 
 async def test_fleet_message_that_the_broker_refuses_is_logged_and_ends_no_other(
