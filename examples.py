@@ -564,7 +564,7 @@ HANDSHAKE = ("GET /ws HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgr
              "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n{}\r\n")
 HEADERS = {"own, arrays": "Sec-WebSocket-Protocol: ws-lite.1\r\n",
            "own, deflate": "Sec-WebSocket-Extensions: permessage-deflate\r\n"}
-IMPORT = ("import asyncio, fastapi, sys, time; sys.dont_write_bytecode = True; sys.pycache_prefix = '/no'; "
+IMPORT = ("import asyncio, fastapi, sys, time; sys.dont_write_bytecode = sys.pycache_prefix = '/'; "
           "t = time.process_time(); import fastapi_ws_lite; print(time.process_time() - t)")
 BROKERS = {"redis": "redis://127.0.0.1:6379", "kafka": "kafka://127.0.0.1:9092",
            "postgres": "postgresql://postgres@127.0.0.1:5432/test",
