@@ -5421,11 +5421,11 @@ _SHARED_LOGS.append(_shared_log)
 
 # ----------------------------------------------------------------------------------------- fleet
 # All servers on one backbone as one. They speak on an internal topic, which no client can name. A
-# server tells all others its roster: whole, at each beat and 50 ms after a change. It calls another
+# server tells all others its roster: whole, at each beat and soon after a change. It calls another
 # one through an RpcChannel, whose socket is the backbone. A server that is silent for too long is
 # gone: its channel ends, and with it the calls under way, and it is told that, in case it lives.
 # What was written before a server joined is not acted upon, and the log drops repeats, so a call is
-# performed once.
+# performed at most once.
 
 FLEET_BEAT_SECONDS: Final = 5.0
 FLEET_SILENCE_SECONDS: Final = 14.0  # so that a server that was killed is gone within 15 s
@@ -5460,13 +5460,13 @@ class _OtherServer(_Peer):
             ChannelClosed(1006, "the client's server is silent")))
 
     def leave(self, reason: str) -> None:
-        """End the channel, as the other server has ended its own."""
+        """End the channel, as the other server has ended its own, or knows that ours is closed."""
         self.silence.cancel()
         self.channel._end(ChannelClosed(1001, reason))
 
     def _on_channel_closed(self, channel: RpcChannel) -> None:
         self._fleet._servers.pop(self._id, None)
-        if not self.silence.cancelled():
+        if not self.silence.cancelled():  # the other server does not know of this end
             logger.warning("a server of the fleet is lost: %s", channel._closed,
                            exc_info=channel._failure)
             self._fleet._tell(self._id, "null")
@@ -5504,10 +5504,14 @@ class Fleet:
         for name in ("on_connect", "on_disconnect", "on_subscribe", "on_unsubscribe"):
             hooks = getattr(endpoint, name)
             own = (hooks,) if callable(hooks) else hooks
-            setattr(endpoint, name, (*own, self._on_change))
+            # A program's own hooks may refuse who comes, and may take long for who has gone.
+            setattr(endpoint, name, (*own, self._on_change) if name == "on_connect" else
+                    (self._on_change, *own))
 
     def online(self, topic: str | None = None) -> list[str]:
-        """The identities of the clients of all servers, or of a topic's subscribers."""
+        """The identities of the clients of all servers, or of a topic's subscribers. A server that
+        has just begun hears of the others within a second.
+        """
         if self._notifier._is_on_loop():  # a plain def route runs in a thread
             self._start()
         others = [server.clients for server in list(self._servers.values())]
@@ -5572,12 +5576,12 @@ class Fleet:
         return dict(zip(names, await asyncio.gather(*map(call, names)), strict=True))
 
     def _channels(self, identity: str) -> list[RpcChannel]:
-        return [channel for channel in self._since if channel.identity == identity]
+        return [c for c in self._since if c.identity == identity and c._closed is None]
 
     def _roster(self) -> _Roster:
         """The clients of this server, as the others know them."""
         clients: _Roster = {}
-        for channel, since in list(self._since.items()):
+        for channel, since in [one for one in list(self._since.items()) if not one[0]._closed]:
             keys = channel._subscriber.keys if channel._subscriber else ()
             _, topics = clients.get(identity := cast(str, channel.identity), (since, []))
             topics += [name for name, is_pattern in list(keys) if not is_pattern]

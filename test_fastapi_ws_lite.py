@@ -7437,6 +7437,23 @@ async def test_fleet_call_of_a_client_that_leaves_is_closed() -> None:
             await here.fleet.call("ann", "double", [1])
 
 
+async def test_fleet_client_that_has_gone_is_gone_however_long_hooks_take() -> None:
+    """An older connection is called again, and other servers are told."""
+    go, old, new, log = asyncio.Event(), FleetAgent(), FleetAgent(), FleetLog()
+    here, there = FleetServer(log, on_disconnect=lambda channel: go.wait()), FleetServer(log)
+    async with here.agent("ann", old):
+        async with here.agent("ann", new), here.agent("bob"):
+            await until(lambda: sorted(there.fleet.online()) == ["ann", "bob"])
+            leaving = list(here.endpoint.channels.values())[1:]
+        await asyncio.gather(*(channel.wait_closed() for channel in leaving))
+        assert (await here.fleet.call("ann", "double", [1])).result == 2
+        assert (old.calls, new.calls) == (1, 0)
+        await until(lambda: there.fleet.online() == ["ann"])
+        go.set()
+    for server in (here, there):
+        await server.endpoint.close()
+
+
 async def test_fleet_of_an_endpoint_that_was_closed_begins_anew() -> None:
     """The others hear of both, and calls under way end, at once; no timer is left."""
     async with fleet_of() as (here, there):
