@@ -564,7 +564,7 @@ HANDSHAKE = ("GET /ws HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgr
              "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n{}\r\n")
 HEADERS = {"own, arrays": "Sec-WebSocket-Protocol: ws-lite.1\r\n",
            "own, deflate": "Sec-WebSocket-Extensions: permessage-deflate\r\n"}
-IMPORT = ("import asyncio, fastapi, sys, time; sys.dont_write_bytecode = sys.pycache_prefix = '/'; "
+IMPORT = ("import asyncio, fastapi, sys, time; sys.pycache_prefix = '/no'; "
           "t = time.process_time(); import fastapi_ws_lite; print(time.process_time() - t)")
 BROKERS = {"redis": "redis://127.0.0.1:6379", "kafka": "kafka://127.0.0.1:9092",
            "postgres": "postgresql://postgres@127.0.0.1:5432/test",
@@ -766,7 +766,7 @@ class Bench:
 
     async def imports(self, _: str) -> Figures:
         """Milliseconds to import the module after FastAPI, without its .pyc."""
-        return float(subprocess.check_output([sys.executable, "-c", IMPORT])) * 1e3, 0
+        return float(subprocess.check_output([sys.executable, "-B", "-c", IMPORT])) * 1e3, 0
 
     async def appends(self, url: str) -> Figures:
         """Time in us of an event into a broker's log, 256 at a time."""
