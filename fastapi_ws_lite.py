@@ -2704,7 +2704,7 @@ class EventNotifier:
         not take the event back.
         """
         names, text = _check_topics(topics), _encode(data)
-        # With the rest of the message.
+        # This counts what surrounds the event in its message, too.
         size = _utf8_len(text) + max(map(_utf8_len, names), default=0) + 256
         if size > self.max_message_size:
             raise MessageTooLarge(f"an event of {size} bytes, the limit is {self.max_message_size}")
