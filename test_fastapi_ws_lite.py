@@ -34,6 +34,7 @@ import time
 import tomllib
 import types
 import urllib.error
+import urllib.parse
 import urllib.request
 import uuid
 import warnings
@@ -44,15 +45,12 @@ from decimal import Decimal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
-from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar
-from typing import assert_type
+from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar, assert_type
 
 import pytest
 import uvicorn
-from fastapi import (
-    APIRouter, BackgroundTasks, Cookie, Depends, FastAPI, HTTPException, Header, Query, Request,
-    Response, Security, WebSocket, WebSocketException,
-)
+from fastapi import (APIRouter, BackgroundTasks, Cookie, Depends, FastAPI, HTTPException, Header,
+                     Query, Request, Response, Security, WebSocket, WebSocketException)
 from fastapi.security import SecurityScopes
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -72,8 +70,7 @@ from fastapi_ws_lite import (
     Gap, InternalError, InvalidParams, MessageTooLarge, MethodNotFound, NetworkTransport,
     Overloaded, PubSubClient, PubSubEndpoint, Refused, Remote, RequestTimeout, RpcChannel,
     RpcClient, RpcEndpoint, RpcError, RpcMethodsBase, RpcRequest, RpcResponse, SessionTransport,
-    Socket, Subscription, connect,
-)
+    Socket, Subscription, connect)
 
 # ------------------------------------------------------------------------------- what tests share
 
@@ -82,6 +79,20 @@ LONG = bool(os.environ.get("FWL_LONG"))  # the tests marked slow then run for mi
 Logs = pytest.LogCaptureFixture
 Patch = pytest.MonkeyPatch
 Printed = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plan(request: pytest.FixtureRequest) -> None:
+    """Says at the start what runs, what does not, and why; pytest -q has no header for it."""
+    plugins, runs = request.config.pluginmanager, request.session.testscollected
+    reporter = plugins.getplugin("terminalreporter")
+    urls = {url for url in DEFAULT_URLS.values() if not listens(urllib.parse.urlsplit(url).port)}
+    absent = [*urls, *(p for p in ("redis-server", "node", "chromium") if not shutil.which(p))]
+    with plugins.getplugin("capturemanager").global_and_fixture_disabled():
+        reporter.write_line(
+            f"{runs} tests run, and {len(reporter.stats.get('deselected', ()))} are left out. Those"
+            " marked slow (chaos, models, fuzz, outages of brokers, browsers) need -m 'slow or not"
+            f" slow'. Not here, and tests of it are skipped: {', '.join(absent) or 'nothing'}.")
 
 
 @pytest.fixture
@@ -112,6 +123,14 @@ async def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
         await asyncio.sleep(0.002)
 
 
+def tries(bound: float, least: int = 1, most: int = 20) -> Iterator[list[float]]:
+    """Yields a list to add a time to, until the least is under a bound; other work adds to them."""
+    times = list[float]()
+    while len(times) < least or (len(times) < most and min(times) > bound):
+        yield times
+    assert min(times) < bound
+
+
 @contextlib.asynccontextmanager
 async def longest_turn() -> AsyncIterator[list[float]]:
     """For how long the loop works at most before others have their turn, in processor time."""
@@ -121,8 +140,7 @@ async def longest_turn() -> AsyncIterator[list[float]]:
             await asyncio.sleep(0)
             longest[0] = max(longest[0], time.thread_time() - began)
 
-    longest = [0.0]
-    watching = asyncio.create_task(watch())
+    longest, watching = [0.0], asyncio.create_task(watch())
     await asyncio.sleep(0)
     yield longest
     watching.cancel()
@@ -549,8 +567,7 @@ SPEC_EXAMPLES: dict[str, tuple[Any, Any]] = {
                ask("5", "foo.get", {"name": "myself"}), ask("9", "get_data")],
               [done("1", 7), done("2", 19), INVALID,
                failed("5", -32601, "Method not found: foo.get"), done("9", ["hello", 5])]),
-    "batch of notifications": ([tell("notify_sum", [1, 2, 4]), tell("notify_hello", [7])], None),
-}
+    "batch of notifications": ([tell("notify_sum", [1, 2, 4]), tell("notify_hello", [7])], None)}
 
 
 def in_any_order(messages: list[Any]) -> list[str]:
@@ -609,8 +626,7 @@ async def test_jsonrpc_timeout_that_is_huge_is_no_limit(timeout: str) -> None:
     async with plain(RpcEndpoint(Worker())) as peer:
         head = '{"jsonrpc":"2.0","id":1,"timeout":'
         assert await peer.ask(f'{head}{timeout},"method":"text","params":[1]}}') == done(1, "x")
-        late = await peer.ask(f'{head}-{timeout},"method":"wait"}}')
-        assert late["error"]["code"] == -32000
+        assert (await peer.ask(f'{head}-{timeout},"method":"wait"}}'))["error"]["code"] == -32000
 
 
 async def test_jsonrpc_binary_frames_are_read_as_text() -> None:
@@ -868,8 +884,7 @@ OLD_ANSWERS: dict[str, tuple[Any, list[Any]]] = {
         5, [], {}, {"request": 5}, {"request": None, "response": None}, {"response": []},
         old(None, 5, {}), old(None, "_ping_", [1]), old([], "_ping_", "x"), ask(1, "_ping_")])},
     "no JSON": ("{", [old_done(None, None, None, error={
-        "code": -32700, "message": "Parse error"})]),
-}
+        "code": -32700, "message": "Parse error"})])}
 
 
 @pytest.mark.parametrize(("sent", "answer"), OLD_ANSWERS.values(), ids=OLD_ANSWERS.keys())
@@ -2171,16 +2186,15 @@ async def test_burst_of_one_peer_does_not_delay_another(burst: str) -> None:
         while '"id":"the end"' not in await link.queues[1].get():
             pass
 
-    link, endpoint, longest = Link(), RpcEndpoint(Calculator()), list[float]()
+    link, endpoint = Link(), RpcEndpoint(Calculator())
     requests = [tell("add", [1, 2]) if burst == "notifications" else
                 ask(n, "add", ["x", 2] if burst == "invalid" else [1, 2]) for n in range(10_000)]
     frames = requests if burst in ("one by one", "invalid") else [
         requests[n:n + 4000] for n in range(0, 10_000, 4000)]
     texts = [json.dumps(frame) for frame in [*frames, _END]]
-    bound = 0.2 if "coverage" in sys.modules else 0.02
     async with client_of(endpoint) as client, on_link(link, endpoint) as channel:
         channel.format = lib._JSONRPC if burst == "batches" else lib._WS_LITE
-        while not longest or (len(longest) < 20 and min(longest) > bound):
+        for longest in tries(0.2 if "coverage" in sys.modules else 0.02):
             for text in texts:
                 link.queues[0].put_nowait(text)
             answered, pings = asyncio.create_task(last_answer()), [0.0]
@@ -2189,7 +2203,6 @@ async def test_burst_of_one_peer_does_not_delay_another(burst: str) -> None:
                 assert (await client.call("_ping_")).result == "pong"
                 pings.append(time.thread_time() - began)
             longest.append(max(pings))
-        assert min(longest) < bound  # the garbage collector may have run in the others
 
 
 @each_side
@@ -3362,18 +3375,14 @@ async def test_requests_with_many_topics_hold_up_nobody_for_long() -> None:
         ("subscribe", {"topics": [*names, "bad"]}), ("unsubscribe", {"topics": names}),
         ("publish", {"topics": names[:1000]}), ("subscribe", {"patterns": patterns, "last": 1000}),
         ("unsubscribe", {"patterns": patterns})]
-    costs, bound = [math.inf] * len(requests), 0.3 if "coverage" in sys.modules else 0.03
     for n in range(lib.HISTORY_EVENTS):
         await endpoint.publish(f"room/{n}", "x" * 100)
     async with subscriber_of(endpoint) as peer:
-        for place, (method, params) in [*enumerate(requests)] * 20:
+        for turns in tries(0.3 if "coverage" in sys.modules else 0.03):  # 0.012 without other work
             async with longest_turn() as longest:
-                await peer.ask(method, **params)
-            costs[place] = min(costs[place], longest[0])
-            if max(costs) < bound:
-                break
-    # The least of many, as other work makes it more; 0.012 on a quiet machine.
-    assert max(costs) < bound
+                for method, params in requests:
+                    await peer.ask(method, **params)
+            turns.append(longest[0])
 
 
 async def test_patterns_made_to_take_long_hold_up_nobody_for_long() -> None:
@@ -3382,8 +3391,7 @@ async def test_patterns_made_to_take_long_hold_up_nobody_for_long() -> None:
         return [f"{kind} {n} {'ab' * 500}" for n in range(12)]
 
     hostile = {"patterns": ["on*", *(f"*{'[ab]' * 30}{n:03}" for n in range(99))]}
-    turns = list[float]()
-    while not turns or (len(turns) < 9 and min(turns) > 0.07):  # other work makes them longer
+    for turns in tries(0.07):  # 0.011 on a quiet machine, and 0.12 for all of a kind together
         endpoint = PubSubEndpoint()
         start = endpoint.position
         async with subscriber_of(endpoint, ws="auto") as peer, longest_turn() as longest:
@@ -3397,7 +3405,6 @@ async def test_patterns_made_to_take_long_hold_up_nobody_for_long() -> None:
                 while endpoint.stats()["lagging"]:
                     await asyncio.sleep(0.002)
         turns.append(longest[0])
-    assert min(turns) < 0.07  # 0.011 on a quiet machine, and 0.12 for all of a kind together
 
 
 # -------------------------------------------------- events on connections: who may do and who knows
@@ -3519,18 +3526,16 @@ async def test_publish_of_a_client_is_in_the_log_when_it_is_answered() -> None:
 
 async def test_replay_of_the_last_of_a_full_log_costs_little() -> None:
     """The last 20 of a topic, among 4,096 entries of others: less than a millisecond."""
-    endpoint, costs = PubSubEndpoint(), list[float]()
-    bound = 0.01 if "coverage" in sys.modules else 0.001
+    endpoint = PubSubEndpoint()
     for n in range(lib.HISTORY_EVENTS):
         endpoint.publish(f"room/{n % 50}", {"n": n, "text": "x" * 100})
     async with subscriber_of(endpoint) as peer:
-        while len(costs) < 50 or (len(costs) < 1000 and min(costs) > bound):
+        for costs in tries(0.01 if "coverage" in sys.modules else 0.001, 50, 1000):
             await peer.send("subscribe", topics=["room/1"], last=20)
             began = time.thread_time()
             frame = await peer.peer.connection.recv()  # the server's work, and nothing of ours
             costs.append(time.thread_time() - began)
             assert len(json.loads(frame)["result"]["events"]) == 20
-    assert min(costs) < bound  # other work makes it more
 
 
 @pytest.mark.slow
@@ -5382,8 +5387,7 @@ CALLBACK_SHAPES: dict[str, tuple[Callable[[list[Any]], Any], Any]] = {
     "bound method": (lambda got: types.MethodType(
         lambda self, data, topic: got.append((self, data, topic)), 0), (0, 1, "t")),
     "partial": (lambda got: functools.partial(
-        lambda data, topic: got.append((data, topic)), topic="x"), (1, "t")),
-}
+        lambda data, topic: got.append((data, topic)), topic="x"), (1, "t"))}
 
 
 @pytest.mark.parametrize("shape", CALLBACK_SHAPES)
@@ -6594,8 +6598,7 @@ async def test_backbone_entry_that_shows_late_is_not_lost(broker: MemoryLog) -> 
 async def test_backbone_entry_of_many_topics_holds_up_nobody_for_long() -> None:
     """Patterns that take long for a new topic take no longer for those of another server."""
     hostile = [f"*{'[ab]' * 30}{n:03}" for n in range(lib.MAX_PATTERNS)]
-    turns = list[float]()
-    while not turns or (len(turns) < 9 and min(turns) > 0.07):  # other work makes them longer
+    for turns in tries(0.07):
         broker = MemoryLog()
         async with (serving_on(broker) as one, serving_on(broker) as two,
                     subscriber_of(two, patterns=hostile), longest_turn() as longest):
@@ -6605,7 +6608,6 @@ async def test_backbone_entry_of_many_topics_holds_up_nobody_for_long() -> None:
                 await asyncio.sleep(0.002)
         turns.append(longest[0])
         assert len(broker.entries) == 1
-    assert min(turns) < 0.07
 
 
 @pytest.mark.parametrize("are_sparse", [False, True])
@@ -6721,7 +6723,7 @@ def unavailable(reason: str) -> None:
     (pytest.fail if os.environ.get("REQUIRE_BROKERS") == "1" else pytest.skip)(reason)
 
 
-def listens(port: int) -> bool:
+def listens(port: int | None) -> bool:
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 0.5):
         return True
     return False
@@ -6822,7 +6824,7 @@ def url(request: pytest.FixtureRequest) -> str:
     found = os.environ.get(f"TEST_{scheme.upper()}_URL") or DEFAULT_URLS.get(scheme)
     if found is None:
         found = request.getfixturevalue("tansu").url
-    if not listens(int(found.rpartition(":")[2].partition("/")[0])):
+    if not listens(urllib.parse.urlsplit(found).port):
         unavailable(f"nothing listens for {found}")
     return found
 
@@ -8257,9 +8259,8 @@ async def test_browser_replay_comes_first_and_to_its_subscription_alone(page: Pa
     await page.run("await since.confirmed; await last.confirmed")
     assert peer.requests.empty()
     assert await page.run("return log") == [
-        ["old", "a", "6"], ["last", "a", "4"], ["last", "a", "6"],
-        ["old", "a", "7"], ["last", "a", "7"],
-        {"since": "q", "position": "7", "reason": "history", "topics": ["a"]},
+        ["old", "a", "6"], ["last", "a", "4"], ["last", "a", "6"], ["old", "a", "7"],
+        ["last", "a", "7"], {"since": "q", "position": "7", "reason": "history", "topics": ["a"]},
         ["since", "a", "7"], ["old", "a", "8"], ["last", "a", "8"], ["since", "a", "8"]]
 
 
@@ -8724,8 +8725,7 @@ def test_serve_serves_calls_and_events_until_ctrl_c(tmp_path: Path, monkeypatch:
     """Browsers, which offer to compress, are served without compression."""
     from websockets.sync.client import connect as browse
 
-    results, port = list[Any](), free_port()
-    url = f"ws://127.0.0.1:{port}/there"
+    results, url = list[Any](), f"ws://127.0.0.1:{(port := free_port())}/there"
 
     def use_and_interrupt() -> None:
         try:
@@ -8740,10 +8740,10 @@ def test_serve_serves_calls_and_events_until_ctrl_c(tmp_path: Path, monkeypatch:
 
     (tmp_path / "served_here.py").write_text(SERVED.format("fastapi_ws_lite"))
     monkeypatch.setattr(sys, "path", [*sys.path])
-    user = threading.Thread(target=use_and_interrupt)
-    user.start()
+    (user := threading.Thread(target=use_and_interrupt)).start()
     target = f"{tmp_path}/served_here.py:Served"
-    assert lib._main(["serve", target, "--port", str(port), "--path", "/there"]) == 130
+    code = lib._main(["serve", target, "--port", str(port), "--path", "/there"])
+    assert code == (0 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else 130)  # by nohup
     user.join(10)
     assert results == [3, []]
 
