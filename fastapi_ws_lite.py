@@ -2633,7 +2633,7 @@ class EventNotifier:
         self._make_shared_log = None if self.backbone is None else _SHARED_LOGS[0](
             self.backbone, self.channel, max(self.history, HISTORY_EVENTS))
         self._shared: Any = None
-        # Handlers of INTERNAL_PREFIX topics, and of "close", which is called before it closes.
+        # Handlers of INTERNAL_PREFIX topics; "close", before it closes; "gap", as subscribers'.
         self.internal: dict[str, Callable[[str], None]] = {}
         self._subscribers: dict[_Cursor, None] = {}
         self._table: _SubscriptionTable[_Cursor] = _SubscriptionTable()
@@ -2815,6 +2815,8 @@ class EventNotifier:
         if is_new:
             self._tell_gap(position, reason)
             self._dispatcher.put_gap(Gap(None, position, reason))
+            if "gap" in self.internal:
+                self.internal["gap"](position)
 
     def _tell_gap(self, position: str, reason: str) -> None:
         """Have all subscribers go on at the end of the log, where they miss something."""
@@ -5500,7 +5502,8 @@ class Fleet:
         self._servers: dict[str, _OtherServer] = {}
         self._since: dict[RpcChannel, float] = {}  # clients that are admitted, the newest last
         self._ids = itertools.count(1)
-        self._notifier.internal |= {_FLEET_TOPIC: self._on_message, "close": self._on_close}
+        self._notifier.internal |= {
+            _FLEET_TOPIC: self._on_message, "gap": self._on_gap, "close": self._on_close}
         for name in ("on_connect", "on_disconnect", "on_subscribe", "on_unsubscribe"):
             hooks = getattr(endpoint, name)
             own = (hooks,) if callable(hooks) else hooks
@@ -5510,7 +5513,7 @@ class Fleet:
 
     def online(self, topic: str | None = None) -> list[str]:
         """The identities of the clients of all servers, or of a topic's subscribers. A server that
-        has just begun hears of the others within a second.
+        has just begun hears of the others within two seconds.
         """
         if self._notifier._is_on_loop():  # a plain def route runs in a thread
             self._start()
@@ -5556,7 +5559,7 @@ class Fleet:
             found += [(self._since[c], None) for c in self._channels(identity)]
             if found:
                 return max(found, key=lambda one: one[0])[1]
-            if asyncio.get_running_loop().time() > self._started_at + 1.0:
+            if asyncio.get_running_loop().time() > self._started_at + 2.0:
                 raise ChannelClosed(1006, f"no client {identity!r} is online")
             await asyncio.sleep(0.02)  # other servers have not answered our first roster yet
 
@@ -5581,11 +5584,12 @@ class Fleet:
     def _roster(self) -> _Roster:
         """The clients of this server, as the others know them."""
         clients: _Roster = {}
-        for channel, since in [one for one in list(self._since.items()) if not one[0]._closed]:
-            keys = channel._subscriber.keys if channel._subscriber else ()
-            _, topics = clients.get(identity := cast(str, channel.identity), (since, []))
-            topics += [name for name, is_pattern in list(keys) if not is_pattern]
-            clients[identity] = (since, topics)
+        for channel, since in list(self._since.items()):
+            if (identity := channel.identity) is not None and channel._closed is None:
+                keys = channel._subscriber.keys if channel._subscriber else ()
+                _, topics = clients.get(identity, (since, []))
+                topics += [name for name, is_pattern in list(keys) if not is_pattern]
+                clients[identity] = (since, topics)
         return clients
 
     def _start(self) -> asyncio.AbstractEventLoop:
@@ -5624,14 +5628,19 @@ class Fleet:
 
     def _on_change(self, channel: RpcChannel, *_: Any) -> None:
         """A hook: a client has come or gone, or its topics have changed."""
-        if channel.identity is not None:
-            if channel._closed is None:
-                channel.identity.encode()  # raises for what no server could be told
-                self._since.setdefault(channel, time.time())
-                self._start()
-            else:
-                self._since.pop(channel, None)
+        if channel.identity is not None and channel._closed is None:
+            channel.identity.encode()  # raises for what no server could be told
+            self._since.setdefault(channel, time.time())
+            self._start()
+        if channel in self._since:
             self._tell_soon()
+        if channel._closed is not None:
+            self._since.pop(channel, None)
+
+    def _on_gap(self, _: str) -> None:
+        """What is missing may be a message of any channel, for which somebody would wait."""
+        for server in list(self._servers.values()):
+            server.channel._end(ChannelClosed(1006, "messages between the servers were lost"))
 
     def _on_close(self, _: str) -> None:
         if self._loop is not None:

@@ -5137,10 +5137,10 @@ async def test_client_call_waits_for_a_connection_within_its_timeout() -> None:
     with pytest.raises(RequestTimeout, match="down"):
         await client.call("add", [1, 2])
     began = time.monotonic()
-    asyncio.get_running_loop().call_later(0.9, setattr, transport, "up", True)
-    with pytest.raises(RequestTimeout, match="wait was not answered"):
+    asyncio.get_running_loop().call_later(0.3, setattr, transport, "up", True)
+    with pytest.raises(RequestTimeout, match=r"wait was not (answered|done) in 0\.[0-6]"):
         await client.other(timeout=1).wait()
-    assert 0.99 < time.monotonic() - began < 1.8  # together, and not one after the other
+    assert time.monotonic() - began > 0.99
     await client.close()
 
 
@@ -7227,7 +7227,9 @@ async def test_fleet_without_a_backbone_is_this_server() -> None:
         assert server.fleet.online() == server.fleet.online("room/1") == ["ann"]
         assert await asyncio.to_thread(server.fleet.online, "room/2") == []
         assert (await server.fleet.call("ann", "double", {"n": 4})).result == 8
-    await until(lambda: server.fleet.online() == [])
+        next(iter(server.fleet._since)).identity = None  # it has logged out
+        assert server.fleet._roster() == {}
+    await until(lambda: server.fleet.online() == [] and not server.fleet._since)
     server.fleet._started_at = -10.0  # other servers would have answered
     with pytest.raises(ChannelClosed, match="no client 'ann' is online"):
         await server.fleet.call("ann", "double", [1])
@@ -7238,9 +7240,7 @@ async def test_fleet_without_a_backbone_is_this_server() -> None:
 
 
 async def test_fleet_call_reaches_an_agent_of_another_server() -> None:
-    """By its name, with the result, the error or the timeout of a direct call; and once, also if
-    the broker repeats entries.
-    """
+    """By name, with the result, error or timeout of a direct call; once, if the broker repeats."""
     log, agent = FleetLog(), FleetAgent()
     log.repeats = True
     async with fleet_of(log) as (here, there), there.agent("ann", agent):
@@ -7365,9 +7365,7 @@ async def test_fleet_call_waits_no_longer_than_its_timeout() -> None:
 
 
 async def test_fleet_call_that_cannot_be_passed_on_fails_at_once(caplog: Logs) -> None:
-    """Its arguments, and its result, may be none or larger than the backbone takes. If who is
-    online is larger, that is logged.
-    """
+    """Its arguments and result may be none, or too large for the backbone, as a roster may be."""
     log = FleetLog()
     log.max_size = 5000
     async with fleet_of(log) as (here, there), there.agent("ann", FleetAgent()):
@@ -7483,20 +7481,23 @@ async def test_fleet_of_an_endpoint_that_was_closed_begins_anew() -> None:
 
 
 async def test_fleet_channel_that_is_lost_on_one_side_ends_on_the_other() -> None:
-    """Otherwise calls would wait, and methods run, for nobody."""
-    agent = FleetAgent()
-    async with fleet_of() as (here, there), there.agent("ann", agent):
-        for side in (here, there):
+    """Otherwise calls would wait, and methods run, for nobody. A gap ends those of both sides."""
+    agent, log = FleetAgent(), FleetLog()
+    async with fleet_of(log) as (here, there), there.agent("ann", agent):
+        for side in (here, there, None):
             call = asyncio.create_task(here.fleet.call("ann", "hold", timeout=None))
             await until(there.calls)
-            [other] = side.fleet._servers.values()
-            other.channel._end(ChannelClosed(1006, "lost"))
+            if side:
+                [other] = side.fleet._servers.values()
+                other.channel._end(ChannelClosed(1006, "lost"))
+            else:  # the second entry of another server
+                log.put(b'0123456789ab 0\n["t",null]\n0', b'0123456789ab 2\n["t",null]\n2')
             with pytest.raises(ChannelClosed):
                 await call
             await until(lambda: not there.calls())
             async with there.agent("bob"):  # which tells the roster
                 await until(lambda: here.places("ann"))
-        await until(lambda: agent.cancelled == 2)
+        await until(lambda: agent.cancelled == 3)
 
 
 async def test_fleet_log_is_read_by_one_while_its_endpoint_is_closed_and_used_again(
@@ -8015,9 +8016,7 @@ class Page:
 
 @pytest.fixture
 async def page(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Page]:
-    """A page that waits 0.3 and 1.5 s for the answer to a ping, instead of 3 and 20 s, and that
-    has smaller limits.
-    """
+    """A page with smaller limits, that waits 0.3 and 1.5 s for an answer, instead of 3 and 20."""
     page, closing, client = Page(), asyncio.Event(), lib._BROWSER_CLIENT
     for usual, here in (("SILENCE = 25, ANSWER = 20, QUICK = 3, CHECK = 5",
                          "SILENCE = 25, ANSWER = 1.5, QUICK = .3, CHECK = .02"),
