@@ -7554,6 +7554,7 @@ async def test_fleet_client_that_is_not_admitted_yet_is_nobody(monkeypatch: Patc
         ann = here.agent("ann", FleetAgent())
         ann.start()
         await until(lambda: there.fleet.online() == ["bob"])
+        there.fleet._started_at = -10.0
         with pytest.raises(ChannelClosed):
             await there.fleet.call("ann", "double", [1])
         admit.set()
