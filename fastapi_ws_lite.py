@@ -5335,17 +5335,19 @@ class _SharedLog:
             page = await self._ask(self._reading, self._reading.read, self._next)
             must_check = (not page or page[0][0] != self._next or outages != self._outages
                          or (self._is_ready and not self._is_expected(page[0][1])))
+            shown = {offset for offset, _ in page} if must_check else set[int]()
             if must_check:
-                page = await self._read_after_anchor()
+                page = await self._read_after_anchor(shown)
             for offset, entry in page:
-                if offset != self._next and not must_check:
-                    break  # the next page begins with this jump: maybe an entry comes late
+                if offset != self._next and offset not in shown:
+                    break  # an entry may show late: a jump counts if two reads show it
                 await self._take(offset, entry)
                 await asyncio.sleep(0)  # an entry may have thousands of events
             self._is_ready = self._is_ready or not page or self._next >= self._live_from
 
-    async def _read_after_anchor(self) -> Sequence[tuple[int, bytes]]:
-        """Read what follows the anchor. If that is gone, or is another entry, tell a hole.
+    async def _read_after_anchor(self, shown: set[int]) -> Sequence[tuple[int, bytes]]:
+        """Read what follows the anchor. If that is gone, or is another entry, tell a hole; but wait
+        for entries that the read before has not shown.
 
         A jump in the offsets after the anchor is no hole: transactions and rollbacks use them up.
         """
@@ -5355,7 +5357,7 @@ class _SharedLog:
         if page and (offset, hash(page[0][1])) == self._anchor:  # it is in its place
             return page[1:]
         if offset > start or (offset == start and self._anchor is None):
-            if offset > self._next:  # entries that we have not read were trimmed
+            if offset > self._next and offset in shown:  # what we have not read was trimmed
                 self._reset(offset, "history")
             return page
         first, end = await self._ask(self._reading, self._reading.ends)
