@@ -389,7 +389,7 @@ class Worker(Calculator):
         return value
 
     async def text(self, n: int) -> str:
-        return "x" * n
+        return "x" * min(n, 2**24)  # random tests ask for any number
 
     async def nest(self, levels: int) -> Any:
         return nested(levels)
