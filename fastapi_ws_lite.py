@@ -400,6 +400,7 @@ class RpcRequest:
     _batch: "_Batch | None" = None  # the JSON-RPC batch that the answer belongs to
     _deadline: float | None = None  # in the loop's time, while the request runs
     _timer: "asyncio.TimerHandle | None" = None
+    _size = 0  # the bytes of its message, while it runs
     _has_ended = False
 
     def __init__(self, id: Any, method: str, params: Any, is_open: bool,
@@ -657,6 +658,7 @@ def _holds_depends(hint: Any, around: tuple[Any, ...] = ()) -> bool:
 
 
 _NOT_INJECTED: Final = (HTTPConnection, Response, BackgroundTasks, SecurityScopes)
+_ITERATORS: Final = (AsyncIterator, AsyncIterable, AsyncGenerator)
 
 
 class _Signature:
@@ -708,7 +710,8 @@ class _Signature:
                             "RpcChannel, or Depends")
         if any(isinstance(mark, Param) for mark in marks):
             raise TypeError(f"{self._name}: {parameter.name} is a header, cookie or query "
-                            "parameter: read it in a function and use Depends on that")
+                            "parameter: read it in a function and use Depends on that; Field is "
+                            "for constraints")
         return None
 
 
@@ -726,6 +729,17 @@ def _function_of(signature: inspect.Signature, hints: Mapping[str, Any]) -> Call
     vars(function)["__signature__"] = signature
     function.__annotations__ = {n: hint for n, hint in hints.items() if n != "return"}
     return function
+
+
+def _check_dependant(name: str, dependant: Any) -> None:
+    """Raises TypeError for what FastAPI leaves out where there is no HTTP request."""
+    for kind, parameter in (("Request", dependant.request_param_name),
+                            ("BackgroundTasks", dependant.background_tasks_param_name)):
+        if parameter is not None:
+            raise TypeError(f"{name} depends on something whose {parameter} is a {kind}, which a "
+                            "WebSocket does not have: an HTTPConnection serves routes, too")
+    for inner in dependant.dependencies:
+        _check_dependant(name, inner)
 
 
 def _result_hint(hint: Any, *, is_stream: bool) -> Any:
@@ -769,15 +783,19 @@ class _ExposedMethod:
         self._validator = SchemaValidator(_arguments_schema(self.adapter.core_schema))
         self.result_adapter: TypeAdapter[Any] | None = None
         hint = _result_hint(signature.hints.get("return", Any), is_stream=self.is_stream)
+        if not self.is_stream and typing.get_origin(hint) in _ITERATORS:
+            raise TypeError(f"{name} returns an iterator: make it an async generator, with yield")
         if hint is not Any:
-            with contextlib.suppress(PydanticUserError):  # pydantic can do nothing with the hint
+            try:
                 self.result_adapter, _ = _adapter(hint)
+            except PydanticUserError as error:  # unfiltered, it might tell what it should not
+                raise TypeError(f"{name}: pydantic cannot check a result {hint}: {error}") from None
         self.dependant: Any = None
         if signature.dependencies:
             call = _function_of(inspect.Signature(signature.dependencies), {})
             self.dependant = functools.lru_cache(16)(lambda *path_names: get_dependant(
                 path="".join(f"{{{name}}}" for name in path_names), call=call))
-            self.dependant()  # so that FastAPI refuses at once what it cannot solve
+            _check_dependant(name, self.dependant())  # and FastAPI refuses what it cannot solve
 
     def bind(self, params: Any, injected: Mapping[str, Any],
              ) -> tuple[Sequence[Any], dict[str, Any]]:
@@ -1313,6 +1331,9 @@ def _coalesce(texts: Sequence[str], format: _WireFormat) -> Sequence[str]:
 class _Unset:
     """The type of a timeout that was not given; None means that there is no timeout."""
 
+    def __repr__(self) -> str:
+        return "default"
+
 
 _UNSET: Final = _Unset()
 _Timeout: TypeAlias = float | _Unset | None
@@ -1598,6 +1619,7 @@ class _RequestRunner:
     def __init__(self, channel: "RpcChannel", peer: _Peer) -> None:
         self._channel, self._peer = channel, peer
         self.running: dict[RpcRequest, asyncio.Task[None] | None] = {}
+        self.size = 0  # the bytes of their messages
         # On a server, requests wait until on_connect has returned.
         self.is_open = not peer._is_server or peer.on_connect == ()
 
@@ -1612,10 +1634,12 @@ class _RequestRunner:
             method(self._channel, request.params if type(request.params) is dict else {})
             self.answer(request, "null")
         elif method.is_stream is not (request._credit > 0):
-            kind = "a stream" if method.is_stream else "no stream"
+            kind = "a stream: use stream()" if method.is_stream else "no stream: call it"
             self.answer(request, InvalidParams(f"{request.method} is {kind}"))
-        elif len(self.running) >= self._peer.max_concurrent_requests:
-            self.answer(request, Overloaded(f"{len(self.running)} requests are running"))
+        elif (len(self.running) >= self._peer.max_concurrent_requests
+              or (self.running and self.size + self._channel._message_size > OUTBOX_BYTES)):
+            self.answer(request, Overloaded(
+                f"{len(self.running)} requests of {self.size} bytes are running"))
         else:
             self._start(request, method)
 
@@ -1623,7 +1647,8 @@ class _RequestRunner:
         loop = self._channel._loop
         if request._timeout is not None:
             request._deadline = loop.time() + request._timeout
-        self.running[request] = None
+        self.running[request], request._size = None, self._channel._message_size
+        self.size += request._size
         task: asyncio.Task[None] = asyncio.Task(
             self._run(request, method), loop=loop, name=method.name, **_TASK_OPTIONS)
         if not task.done():  # pragma: no branch  # it may be, from Python 3.12 on
@@ -1643,12 +1668,14 @@ class _RequestRunner:
                 return  # a request that came just before the end still runs its first step
             perform = self._run_middleware if self._peer.middleware else self._perform
             self.answer(request, await perform(request, method))
-        except asyncio.CancelledError:
-            self.answer(request, Cancelled())
         except BaseException as error:  # SystemExit, too: a method must not end the server
-            self.answer(request, self.error_for_caller(request.method, error))
+            task = cast(_Task, asyncio.current_task())
+            is_ours = isinstance(error, asyncio.CancelledError) and task.cancelling()
+            self.answer(request, Cancelled() if is_ours else self.error_for_caller(
+                request.method, error))
         finally:
             self._finish(request)
+            self.size -= request._size
             del self.running[request]
 
     def _finish(self, request: RpcRequest) -> None:
@@ -2193,7 +2220,8 @@ class RpcChannel(_Caller):
             await self.wait_closed()
         finally:
             self._end(ChannelClosed(1001, "cancelled"))
-            await self._cleanup()
+            with anyio.CancelScope(shield=True):  # starlette's TestClient cancels at every await
+                await self._cleanup()
         if self._failure is not None:
             raise self._failure
         return await self.wait_closed()
@@ -2385,7 +2413,7 @@ class Subscription:
             self._dispatcher.before_wait()
             await _wait_notified(self._waiters)
         if self._error is not None:
-            raise self._error
+            raise self._error.with_traceback(None)
         return self
 
     async def next(self, *, timeout: float | None = None) -> Event:
@@ -2396,7 +2424,8 @@ class Subscription:
         """
         await self._take_turns()
         if (event := await self._next_event(timeout)) is None:
-            raise self._error or ChannelClosed(1000, "the subscription has ended")
+            error = self._error or ChannelClosed(1000, "the subscription has ended")
+            raise error.with_traceback(None)
         return event
 
     async def __aiter__(self) -> AsyncGenerator[Event, None]:
@@ -2405,7 +2434,7 @@ class Subscription:
                 yield event
                 await self._take_turns()
             if self._error is not None and type(self._error) is not ChannelClosed:
-                raise self._error
+                raise self._error.with_traceback(None)
         finally:
             self.cancel()
 
@@ -2600,7 +2629,7 @@ _SHARED_LOGS: list[Callable[["str | Backbone", str, int], Callable[["EventNotifi
 class EventNotifier:
     """Publish and subscribe within a process. An endpoint has one, and it can be used alone.
 
-    It serves one event loop at a time. Only `publish` may be called from other threads.
+    It serves one event loop at a time. Other threads may only `publish` and read `position`.
 
     Args:
         history: the number of events that are kept for subscribers that fall behind or come back;
@@ -2633,6 +2662,7 @@ class EventNotifier:
         self._make_shared_log = None if self.backbone is None else _SHARED_LOGS[0](
             self.backbone, self.channel, max(self.history, HISTORY_EVENTS))
         self._shared: Any = None
+        self._has_joined = False  # the backbone, once
         # Handlers of INTERNAL_PREFIX topics; "close", before it closes; "gap", as subscribers'.
         self.internal: dict[str, Callable[[str], None]] = {}
         self._subscribers: dict[_Cursor, None] = {}
@@ -2749,6 +2779,8 @@ class EventNotifier:
 
     def _take_from_threads(self) -> None:
         """Take what is there now. Threads may add events as fast as we take them."""
+        if self._shared is None and self._make_shared_log is not None:
+            return  # while the backbone is left; whoever joins it again takes them
         self._takes_from_threads = False
         for _ in range(len(self._from_threads)):
             topics, data, origin = self._from_threads.popleft()
@@ -2787,6 +2819,9 @@ class EventNotifier:
         self._log = _Log(self.history, self.history_bytes, position)
         self._announced = self._log.end
         self._tell_gap(position, "log")  # after a close, while subscribers stayed
+        if self._has_joined and self._dispatcher.table:
+            self._dispatcher.put_gap(Gap(None, position, "log"))
+        self._has_joined = True
 
     def commit(self, position: str | None, topic: str, data: str, origin: str | None,
                is_new: bool = True) -> None:
@@ -2838,6 +2873,7 @@ class EventNotifier:
         if self._loop is asyncio.get_running_loop() and "close" in self.internal:
             self.internal["close"]("")
         if shared is not None and self._loop is asyncio.get_running_loop():
+            self._take_from_threads()
             self._loop, self._shared = None, None
             try:
                 await shared.close()
@@ -3221,7 +3257,8 @@ class RpcEndpoint(_Peer):
         try:
             await channel._serve(functools.partial(_run_hooks, self.on_connect, channel))
         finally:
-            await _run_hooks_logged(self.on_disconnect, channel)
+            with anyio.CancelScope(shield=True):
+                await _run_hooks_logged(self.on_disconnect, channel)
 
     async def _is_allowed(self, channel: RpcChannel, action: str, names: tuple[str, ...]) -> bool:
         if self.authorize is None:
@@ -3276,7 +3313,7 @@ class RpcEndpoint(_Peer):
         "channels", "pending_calls" (to clients) and "running_requests" (of clients) are gauges;
         "stalled_closed" counts the connections that the send timeout has ended.
         """
-        channels = self.channels.values()
+        channels = list(self.channels.values())  # it may be called in a thread
         return {"channels": len(channels),
                 "pending_calls": sum(len(channel._calls) for channel in channels),
                 "running_requests": sum(len(channel._runner.running) for channel in channels),
@@ -3368,11 +3405,11 @@ class PubSubEndpoint(RpcEndpoint):
         "events_published", "events_delivered", "gaps_told" and "slow_closed" are counters. With a
         backbone, "backbone" is a dict of "connected", "queued", "last_error" and "behind".
         """
-        notifier = self.notifier
+        notifier, subscribers = self.notifier, list(self.notifier._subscribers)
         return super().stats() | {
             "topics": len(notifier._table),
-            "subscriptions": sum(len(subscriber.keys) for subscriber in notifier._subscribers),
-            "lagging": sum(subscriber.is_lagging for subscriber in notifier._subscribers),
+            "subscriptions": sum(len(subscriber.keys) for subscriber in subscribers),
+            "lagging": sum(subscriber.is_lagging for subscriber in subscribers),
             "log_events": len(notifier._log), "log_bytes": notifier._log.size,
             "events_published": notifier._published, "events_delivered": notifier._delivered,
             "gaps_told": notifier._gaps_told, "slow_closed": notifier._slow_closed,
@@ -3438,7 +3475,7 @@ class PubSubEndpoint(RpcEndpoint):
         if sum(value is not None for value in (resume, since, last)) > 1:
             raise InvalidParams("a subscribe has one of resume, since and last")
         keys = _keys(topics or ()) | _keys(patterns or (), is_pattern=True)
-        if len(subscriber.hook_calls) > self.max_concurrent_requests:
+        if sum(len(topics) for *_, topics in subscriber.hook_calls) > QUEUE_EVENTS:
             raise Overloaded("too many hooks of this connection wait to be called")
         async with subscriber.lock:
             # First comes everything that may wait: authorize, the shared log, and the outbox.
@@ -3660,18 +3697,20 @@ class _NetworkSocket:
         try:
             await self._connection.send(text)
         except self._closed as error:
-            raise self._error() from error
+            raise self._closed_by(error) from error
 
     async def recv(self) -> str | bytes:
         try:
             data: bytes = await self._connection.recv(decode=False)
         except self._closed as error:
-            raise self._error() from error
+            raise self._closed_by(error) from error
         return data
 
-    def _error(self) -> ChannelClosed:
-        return ChannelClosed(self._connection.close_code or 1006,
-                             self._connection.close_reason or "")
+    @staticmethod
+    def _closed_by(error: Any) -> ChannelClosed:
+        """Either side's code and reason: a message that is too large is our own close."""
+        close = error.rcvd or error.sent
+        return ChannelClosed(int(close.code), close.reason) if close else ChannelClosed(1006)
 
     async def close(self, code: int, reason: str) -> None:
         try:
@@ -3910,7 +3949,7 @@ class RpcClient(_Peer, _Caller):
         self._check_started()
         while self.state != "ready":
             if self.state == "closed":
-                raise self._why_closed()
+                raise self._why_closed().with_traceback(None)  # it may be raised many times
             await _wait_notified(self._waiters)
 
     async def wait_until_done(self) -> None:
@@ -4797,6 +4836,7 @@ class _RedisBroker(_Broker):
     async def _connect(self, use: str) -> Any:
         retry = self._driver.asyncio.retry.Retry(self._driver.backoff.NoBackoff(), 0)
         client = self._driver.asyncio.Redis.from_url(self._url, retry=retry)  # `_SharedLog` retries
+        client.connection_pool.connection_kwargs["decode_responses"] = False  # a URL may ask for it
         self._stack.push_async_callback(client.aclose)
         return client
 
@@ -5425,8 +5465,9 @@ _SHARED_LOGS.append(_shared_log)
 
 # ----------------------------------------------------------------------------------------- fleet
 # All servers on one backbone as one. They speak on an internal topic, which no client can name. A
-# server tells all others its roster: whole, at each beat and soon after a change. It calls another
-# one through an RpcChannel, whose socket is the backbone. A server that is silent for too long is
+# server tells all others its roster, whole, soon after a change or when it hears of a server that
+# it did not know; a beat in between says that the roster still holds. It calls another one through
+# an RpcChannel, whose socket is the backbone. A server that is silent for too long is
 # gone: its channel ends, and with it the calls under way, and it is told that, in case it lives.
 # What was written before a server joined is not acted upon, and the log drops repeats, so a call is
 # performed at most once.
@@ -5494,6 +5535,10 @@ class Fleet:
 
     What `online` says is up to 0.1 s old (1 s with 10,000 clients), and 15 s where a server was
     killed. Calls of streams are not passed on.
+
+    The servers speak through the log of the events: each of them adds an entry every five seconds,
+    and more while clients come, go and are called. They push older events out of the history that
+    a server finds when it starts, so events that must stay belong to an endpoint without a fleet.
     """
 
     def __init__(self, endpoint: PubSubEndpoint) -> None:
@@ -5501,6 +5546,7 @@ class Fleet:
         self._loop: asyncio.AbstractEventLoop | None = None
         # Our roster, as it was told last: the others see those who leave a moment longer, too.
         self._told: _Roster = {}
+        self._is_news = True  # the next beat tells the roster, even if it has not changed
         self._servers: dict[str, _OtherServer] = {}
         self._since: dict[RpcChannel, float] = {}  # clients that are admitted, the newest last
         self._ids = itertools.count(1)
@@ -5517,8 +5563,10 @@ class Fleet:
         """The identities of the clients of all servers, or of a topic's subscribers. A server that
         has just begun hears of the others within two seconds.
         """
-        if self._notifier._is_on_loop():  # a plain def route runs in a thread
+        if self._notifier._is_on_loop():
             self._start()
+        elif self._loop is None:  # in a thread, as a plain def route is
+            cast(Any, self._notifier._loop).call_soon_threadsafe(self._start)
         others = [server.clients for server in list(self._servers.values())]
         return list(dict.fromkeys(
             name for clients in (*others, self._told, self._roster())
@@ -5528,7 +5576,8 @@ class Fleet:
                    timeout: _Timeout = _UNSET) -> RpcResponse:
         """Call a method of a client, wherever it is connected; as `RpcChannel.call`.
 
-        Raises ChannelClosed at once if nobody has this identity, or when its server is lost.
+        Raises ChannelClosed at once if nobody has this identity (but a server that has just begun
+        waits two seconds to hear of it), or when its server is lost.
         """
         began, seconds = self._start().time(), self._endpoint._seconds(timeout)
         args = _decode(_encode_arguments(args) or "null")  # raises for those that cannot be sent
@@ -5536,7 +5585,11 @@ class Fleet:
         left = _seconds_left(seconds, began)
         if server is None:
             return await self._channels(identity)[-1].call(method, args, timeout=left)
-        response = await server.channel.call("fleet.call", [identity, method, args], timeout=left)
+        try:
+            response = await server.channel.call(
+                "fleet.call", [identity, method, args], timeout=left)
+        except RequestTimeout as error:
+            raise RequestTimeout(error.message.replace("fleet.call", method)) from error
         closed, result = response.result
         if closed:
             raise ChannelClosed(*closed)
@@ -5561,7 +5614,8 @@ class Fleet:
             found += [(self._since[c], None) for c in self._channels(identity)]
             if found:
                 return max(found, key=lambda one: one[0])[1]
-            if asyncio.get_running_loop().time() > self._started_at + 2.0:
+            if (self._notifier._shared is None
+                    or asyncio.get_running_loop().time() > self._started_at + 2.0):
                 raise ChannelClosed(1006, f"no client {identity!r} is online")
             await asyncio.sleep(0.02)  # other servers have not answered our first roster yet
 
@@ -5599,7 +5653,7 @@ class Fleet:
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
             self._loop, self._id, self._started_at = loop, uuid.uuid4().hex[:12], loop.time()
-            self._servers = {}
+            self._servers, self._is_news = {}, True
             self._notifier._attach()
             self._tell_roster()
         return loop
@@ -5610,19 +5664,23 @@ class Fleet:
         return self._notifier._append(
             (_FLEET_TOPIC,), f'["{self._id}","{server}",{text}]', None)
 
-    def _tell(self, server: str, text: str) -> None:
+    def _tell(self, server: str, text: str) -> bool:
         try:
             self._append(server, text)
         except RpcError as error:
             logger.warning("other servers are not told: %s", error)
+            return False
+        return True
 
     def _tell_roster(self) -> None:
-        """Tell who is connected here, at every beat until the endpoint is closed."""
-        self._told = self._roster()
+        """Tell who is connected here, or that it is as before, until the endpoint is closed."""
+        before, self._told = self._told, self._roster()
+        is_news = self._is_news or self._told != before
         self._beat = asyncio.get_running_loop().call_later(FLEET_BEAT_SECONDS, self._tell_roster)
-        self._tell("", _encode(self._told))
+        self._is_news = not self._tell("", _encode(self._told) if is_news else "true")
 
     def _tell_soon(self) -> None:
+        self._is_news = True
         loop, delay = asyncio.get_running_loop(), 0.05 + len(self._told) / 10_000
         if self._loop is loop and self._beat.when() > loop.time() + delay:
             self._beat.cancel()
@@ -5653,20 +5711,23 @@ class Fleet:
                 server.leave("the endpoint was closed")
 
     def _on_message(self, text: str) -> None:
-        """A roster, a message of a channel, or null: the other end has closed."""
+        """A roster, true for the same one, a message of a channel, or null: its end has closed."""
         source, _, target, message = text[2:-1].split('"', 3)
         if source == self._id or self._notifier._loop is None:  # the latter while we are closing
             return
         self._start()
         if source not in self._servers:
-            self._servers[source] = _OtherServer(self, source)
             self._tell_soon()  # it has just begun, and knows nobody yet
+            if message == ",true":
+                self._tell(source, "null")  # so that it tells its roster
+                return
+            self._servers[source] = _OtherServer(self, source)
         server = self._servers[source]
         if message == ",null" and target in ("", self._id):
             server.leave("the client's server is gone")
         elif target == "":
             server.silence.cancel()
-            server.hear(_decode(message[1:]))
+            server.hear(server.clients if message == ",true" else _decode(message[1:]))
         elif target == self._id:
             server.inbox.put_nowait(message[1:])
 
@@ -6382,11 +6443,12 @@ def _cli_serve(target: str, *, host: str = "127.0.0.1", port: int = 8000,
     uvicorn: Any = importlib.import_module("uvicorn")
     where, _, name = target.rpartition(":")
     sys.path.insert(0, os.path.dirname(os.path.abspath(where)))
-    module = importlib.import_module(os.path.basename(where).removesuffix(".py"))
+    module = importlib.import_module(os.path.basename(where).removesuffix(".py")) if where else None
     cls: Any = getattr(module, name, None)
     is_servable = isinstance(cls, type) and issubclass(cls, RpcMethodsBase)
-    if not is_servable:
-        raise ValueError(f"serve takes FILE.py:CLASS, a class of RpcMethodsBase, not {target}")
+    if not is_servable or not path.startswith("/"):
+        raise ValueError(f"serve takes FILE.py:CLASS, a class of RpcMethodsBase, not {target}, and "
+                         f"a path that begins with /, not {path}")
     app = FastAPI()
     PubSubEndpoint(cls()).register_route(app, path)
     config = uvicorn.Config(
@@ -6401,6 +6463,11 @@ _OPTIONAL_SECTIONS: Final = {  # the names of `vendor --without`, and the banner
     "legacy": "the wire of fastapi_websocket_rpc", "openrpc": "OpenRPC", "backbones": "backbones",
     "fleet": "fleet", "connect": "without an event loop", "browser": "browser client",
     "cli": "command line"}
+_NO_COMMANDS: Final = """
+
+if __name__ == "__main__":
+    raise SystemExit("this copy of fastapi_ws_lite was made without its commands")
+"""
 _COPY_HEADER: Final = """\
 # A copy of fastapi_ws_lite {}, made by its command "vendor", which also updates it.
 # Left out: {}
@@ -6454,9 +6521,12 @@ def _cut_sections(source: str, names: Sequence[str]) -> str:
     sections = _sections(source)
     for name in names:
         if _OPTIONAL_SECTIONS.get(name) not in sections:
-            raise ValueError(f"cannot leave out {name!r}, only {', '.join(_OPTIONAL_SECTIONS)}")
+            here = [short for short, title in _OPTIONAL_SECTIONS.items() if title in sections]
+            raise ValueError(f"cannot leave out {name!r}, only {', '.join(here)}")
         del sections[_OPTIONAL_SECTIONS[name]]
     text = "".join(sections.values()).rstrip() + "\n"
+    if "cli" in names:
+        text += _NO_COMMANDS
     lines, tree = text.splitlines(keepends=True), ast.parse(text)
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     for node in reversed(tree.body):
@@ -6481,6 +6551,7 @@ def _cli_help(topic: Sequence[str] = ()) -> None:
     import pydoc  # only for those who use it
 
     wanted = " ".join(topic).lower()
+    wanted = _OPTIONAL_SECTIONS.get(wanted, wanted).lower()
     names = [name for name in __all__ if name.lower() == wanted]
     shown = [] if wanted else [__doc__]
     for section, text in _sections(inspect.getsource(sys.modules[__name__])).items():
@@ -6566,7 +6637,8 @@ def _main(argv: Sequence[str] | None = None) -> int:
     try:
         is_connected = inspect.iscoroutinefunction(run)
         code = asyncio.run(_run_connected(run, **options)) if is_connected else run(**options)
-        sys.stdout.flush()
+        if sys.stdout:
+            sys.stdout.flush()
         return code or 0
     except KeyboardInterrupt:
         return 130
@@ -6578,7 +6650,7 @@ def _main(argv: Sequence[str] | None = None) -> int:
     except RpcError as error:
         data = "" if error.data is None else _encode(error.data)
         return _complain(error, f"({error.code})", data, exit_code=4)
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError, OverflowError) as error:  # the last is of a port
         return _complain(error, exit_code=2)
 
 
