@@ -4052,14 +4052,15 @@ async def test_main_loop_takes_what_a_route_has(accept_headers: Any, cookies: li
             await RpcClient(f"{url}/ws/seven?q=x", headers=headers).__aenter__()
 
 
-@pytest.mark.parametrize("cancel", [False, True])
-async def test_main_loop_returns_when_the_connection_has_ended(cancel: bool) -> None:
+@pytest.mark.parametrize("cancel", [None, "task", "scope"])
+async def test_main_loop_returns_when_the_connection_has_ended(cancel: str | None) -> None:
     """Also by cancelling it: an on_connect that waits is cancelled, and on_disconnect runs."""
     async def hook(channel: RpcChannel) -> None:
         ran.append("waits")
         try:
             await asyncio.sleep(3600)
         finally:
+            await asyncio.sleep(0.01)
             ran.append("cancelled")
 
     app, routes, ran = FastAPI(), list[Any](), list[Any]()
@@ -4067,11 +4068,12 @@ async def test_main_loop_returns_when_the_connection_has_ended(cancel: bool) -> 
 
     @app.websocket("/ws")
     async def route(ws: WebSocket) -> None:
-        routes.append(asyncio.current_task())
-        try:
-            await endpoint.main_loop(ws)
-        finally:
-            ran.append(len(endpoint.channels))
+        with anyio.CancelScope() as scope:
+            routes.append(scope if cancel == "scope" else asyncio.current_task())
+            try:
+                await endpoint.main_loop(ws)
+            finally:
+                ran.append(len(endpoint.channels))
 
     connection = await app_socket(app)
     await until(lambda: ran == ["waits"] and len(endpoint.channels) == 1)
@@ -4334,7 +4336,7 @@ def test_test_client_session_needs_nothing_of_ours() -> None:
     """Plain JSON-RPC, a def route that publishes, hooks, and one endpoint on loops in turn."""
     app, ended = FastAPI(), list[RpcChannel]()
     endpoint = PubSubEndpoint(
-        Calculator(), on_disconnect=[lambda channel: asyncio.sleep(0), ended.append])
+        Calculator(), on_disconnect=[lambda channel: asyncio.sleep(0.01), ended.append])
     endpoint.register_route(app, "/ws")
 
     @app.post("/publish")
@@ -5516,9 +5518,7 @@ async def test_pubsub_iterator_that_nobody_reads_has_its_own_gap(monkeypatch: Pa
 
 
 async def test_pubsub_publish_awaited_or_not_is_sent_in_order() -> None:
-    """Before the client is ready, too. Awaited, it is in the log; it is also a coroutine. Only with
-    include_self it comes back. A close lets it leave, and cancels a callback that takes long.
-    """
+    """Also before it is ready, awaited or not, as a coroutine; only include_self brings it back."""
     async def hold(data: Any) -> None:
         own.append(data)
         try:
@@ -5648,9 +5648,7 @@ async def test_sync_sends_one_request_at_a_time_with_the_difference() -> None:
 
 
 async def test_sync_at_a_reconnect_resumes_what_was_agreed_and_then_asks_for_the_new() -> None:
-    """In two requests. A position is opaque, and the last one that was received. A server without
-    the connection has no subscription of it either, so that nobody waits for its end.
-    """
+    """In two requests; a server without the connection has no subscription of it either."""
     def change(channel: RpcChannel) -> None:
         client.subscribe("c", got.append)
         client.unsubscribe("b")
@@ -6696,6 +6694,9 @@ async def test_backbone_close_lets_queued_events_go(broker: MemoryLog, is_cancel
     (thread := threading.Thread(target=one.publish, args=(["t"], "last"))).start()
     thread.join()
     await one.notifier.close()
+    one.notifier._from_threads.append((("t",), "1", None))  # by a thread that was about to publish
+    one.notifier._take_from_threads()
+    assert len(one.notifier._from_threads) == 1  # whoever joins the log again takes it
     await asyncio.gather(*events)
     assert b"".join(broker.entries.values()).count(b"null") == 101 and broker.closed
     broker.is_frozen = True
@@ -7556,6 +7557,7 @@ async def test_fleet_client_that_is_not_admitted_yet_is_nobody(monkeypatch: Patc
     async with here.agent("bob"):
         ann = here.agent("ann", FleetAgent())
         ann.start()
+        await until(lambda: b"".join(log.entries.values()).count(b"bob") == 2)
         while await anyio.to_thread.run_sync(there.fleet.online) != ["bob"]:
             await asyncio.sleep(0.01)
         there.fleet._started_at = -10.0
@@ -8894,9 +8896,7 @@ async def test_readme_tastes_run(capsys: Printed) -> None:
 
 
 def test_readme_and_examples_keep_their_form() -> None:
-    """A README is read to its end only if it ends, and a recipe is copied if seen at a glance. CI
-    takes its command from the README, so it must be found there once.
-    """
+    """A README must be short, a recipe seen at a glance, and CI takes its command from there."""
     words = (HERE / "README.md").read_text()
     assert len(words.splitlines()) <= 350 and len(words.split()) <= 2500
     assert len(re.findall(r"^python3 -m venv .* -m pytest -q$", words, re.MULTILINE)) == 1
