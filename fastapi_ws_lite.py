@@ -1913,6 +1913,7 @@ class _Caller:
     def proxy(self, cls: Callable[..., _T], *, timeout: _Timeout = _UNSET) -> _T:
         """The peer's methods with the types of ``cls``: its class of methods, or a Protocol.
 
+        A Protocol serves type checkers where methods of the class are ``def`` or have Depends.
         ``await channel.proxy(Calculator).add(1, 2)`` is the value itself, validated by pydantic;
         InternalError says that the peer returned something else. A method that the class does not
         have is an AttributeError, and arguments that do not fit it are a TypeError, before a call.
@@ -2700,6 +2701,9 @@ class EventNotifier:
                 runs on the event loop, too. Without one: ``async for event in
                 notifier.subscribe(...)``.
 
+        A backbone is joined on the event loop: in the lifespan, as `register_route` does, or by the
+        first subscribe, publish or connection there. Events of other servers come from then on.
+
         Raises InvalidParams for topics, and TypeError for a callback with other parameters.
         """
         with contextlib.suppress(RuntimeError):  # there may be no loop yet
@@ -3204,7 +3208,8 @@ class RpcEndpoint(_Peer):
                        dependencies: Sequence[Depends] | None = None) -> None:
         """Add a WebSocket route; the endpoint is closed at the end of the app's lifespan.
 
-        ``dependencies`` are FastAPI's, and run before the connection is accepted.
+        ``dependencies`` are FastAPI's, and run before the connection is accepted. Call it before
+        ``include_router``, which takes over a router's lifespan; that of a mounted app never runs.
         """
         @app_or_router.websocket(path, dependencies=dependencies)
         async def route(websocket: WebSocket) -> None:
@@ -3720,7 +3725,9 @@ class _NetworkSocket:
 
 
 class ASGITransport:
-    """Connects to an ASGI app in this process, without a network; for tests."""
+    """Connects to an ASGI app in this process, without a network; for tests. The app's lifespan
+    does not run; ``with TestClient(app):`` around it runs that, for `connect` in a plain test.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -5798,8 +5805,8 @@ class Remote:
         return self._wait(self._client.call, method, args, timeout=timeout, meta=meta).result
 
     def proxy(self, cls: Any) -> Any:
-        """The server's methods with the types of a class, as `RpcChannel.proxy`: values, and
-        iterators for streams.
+        """The server's methods as `RpcChannel.proxy`: values, validated by the types of a class,
+        and iterators for streams. For mypy they are Any, as they need no await.
         """
         return _RemoteProxy(self, cls)
 
