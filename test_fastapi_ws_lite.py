@@ -5704,10 +5704,7 @@ async def test_sync_since_of_the_client_ends_with_the_first_request(first: str) 
 @pytest.mark.parametrize("then", [
     "recovered", "not recovered", "refused", "replayed", "unsubscribed"])
 async def test_sync_full_queue_takes_nothing_and_resumes(monkeypatch: Patch, then: str) -> None:
-    """With one request that names no topics, unless none are left; calls go on meanwhile. If it is
-    refused, there is nothing that could be asked for instead, but on a new connection. With the
-    replay of a new subscription the others go on behind it, and a gap is told.
-    """
+    """With one request without topics; where it cannot be had, a new connection asks again."""
     async def slow(data: Any) -> None:
         await gate.wait()
         got.append(data)
@@ -8702,9 +8699,11 @@ async def test_subscribe_ends_with_its_client() -> None:
 @pytest.mark.parametrize("words", [["subscribe"], ["publish"]])
 async def test_ctrl_c_ends_the_process_at_once(words: list[str]) -> None:
     """Also while standard input is waited for: with its code, and without a word."""
+    code = ("import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+            "runpy.run_module('fastapi_ws_lite', run_name='__main__')")  # nohup ignores it
     async with shell_server() as (endpoint, url):
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "fastapi_ws_lite", *words, url, "news", cwd=SOURCE.parent,
+            sys.executable, "-c", code, *words, url, "news", cwd=SOURCE.parent,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         await until(lambda: endpoint.channels)
         await asyncio.sleep(0.2)  # for the command to begin
