@@ -805,11 +805,11 @@ class Bench:
 
 
 async def log_of(url: str) -> tuple[Work, Work]:
-    """What appends 256 events to a broker's log, and what ends that: an endpoint, or a driver."""
+    """What appends 256 events to a log, and what ends that; a driver's end deletes both logs."""
     how, _, url = url.rpartition(" ")
-    name, many = f"bench_{os.getpid()}", range(256)
+    name, ours, many = f"bench_{os.getpid()}", "fastapi_ws_lite_bench", range(256)
     if not how:
-        endpoint = PubSubEndpoint(backbone=url, channel="fastapi_ws_lite_bench")
+        endpoint = PubSubEndpoint(backbone=url, channel=ours)
 
         async def publish() -> None:
             for receipt in [endpoint.publish("t", DATA) for _ in many]:
@@ -825,20 +825,20 @@ async def log_of(url: str) -> tuple[Work, Work]:
                 pipeline.xadd(name, {"": DATA}, maxlen=4096)
             return pipeline.execute()
 
-        return append, lambda: client.delete(name)
+        return append, lambda: client.delete(name, ours)
     if url.startswith("postgresql"):
         client = await importlib.import_module("asyncpg").connect(url)
         await client.execute(f"CREATE TABLE {name} (id bigserial PRIMARY KEY, data text)")
         insert = f"INSERT INTO {name} (data) VALUES ($1)"
-        return (lambda: client.executemany(insert, [(DATA,)] * 256),
-                lambda: client.execute(f"DROP TABLE {name}"))
+        return (lambda: client.executemany(insert, [(DATA,)] * 256), lambda: client.execute(
+            f"DROP TABLE {name}; DELETE FROM fastapi_ws_lite_log WHERE channel = '{ours}'"))
     if url.startswith("amqp"):
         rabbit = importlib.import_module("aio_pika")
         channel = await (await rabbit.connect(url)).channel()
-        queue = await channel.declare_queue(
-            name, durable=True, arguments={"x-queue-type": "stream"})
+        log = await channel.declare_queue(name, durable=True, arguments={"x-queue-type": "stream"})
         send, message = channel.default_exchange.publish, rabbit.Message(DATA.encode())
-        return lambda: asyncio.gather(*(send(message, name) for _ in many)), queue.delete
+        return (lambda: asyncio.gather(*(send(message, name) for _ in many)),
+                lambda: asyncio.gather(log.delete(), channel.queue_delete(ours)))
     kafka = importlib.import_module("aiokafka")
     producer = kafka.AIOKafkaProducer(bootstrap_servers=url.rpartition("/")[2])
     await producer.start()

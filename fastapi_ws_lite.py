@@ -5235,16 +5235,16 @@ class _SharedLog:
         if self._ended is not None:
             raise self._ended.with_traceback(None)
         new_future = asyncio.get_running_loop().create_future
-        source, data_size = "null" if origin is None else _json_string(origin), _utf8_len(data)
-        heads = [f"\n[{_json_string(topic)},{source}]\n" for topic in topics]
-        sizes = [_utf8_len(head) + data_size for head in heads]
-        if (largest := max(sizes, default=0)) > self._max_entry:
-            raise MessageTooLarge(f"{largest} bytes, the backbone takes {self._max_entry}")
-        queued_bytes = self._queued_bytes + sum(sizes)
-        if queued_bytes > OUTBOX_BYTES and (self or len(topics) > 1):  # a single one is bounded
-            raise Overloaded(f"{queued_bytes} bytes wait to be published")
-        new = [_UnsentEvent(head + data, size, new_future())
-               for head, size in zip(heads, sizes, strict=True)]
+        source, new = "null" if origin is None else _json_string(origin), list[_UnsentEvent]()
+        queued_bytes = self._queued_bytes
+        for topic in topics:
+            text = f"\n[{_json_string(topic)},{source}]\n{data}"
+            queued_bytes += (size := _utf8_len(text))
+            if size > self._max_entry:
+                raise MessageTooLarge(f"{size} bytes, the backbone takes {self._max_entry}")
+            if queued_bytes > OUTBOX_BYTES and (self or len(topics) > 1):  # a single one is bounded
+                raise Overloaded(f"{queued_bytes} bytes wait to be published")
+            new.append(_UnsentEvent(text, size, new_future()))
         self._queue.extend(new)
         self._queued_bytes = queued_bytes
         _notify_all(self._waiters)
