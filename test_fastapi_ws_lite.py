@@ -1842,7 +1842,7 @@ async def test_depends_with_yield_of_a_stream_lives_until_its_end() -> None:
             assert (await anext(rows), happened[2:]) == (0, [])
         await until(lambda: happened[2:] == ["closed"])
         with pytest.raises(RequestTimeout):
-            await client.call("hold", timeout=0.02)
+            await client.call("hold", timeout=0.2)
         await until(lambda: happened[3:] == ["closed"])
 
 
@@ -2447,9 +2447,9 @@ async def test_stream_that_is_left_ends_in_a_round_trip(side: int, how: str, err
 
 async def test_stream_timeout_is_for_each_item() -> None:
     """It may last longer in all; and items that are none do not put it off."""
-    async with iterating(timeout=0.1) as (peer, id, task, got, _):
+    async with iterating(timeout=0.3) as (peer, id, task, got, _):
         for n in range(4):
-            await asyncio.sleep(0.04)
+            await asyncio.sleep(0.1)
             await peer.send(items_of(id, n))
         while not task.done():
             await peer.send(items_of(id))
@@ -2462,12 +2462,12 @@ async def test_stream_timeout_is_for_each_item() -> None:
 async def test_stream_deadline_of_a_caller_is_kept() -> None:
     """It bounds a stream that a peer limits, and one that a method iterates over."""
     async with plain(RpcEndpoint(streamer := Streamer())) as peer:
-        assert await peer.ask(ask(7, "stall", stream=9, timeout=0.03)) == items_of(7, 1)
-        assert await peer.recv() == failed(7, -32000, "stall was not done in 0.03 s")
+        assert await peer.ask(ask(7, "stall", stream=9, timeout=0.3)) == items_of(7, 1)
+        assert await peer.recv() == failed(7, -32000, "stall was not done in 0.3 s")
         await until(lambda: streamer.closed)
     async with pair(streamer := Streamer()) as ends:
         with pytest.raises(RequestTimeout):
-            await ends[0].call("total", ["stall"], timeout=0.03)
+            await ends[0].call("total", ["stall"], timeout=0.3)
         await until(lambda: streamer.closed and nothing_pending(*ends))
 
 
@@ -4944,7 +4944,7 @@ async def test_client_lost_connection_is_made_again(how: str, monkeypatch: Patch
     """Reset, or of a peer that answers no ping; later calls wait. A frozen peer delays no close."""
     monkeypatch.setattr(lib, "CLOSE_SECONDS", 0.1)
     endpoint = PubSubEndpoint(worker := Worker())
-    pings = NetworkTransport(ping_interval=0.1, ping_timeout=0.1, close_timeout=0.1)
+    pings = NetworkTransport(ping_interval=0.3, ping_timeout=0.3, close_timeout=0.1)
     async with (serving(app_of(endpoint)) as url, TcpRelay(url) as relay,
                 client_at(relay.url, transport=pings) as client):
         call = asyncio.create_task(client.call("hold"))
