@@ -5489,9 +5489,9 @@ _SHARED_LOGS.append(_shared_log)
 # All servers on one backbone as one. They speak on an internal topic, which no client can name. A
 # server tells all others its roster, whole, soon after a change or when it hears of a server that
 # it did not know; a beat in between says that the roster still holds. It calls another one through
-# an RpcChannel, whose socket is the backbone. A server that is silent for too long is
-# gone: its channel ends, and with it the calls under way, and it is told that, in case it lives.
-# What was written before a server joined is not acted upon, and the log drops repeats, so a call is
+# an RpcChannel, whose socket is the backbone. A server that is silent for too long is gone: its
+# channel ends, and with it the calls under way, and it is told that, in case it lives. What was
+# written before a server joined is not acted upon, and the log drops repeats, so a call is
 # performed at most once.
 
 FLEET_BEAT_SECONDS: Final = 5.0
