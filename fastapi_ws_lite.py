@@ -6659,8 +6659,7 @@ def _main(argv: Sequence[str] | None = None) -> int:
     try:
         is_connected = inspect.iscoroutinefunction(run)
         code = asyncio.run(_run_connected(run, **options)) if is_connected else run(**options)
-        if sys.stdout:
-            sys.stdout.flush()
+        sys.stdout.flush()
         return code or 0
     except KeyboardInterrupt:
         return 130

@@ -85,6 +85,7 @@ Printed = pytest.CaptureFixture[str]
 @pytest.fixture(scope="session", autouse=True)
 def plan(request: pytest.FixtureRequest) -> None:
     """Says at the start what runs, what does not, and why; pytest -q has no header for it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup ignores it; tests send it
     plugins, runs = request.config.pluginmanager, request.session.testscollected
     reporter = plugins.getplugin("terminalreporter")
     urls = {url for url in DEFAULT_URLS.values() if not listens(urllib.parse.urlsplit(url).port)}
@@ -6872,7 +6873,7 @@ async def delete_log(url: str, channel: str) -> None:
 
 async def test_broker_log_keeps_the_contract(url: str, channel: str, monkeypatch: Patch) -> None:
     """Two writers, any bytes, one order; a read begins at its start, in RESP3, too, and waits."""
-    its_url = f"{url}?protocol=3" if url.startswith("redis") else url
+    its_url = f"{url}{'&' if '?' in url else '?'}protocol=3" if url.startswith("redis") else url
     async with logs_of(url, channel, 2) as (one, two), logs_of(its_url, channel, 1) as (reader,):
         start, end = await reader.ends()
         assert start == end <= 1
@@ -7862,7 +7863,6 @@ def test_remote_raises_after_its_timeout_what_is_not_confirmed() -> None:
 INTERRUPTED = """
 import signal, sys, threading
 from fastapi_ws_lite import connect
-signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored under nohup
 
 def interrupted(wait, *args):
     try:
@@ -8700,11 +8700,9 @@ async def test_subscribe_ends_with_its_client() -> None:
 @pytest.mark.parametrize("words", [["subscribe"], ["publish"]])
 async def test_ctrl_c_ends_the_process_at_once(words: list[str]) -> None:
     """Also while standard input is waited for: with its code, and without a word."""
-    code = ("import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
-            "runpy.run_module('fastapi_ws_lite', run_name='__main__')")  # nohup ignores it
     async with shell_server() as (endpoint, url):
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", code, *words, url, "news", cwd=SOURCE.parent,
+            sys.executable, "-m", "fastapi_ws_lite", *words, url, "news", cwd=SOURCE.parent,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         await until(lambda: endpoint.channels)
         await asyncio.sleep(0.2)  # for the command to begin
@@ -8742,8 +8740,7 @@ def test_serve_serves_calls_and_events_until_ctrl_c(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(sys, "path", [*sys.path])
     (user := threading.Thread(target=use_and_interrupt)).start()
     target = f"{tmp_path}/served_here.py:Served"
-    code = lib._main(["serve", target, "--port", str(port), "--path", "/there"])
-    assert code == (0 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else 130)  # by nohup
+    assert lib._main(["serve", target, "--port", str(port), "--path", "/there"]) == 130
     user.join(10)
     assert results == [3, []]
 
