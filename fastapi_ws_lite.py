@@ -1371,15 +1371,20 @@ async def _run_hooks(hooks: _Hooks, *args: Any) -> None:
             await result
 
 
+def _is_cancelling(error: BaseException) -> bool:
+    """Whether an error cancels this task. Its own code may raise CancelledError, too."""
+    task = asyncio.current_task()
+    return isinstance(error, asyncio.CancelledError) and (task is None or task.cancelling() > 0)
+
+
 async def _run_hooks_logged(hooks: _Hooks, *args: Any) -> None:
     """Run hooks or callbacks. The failure of one is logged and stops none of the others."""
     for hook in (hooks,) if callable(hooks) else hooks:
         try:
             await _run_hooks(hook, *args)
         except (Exception, asyncio.CancelledError) as error:  # a user's code may raise anything
-            task = asyncio.current_task()
-            if isinstance(error, asyncio.CancelledError) and (task is None or task.cancelling()):
-                raise  # else the hook itself has raised it
+            if _is_cancelling(error):
+                raise
             logger.exception("%r failed", hook)
 
 
@@ -1684,9 +1689,7 @@ class _RequestRunner:
             perform = self._run_middleware if self._peer.middleware else self._perform
             self.answer(request, await perform(request, method))
         except BaseException as error:  # SystemExit, too: a method must not end the server
-            task = cast(_Task, asyncio.current_task())
-            is_ours = isinstance(error, asyncio.CancelledError) and task.cancelling()
-            self.answer(request, Cancelled() if is_ours else self.error_for_caller(
+            self.answer(request, Cancelled() if _is_cancelling(error) else self.error_for_caller(
                 request.method, error))
         finally:
             self._finish(request)
@@ -2227,8 +2230,8 @@ class RpcChannel(_Caller):
         return (self._tasks | running) - self._spared
 
     async def _serve(self, opened: Callable[[], Awaitable[None]]) -> ChannelClosed:
-        """Serve until the connection ends. ``opened`` runs meanwhile; if it raises, the connection
-        closes.
+        """Serve until the connection ends, and run the on_disconnect hooks. ``opened`` runs
+        meanwhile; if it raises, the connection closes.
         """
         self._spawn_vital(self._read())
         self._spawn_vital(self._open(opened))
@@ -2237,7 +2240,10 @@ class RpcChannel(_Caller):
         finally:
             self._end(ChannelClosed(1001, "cancelled"))
             with anyio.CancelScope(shield=True):  # starlette's TestClient cancels at every await
-                await self._cleanup()
+                try:
+                    await self._cleanup()
+                finally:
+                    await _run_hooks_logged(self._peer.on_disconnect, self)
         if self._failure is not None:
             raise self._failure
         return await self.wait_closed()
@@ -2678,8 +2684,9 @@ class EventNotifier:
         self._make_shared_log = None if self.backbone is None else _SHARED_LOGS[0](
             self.backbone, self.channel, max(self.history, HISTORY_EVENTS))
         self._shared: Any = None
-        self._has_joined = False  # the backbone, once
-        # Handlers of INTERNAL_PREFIX topics; "close", before it closes; "gap", as subscribers'.
+        self._has_joined = False  # whether this is not the first time that it joins the backbone
+        # Handlers of INTERNAL_PREFIX topics, of "gap", when events are missing, and of "close",
+        # before the notifier closes.
         self.internal: dict[str, Callable[[str], None]] = {}
         self._subscribers: dict[_Cursor, None] = {}
         self._table: _SubscriptionTable[_Cursor] = _SubscriptionTable()
@@ -3274,11 +3281,7 @@ class RpcEndpoint(_Peer):
         channel = RpcChannel(_ServerSocket(websocket, subprotocol), self, format,
                              context=context, identity=identity, websocket=websocket)
         self.channels[channel.id] = channel
-        try:
-            await channel._serve(functools.partial(_run_hooks, self.on_connect, channel))
-        finally:
-            with anyio.CancelScope(shield=True):
-                await _run_hooks_logged(self.on_disconnect, channel)
+        await channel._serve(functools.partial(_run_hooks, self.on_connect, channel))
 
     async def _is_allowed(self, channel: RpcChannel, action: str, names: tuple[str, ...]) -> bool:
         if self.authorize is None:
@@ -3971,7 +3974,7 @@ class RpcClient(_Peer, _Caller):
         self._check_started()
         while self.state != "ready":
             if self.state == "closed":
-                raise self._why_closed().with_traceback(None)  # it may be raised many times
+                raise self._why_closed()
             await _wait_notified(self._waiters)
 
     async def wait_until_done(self) -> None:
@@ -4028,7 +4031,8 @@ class RpcClient(_Peer, _Caller):
             _notify_all(self._waiters)
 
     def _why_closed(self) -> Exception:
-        return self._fatal or ChannelClosed(1000, "the client is closed")
+        error = self._fatal or ChannelClosed(1000, "the client is closed")
+        return error.with_traceback(None)  # it may be raised many times
 
     async def _run(self) -> None:
         _current_request.set(None)  # do not inherit the deadline of a method that starts a client
@@ -4093,7 +4097,6 @@ class RpcClient(_Peer, _Caller):
         try:
             return await channel._serve(lambda: self._opened(channel))
         finally:
-            await _run_hooks_logged(self.on_disconnect, channel)
             self._is_serving = False
 
     async def _opened(self, channel: RpcChannel) -> None:
@@ -5397,8 +5400,9 @@ class _SharedLog:
             page = await self._ask(self._reading, self._reading.read, self._next)
             must_check = (not page or page[0][0] != self._next or outages != self._outages
                          or (self._is_ready and not self._is_expected(page[0][1])))
-            shown = {offset for offset, _ in page} if must_check else set[int]()
+            shown = set[int]()
             if must_check:
+                shown = {offset for offset, _ in page}
                 page = await self._read_after_anchor(shown)
             for offset, entry in page:
                 if offset != self._next and offset not in shown:
@@ -5408,8 +5412,8 @@ class _SharedLog:
             self._is_ready = self._is_ready or not page or self._next >= self._live_from
 
     async def _read_after_anchor(self, shown: set[int]) -> Sequence[tuple[int, bytes]]:
-        """Read what follows the anchor. If that is gone, or is another entry, tell a hole; but wait
-        for entries that the read before has not shown.
+        """Read what follows the anchor. If that is gone, or is another entry, tell a hole; before a
+        later entry only if that is among those that the read before has ``shown``.
 
         A jump in the offsets after the anchor is no hole: transactions and rollbacks use them up.
         """

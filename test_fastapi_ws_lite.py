@@ -88,8 +88,10 @@ def plan(request: pytest.FixtureRequest) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup ignores it; tests send it
     plugins, runs = request.config.pluginmanager, request.session.testscollected
     reporter = plugins.getplugin("terminalreporter")
-    urls = {url for url in DEFAULT_URLS.values() if not listens(urllib.parse.urlsplit(url).port)}
-    absent = [*urls, *(p for p in ("redis-server", "node", "chromium") if not shutil.which(p))]
+    urls = [str(url_of(scheme)) for scheme in DEFAULT_URLS]
+    absent = [url for url in urls if not listens(urllib.parse.urlsplit(url).port)]
+    absent += [p for p in ("redis-server", "node") if not shutil.which(p)]
+    absent += [] if CHROMIUM else ["chromium"]
     with plugins.getplugin("capturemanager").global_and_fixture_disabled():
         reporter.write_line(
             f"{runs} tests run, and {len(reporter.stats.get('deselected', ()))} are left out. Those"
@@ -6818,14 +6820,16 @@ def tansu() -> Iterator[OwnBroker]:
     shutil.rmtree(broker.folder)
 
 
+def url_of(scheme: str) -> str | None:
+    return os.environ.get(f"TEST_{scheme.upper()}_URL") or DEFAULT_URLS.get(scheme)
+
+
 @pytest.fixture(params=SCHEMES)
 def url(request: pytest.FixtureRequest) -> str:
     """Where a broker is, each one in turn."""
     scheme = request.param
     pytest.importorskip(SCHEMES[scheme])
-    found = os.environ.get(f"TEST_{scheme.upper()}_URL") or DEFAULT_URLS.get(scheme)
-    if found is None:
-        found = request.getfixturevalue("tansu").url
+    found = url_of(scheme) or request.getfixturevalue("tansu").url
     if not listens(urllib.parse.urlsplit(found).port):
         unavailable(f"nothing listens for {found}")
     return found
